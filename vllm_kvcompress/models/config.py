@@ -1,0 +1,136 @@
+"""The published Janus configurations, read into one description.
+
+Two layouts exist (facts and traps: the project's notes on Janus-Pro): deepseek-ai's own
+(``model_type: multi_modality``, unknown to transformers) and deepseek-community's
+(``model_type: janus``, ``transformers.JanusConfig``). ``ImageModel.from_hf`` reads either.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import JanusConfig, JanusVQVAEConfig, LlamaConfig, PreTrainedConfig
+
+from vllm_kvcompress.raster import Raster
+
+ORIGINAL_LAYOUT = "multi_modality"
+TRANSFORMERS_LAYOUT = "janus"
+# deepseek-ai's model code builds its VQ model without arguments, so these values never appear in a
+# published config.json; a small checkpoint states its own in gen_vision_config.params.
+_VQ_16: dict[str, Any] = {
+    "image_token_size": 16384,
+    "n_embed": 8,
+    "z_channels": 256,
+    "ch": 128,
+    "ch_mult": [1, 1, 2, 2, 4],
+    "num_res_blocks": 2,
+}
+
+
+def _params(section: dict[str, Any] | None) -> dict[str, Any]:
+    return dict((section or {}).get("params") or {})
+
+
+class MultiModalityConfig(PreTrainedConfig):
+    """config.json of deepseek-ai/Janus-Pro-1B, -7B and Janus-1.3B.
+
+    ``language_config`` may leave out sizes: they then have LlamaConfig's defaults, which is what
+    Janus-Pro-7B relies on.
+    """
+
+    model_type = ORIGINAL_LAYOUT
+    sub_configs = {"text_config": LlamaConfig, "vq_config": JanusVQVAEConfig}
+
+    def __init__(self, **kwargs: Any) -> None:
+        sections = {
+            name: kwargs.pop(name, None)
+            for name in (
+                "language_config", "gen_vision_config", "gen_aligner_config", "gen_head_config",
+                "vision_config", "aligner_config",
+            )
+        }  # fmt: skip
+        for name in ("text_config", "vq_config"):  # derived below; present when read back from disk
+            kwargs.pop(name, None)
+        if kwargs and not sections["gen_vision_config"]:
+            raise ValueError(
+                "config.json has no gen_vision_config: not a Janus or Janus-Pro checkpoint "
+                "(JanusFlow draws by rectified flow, not token by token, and is not supported)"
+            )
+        language = {k: v for k, v in (sections["language_config"] or {}).items() if k != "model_type"}
+        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
+        language.setdefault("dtype", dtype or language.pop("torch_dtype", None))
+        language.pop("torch_dtype", None)
+        self.text_config = LlamaConfig(**language)
+        # Stored tensors are always both there, and different.
+        kwargs["tie_word_embeddings"] = False
+
+        vq = {**_VQ_16, **_params(sections["gen_vision_config"])}
+        image_size = int(_params(sections["vision_config"]).get("image_size", 384))
+        downsampling = 2 ** (len(vq["ch_mult"]) - 1)
+        if image_size % downsampling:
+            raise ValueError(
+                f"vision_config.params.image_size {image_size} is not a multiple of the VQ decoder's "
+                f"{downsampling} pixels a token"
+            )
+        hidden = self.text_config.hidden_size
+        self.vq_config = JanusVQVAEConfig(
+            embed_dim=vq["n_embed"],
+            num_embeddings=vq["image_token_size"],
+            latent_channels=vq["z_channels"],
+            base_channels=vq["ch"],
+            channel_multiplier=list(vq["ch_mult"]),
+            num_res_blocks=vq["num_res_blocks"],
+            num_patches=image_size // downsampling,
+            projection_dim=hidden,
+            image_token_embed_dim=hidden,
+        )
+        super().__init__(**kwargs)
+        for name, section in sections.items():
+            setattr(self, name, section)
+
+
+@dataclass(frozen=True)
+class ImageModel:
+    """What serving an autoregressive image model needs to know about it.
+
+    Image token ids are ``text_vocab + code``: one id space for prompts and drawn tokens.
+
+    Parameters
+    ----------
+    raster : Raster
+        The picture's token grid.
+    text_vocab, codes : int
+        Sizes of the text vocabulary and of the image codebook.
+    bos, pad, boi : int
+        Text ids of begin-of-sentence, padding and begin-of-image. Families differ, so they come
+        from the checkpoint's tokenizer.
+    guidance_scale : float
+        Default classifier-free guidance scale.
+    """
+
+    raster: Raster
+    text_vocab: int
+    codes: int
+    bos: int
+    pad: int
+    boi: int
+    guidance_scale: float = 5.0
+
+    @property
+    def vocab(self) -> int:
+        """Size of the one id space: text ids, then image ids."""
+        return self.text_vocab + self.codes
+
+    def code(self, token_id: int) -> int:
+        """Codebook index of an image token id."""
+        return token_id - self.text_vocab
+
+
+def text_vocab_size(hf_config: PreTrainedConfig) -> int:
+    """Ids below this are text."""
+    return hf_config.get_text_config().vocab_size
+
+
+def raster_of(hf_config: JanusConfig | MultiModalityConfig) -> Raster:
+    """The token grid of a checkpoint's pictures. Raises ValueError on an unsupported size."""
+    vq = hf_config.vq_config
+    return Raster(vq.num_patches, vq.num_patches, patch=2 ** (len(vq.channel_multiplier) - 1))
