@@ -1,0 +1,225 @@
+"""What the paged cache must equal: a dense oracle, and a driver that plays both over the same requests.
+
+The oracle keeps all K and V of a head and a visibility mask that follows from the rule word by word:
+python lists, float64, one head and one token at a time. It shares no code with the package.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from vllm_kvcompress.attention.pages import HeadType, Plan, page_bytes, pages_from_bytes
+from vllm_kvcompress.attention.reference import decode, select_victims
+from vllm_kvcompress.policy import HeadRule
+
+
+@dataclass
+class Drawing:
+    """One cache head's history of one request: outputs, mask, and what each line's end chose."""
+
+    out: np.ndarray  # [tokens, group, D]
+    mask: np.ndarray  # [tokens, tokens] bool: which tokens each query saw
+    victims: dict[int, list[int]]  # drawn -> image slots chosen then, in order
+    holds: list[int]  # the image token in each slot at the end
+    score: list[float]  # per slot at the end
+
+
+def draw(rule: HeadRule, prefix: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> Drawing:
+    """q [tokens, group, D], k and v [tokens, D] of one cache head; the first ``prefix`` are the prompt."""
+    total = len(k)
+    done = Drawing(np.zeros(q.shape), np.zeros((total, total), bool), {}, [], [])
+    holds, score, queue = done.holds, done.score, []
+    for now in range(total):
+        token = now - prefix
+        if token >= 0:
+            if len(holds) < rule.capacity:
+                holds.append(token)
+                score.append(0.0)
+            else:
+                oldest = min(t for t in holds if t >= rule.anchors)
+                slot = holds.index(oldest) if rule.ring else queue.pop(0)
+                holds[slot], score[slot] = token, 0.0
+        done.mask[now, : min(prefix, now + 1)] = True
+        done.mask[now, [prefix + t for t in holds]] = True
+        logits = np.where(done.mask[now], q[now] @ k.T * scale, -np.inf)
+        weight = np.exp(logits - logits.max(-1, keepdims=True))
+        weight /= weight.sum(-1, keepdims=True)
+        done.out[now] = weight @ v
+        for slot, t in enumerate(holds):
+            score[slot] += weight[:, prefix + t].sum()
+        drawn = token + 1
+        if token >= 0 and drawn % rule.line == 0:
+            due = 0 if rule.ring or drawn == rule.image else rule.line - (rule.capacity - len(holds))
+            if due > 0:
+                queue = _choose(rule, drawn, holds, score, v[prefix:])[:due]
+                done.victims[drawn] = list(queue)
+            if not rule.accumulate:
+                score[:] = [0.0] * len(score)
+    return done
+
+
+def _choose(rule: HeadRule, drawn: int, holds: list[int], score: list[float], v: np.ndarray) -> list[int]:
+    mass = {t: score[slot] for slot, t in enumerate(holds)}
+    if rule.value_norm:
+        mass = {t: m * np.sqrt((v[t] ** 2).sum()) for t, m in mass.items()}
+    if rule.smooth_row:
+        beside = {t: [n for n in (t - 1, t, t + 1) if n in mass] for t in mass}
+        row = {t: [n for n in beside[t] if n // rule.line == t // rule.line] for t in mass}
+        mass = {t: sum(mass[n] for n in row[t]) / len(row[t]) for t in mass}
+    order = sorted((t for t in mass if rule.anchors <= t < drawn - rule.recent), key=lambda t: (mass[t], t))
+    if rule.stratify:
+        column = [t % rule.line for t in order]
+        rank = {t: column[:i].count(column[i]) for i, t in enumerate(order)}
+        order.sort(key=lambda t: rank[t])
+    return [holds.index(t) for t in order]
+
+
+@dataclass
+class World:
+    """A small model's geometry: its layers' head types, and one rule per type."""
+
+    rules: tuple[HeadRule | None, HeadRule | None]
+    spatial: np.ndarray  # [layers, kv_heads] bool
+    group: int = 1
+    head_size: int = 8
+    pages: tuple[int, int] = (4, 4)  # slots per page of each type
+    branches: int = 2
+
+    def members(self, kind: int, layer: int) -> np.ndarray:
+        """Places of a type's cache heads on the branch * Hkv axis of one layer."""
+        mine = np.flatnonzero(self.spatial[layer] == (kind == 0))
+        return np.concatenate([mine + b * self.spatial.shape[1] for b in range(self.branches)])
+
+
+@dataclass
+class Run:
+    """Requests played through the paged cache, in memory filled with NaN, over shuffled block tables."""
+
+    world: World
+    prefix: list[int]
+    total: list[int]  # tokens of each request
+    seed: int = 0
+    decode: Callable = decode
+    select: Callable = select_victims
+    dtype: torch.dtype = torch.float32
+    victims: list[dict] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        world, gen = self.world, torch.Generator().manual_seed(self.seed)
+        layers, heads = world.spatial.shape
+        rows, most = len(self.prefix), max(self.total)
+        self.length = [0] * rows
+        kv = (rows, most, layers, world.branches * heads, world.head_size)
+        self.k, self.v = torch.randn(kv, generator=gen), torch.randn(kv, generator=gen)
+        self.q = torch.randn((*kv[:3], kv[3] * world.group, kv[4]), generator=gen)
+        self.out = torch.full(self.q.shape, torch.nan)
+        self.scale = world.head_size**-0.5
+        self.types: list[HeadType | None] = []
+        for kind, rule in enumerate(world.rules):
+            owned = sum(len(world.members(kind, layer)) for layer in range(layers))
+            if rule is None or not owned:
+                self.types.append(None)
+                continue
+            page = world.pages[kind]
+            need = [-(-(p + rule.capacity) // page) for p in self.prefix]
+            blocks = sum(need) + 2
+            size = -(-page_bytes(owned, page, world.head_size, self.dtype) // 4) * 4 + 8
+            pages = pages_from_bytes(
+                torch.zeros((blocks, size), dtype=torch.int8), owned, page, world.head_size, self.dtype
+            )
+            pages.kv.fill_(torch.nan)
+            pages.score.fill_(torch.nan)
+            pages.token.fill_(-77)
+            pages.victim.fill_(-77)
+            free = torch.randperm(blocks, generator=gen).tolist()
+            table = torch.full((rows, max(need) + 1), -1, dtype=torch.int32)
+            for row, n in enumerate(need):
+                table[row, :n] = torch.tensor([free.pop() for _ in range(n)])
+            self.types.append(HeadType(pages, rule, torch.zeros(owned, dtype=torch.int32), table))
+        self.victims = [{} for _ in range(rows)]
+
+    def layer(self, layer: int, rows: list[int] | None = None) -> list[HeadType]:
+        """The head types of one layer; ``rows`` picks and orders the block tables."""
+        found = []
+        for kind, whole in enumerate(self.types):
+            sizes = [len(self.world.members(kind, n)) for n in range(layer + 1)]
+            if whole is not None and sizes[-1]:
+                index = torch.tensor(self.world.members(kind, layer), dtype=torch.int32)
+                table = whole.block_table if rows is None else whole.block_table[rows]
+                pages = whole.pages.layer(sum(sizes[:-1]), sum(sizes))
+                found.append(HeadType(pages, whole.rule, index, table))
+        return found
+
+    def step(self, rows: list[int]) -> None:
+        """One token for each of ``rows``; -1 is a padding row."""
+        for row in rows:
+            self.length[row] += row >= 0
+        at = [self.length[row] - 1 for row in rows]
+        length = [self.length[row] if row >= 0 else 0 for row in rows]
+        plan = Plan(_int32([self.prefix[row] for row in rows]), _int32(length))
+        for layer in range(len(self.world.spatial)):
+            q, k, v = self.q[rows, at, layer], self.k[rows, at, layer], self.v[rows, at, layer]
+            out = torch.full_like(q, torch.nan)
+            self.decode(q, k, v, self.layer(layer, rows), plan, self.scale, out)
+            for n, row in enumerate(rows):
+                if row >= 0:
+                    self.out[row, at[n], layer] = out[n]
+                else:
+                    assert not out[n].any(), "a padding row's output is zero"
+        for whole in filter(None, self.types):
+            kind = HeadType(whole.pages, whole.rule, whole.head_index, whole.block_table[rows])
+            self.select(kind, plan)
+        for row in rows:
+            if row >= 0:
+                self.note(row)
+
+    def note(self, row: int) -> None:
+        """Remember the victims that the row's last line left, per type."""
+        drawn = self.length[row] - self.prefix[row]
+        for kind, whole in enumerate(self.types):
+            due = whole.rule.victims_due(drawn) if whole and not whole.rule.ring and drawn > 0 else 0
+            if due and whole:
+                self.victims[row][drawn, kind] = self.read(row, kind, "victim", range(due))
+
+    def read(self, row: int, kind: int, name: str, logical: range) -> torch.Tensor:
+        """[heads, slots] of a field of the pages at logical slots of a row."""
+        whole = self.types[kind]
+        assert whole is not None
+        page = whole.pages.page
+        at = [(int(whole.block_table[row, n // page]), n % page) for n in logical]
+        return torch.stack([getattr(whole.pages, name)[b, :, o] for b, o in at], 1)
+
+    def check(self, atol: float = 1e-5) -> None:
+        """Compare everything drawn so far with the oracle: outputs, victims, tokens and scores."""
+        for row, prefix in enumerate(self.prefix):
+            n = self.length[row]
+            for kind, whole in enumerate(self.types):
+                cache_head = 0
+                for layer in range(len(self.world.spatial)) if whole and n else ():
+                    q, k, v = (x[row, :n, layer].double().numpy() for x in (self.q, self.k, self.v))
+                    for head in self.world.members(kind, layer):
+                        group = slice(head * self.world.group, (head + 1) * self.world.group)
+                        want = draw(whole.rule, prefix, q[:, group], k[:, head], v[:, head], self.scale)
+                        self._compare(row, kind, cache_head, want, self.out[row, :n, layer, group], atol)
+                        cache_head += 1
+
+    def _compare(
+        self, row: int, kind: int, head: int, want: Drawing, out: torch.Tensor, atol: float
+    ) -> None:
+        np.testing.assert_allclose(out.double().numpy(), want.out, atol=atol, rtol=0)
+        got = {drawn: found[head].tolist() for (drawn, k), found in self.victims[row].items() if k == kind}
+        assert got == {drawn: slots for drawn, slots in want.victims.items() if drawn in got}
+        prefix, whole = self.prefix[row], self.types[kind]
+        slots = range(prefix, prefix + len(want.holds))
+        if whole is None or not slots:
+            return
+        assert self.read(row, kind, "token", slots)[head].tolist() == want.holds
+        if whole.rule.scores:
+            score = self.read(row, kind, "score", slots)[head].double().numpy()
+            np.testing.assert_allclose(score, want.score, atol=10 * atol, rtol=1e-5)
+
+
+def _int32(numbers: list[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)

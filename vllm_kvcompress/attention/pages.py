@@ -1,0 +1,175 @@
+"""The paged cache of one head type: tensors, block tables and the plan of a step. No vLLM import.
+
+A *logical slot* of a request is a number: its prefix tokens come first, then the image slots. The block
+table of the head type says where it lies: page ``block_table[row, slot // page]``, place ``slot % page``.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from vllm_kvcompress.policy import HeadRule
+
+SIDE_BYTES = 8  # per head and slot: float32 score, int16 token, int16 victim
+
+
+@dataclass
+class HeadPages:
+    """All pages of one head type; a layer uses a slice of the head axis.
+
+    Parameters
+    ----------
+    kv : Tensor
+        [blocks, heads, page, 2 * head_size], cache dtype: K (after RoPE), then V. Any strides.
+    score : Tensor
+        [blocks, heads, page], float32: attention mass that the slot received.
+    token : Tensor
+        [blocks, heads, page], int16: index of the image token in the slot, -1 for a prefix token.
+    victim : Tensor
+        [blocks, heads, page], int16: at a request's logical slot j, j < W, the image slot (counted from
+        the prefix's end) of the j-th victim chosen at the last line's end.
+    """
+
+    kv: Tensor
+    score: Tensor
+    token: Tensor
+    victim: Tensor
+
+    @property
+    def page(self) -> int:
+        """Slots per page."""
+        return self.kv.shape[2]
+
+    @property
+    def head_size(self) -> int:
+        """D, numbers per key."""
+        return self.kv.shape[3] // 2
+
+    def layer(self, first: int, last: int) -> "HeadPages":
+        """Views of the heads ``first`` to ``last`` (exclusive)."""
+        return HeadPages(
+            self.kv[:, first:last],
+            self.score[:, first:last],
+            self.token[:, first:last],
+            self.victim[:, first:last],
+        )
+
+
+@dataclass
+class HeadType:
+    """One head type as one layer sees it; or, for `select_victims`, as all layers together see it.
+
+    Parameters
+    ----------
+    pages : HeadPages
+        Its head axis: branch 0's n heads, then branch 1's n heads.
+    rule : HeadRule
+        What these heads keep.
+    head_index : Tensor
+        [2 * n] int32: place of each cache head on the ``2 * Hkv`` axis of k and v (branch * Hkv + head).
+        `select_victims` does not read it.
+    block_table : Tensor
+        [rows, max_blocks] int32. Entries beyond a row's resident slots are never followed.
+    """
+
+    pages: HeadPages
+    rule: HeadRule
+    head_index: Tensor
+    block_table: Tensor
+
+
+@dataclass
+class Plan:
+    """One decode step: a row is a request, with one token.
+
+    Parameters
+    ----------
+    prefix : Tensor
+        [rows] int32: prompt tokens of the row.
+    length : Tensor
+        [rows] int32: tokens of the row, that of this step included, at most prefix + image. 0 is a
+        padding row: it writes nowhere and its output is zero.
+    """
+
+    prefix: Tensor
+    length: Tensor
+
+
+def page_bytes(heads: int, page: int, head_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one page: K, V and the side state (score, token, victim) of ``heads * page`` slots."""
+    return heads * page * (2 * head_size * dtype.itemsize + SIDE_BYTES)
+
+
+def pages_from_bytes(raw: Tensor, heads: int, page: int, head_size: int, dtype: torch.dtype) -> HeadPages:
+    """Lay the cache of one head type over raw memory; everything returned is a view of ``raw``.
+
+    Each page holds K and V of all heads, then scores, then tokens, then victims, then padding.
+
+    Parameters
+    ----------
+    raw : Tensor
+        [blocks, bytes] int8 or uint8 with bytes >= `page_bytes`; the surplus is padding.
+    heads, page, head_size : int
+        Cache heads of all layers and branches, slots per page, numbers per key.
+    dtype : torch.dtype
+        Of K and V.
+
+    Raises
+    ------
+    ValueError
+        If a page is too small, or a field would not be aligned to its type.
+    """
+    need = page_bytes(heads, page, head_size, dtype)
+    if raw.dim() != 2 or raw.dtype.itemsize != 1 or raw.stride(1) != 1 or raw.shape[1] < need:
+        raise ValueError(
+            f"raw: {list(raw.shape)} {raw.dtype}; need [blocks, at least {need}] bytes for {heads} heads x "
+            f"{page} slots"
+        )
+    first = raw.storage_offset()
+
+    def view(start: int, kind: torch.dtype, *shape: int) -> Tensor:
+        size = kind.itemsize
+        if (first + start) % size or raw.stride(0) % size:
+            raise ValueError(
+                f"raw: a page of {raw.stride(0)} bytes with {kind} at byte {start} is not aligned to {size}; "
+                "pad the page to a multiple of 4"
+            )
+        return raw[:, start : start + prod(shape) * size].view(kind).unflatten(1, shape)
+
+    slots = heads * page
+    score = slots * 2 * head_size * dtype.itemsize
+    return HeadPages(
+        view(0, dtype, heads, page, 2 * head_size),
+        view(score, torch.float32, heads, page),
+        view(score + 4 * slots, torch.int16, heads, page),
+        view(score + 6 * slots, torch.int16, heads, page),
+    )
+
+
+def locate(
+    block_table: Tensor, logical: Tensor, page: int, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Page and place of logical slots.
+
+    Parameters
+    ----------
+    block_table : Tensor
+        [rows, max_blocks] integer.
+    logical : Tensor
+        [rows, n] int64.
+    page : int
+        Slots per page.
+    valid : Tensor, optional
+        [rows, n] bool: where False the answer is (0, 0), and the table is not followed.
+
+    Returns
+    -------
+    block, place : Tensor
+        [rows, n] int64 each.
+    """
+    if valid is not None:
+        logical = logical.where(valid, 0)
+    block = block_table.long().gather(1, logical // page)
+    return (block if valid is None else block.where(valid, 0)), logical % page

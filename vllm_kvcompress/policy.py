@@ -1,0 +1,300 @@
+"""The line rule and the presets: which image tokens each head keeps. Pure arithmetic, no vLLM, no torch.
+
+The method is docs/design.md, "The method". A `Policy` is one point in its space; together with a grid
+and the number of heads of each type it gives a `HeadRule` per head type, and a rule is all that the
+attention code needs to know.
+
+Papers: SSD, https://arxiv.org/abs/2510.18716; LineAR, https://arxiv.org/abs/2512.04857; StreamingLLM,
+https://arxiv.org/abs/2309.17453; H2O, https://arxiv.org/abs/2306.14048.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from vllm_kvcompress.raster import Raster
+
+Score = Literal["inter_line", "accumulated"]
+HeadTypes = Literal["profile", "semantic", "spatial"]
+
+REFINEMENTS = ("value_norm", "smooth_row", "stratify")
+MAX_IMAGE = 2**15 - 1  # token and victim indices are stored as int16 beside the pages
+
+
+@dataclass(frozen=True)
+class HeadRule:
+    """What one head type does with the image tokens of a request.
+
+    The t-th image token goes to image slot t while t < capacity. After that a ring (spatial heads)
+    overwrites its oldest non-anchor slot, and a semantic head overwrites the victims chosen at the last
+    line's end, in their order. Image slots are numbered after the prefix: logical slot = prefix + slot.
+
+    Parameters
+    ----------
+    capacity : int
+        Resident image slots per head, those of the line being written included.
+    line : int
+        W, tokens per line.
+    image : int
+        L * W, tokens of a whole picture; at most 32767.
+    anchors : int
+        The first image tokens, never victims.
+    recent : int
+        The last drawn tokens, never victims. For a ring it follows from the rest: capacity - anchors.
+    ring : bool
+        Spatial head: overwrite the oldest non-anchor slot, without a score.
+    accumulate : bool
+        The score is `accumulated` over all steps; otherwise `inter_line`, reset at every line's end.
+    value_norm : bool
+        Weight the score by the L2 norm of the slot's value vector.
+    smooth_row : bool
+        Average the score with those of the left and right neighbours in the raster row, where resident.
+    stratify : bool
+        Choose within columns first: every column's lowest score, then every column's second lowest, ...
+
+    Raises ValueError where a line would not find W victims or a number is out of range.
+    """
+
+    capacity: int
+    line: int
+    image: int
+    anchors: int = 0
+    recent: int = 0
+    ring: bool = False
+    accumulate: bool = False
+    value_norm: bool = False
+    smooth_row: bool = False
+    stratify: bool = False
+
+    def __post_init__(self) -> None:
+        if self.line < 1 or self.image % self.line or not 1 <= self.image <= MAX_IMAGE:
+            raise ValueError(
+                f"image: {self.image} tokens by {self.line}; need whole lines, at most {MAX_IMAGE} tokens"
+            )
+        if not 1 <= self.capacity <= self.image:
+            raise ValueError(f"capacity: {self.capacity} slots; need 1 to the image's {self.image}")
+        for name in ("anchors", "recent"):
+            if not 0 <= getattr(self, name) <= self.capacity:
+                raise ValueError(f"{name}: {getattr(self, name)}; need 0 to the capacity of {self.capacity}")
+        kept = self.anchors + (0 if self.ring else self.recent)
+        if self.evicts and self.capacity - kept < self.line:
+            raise ValueError(
+                f"capacity: {self.capacity} slots less {kept} that are never victims leave "
+                f"{self.capacity - kept}, a line needs {self.line}; need at least {kept + self.line}"
+            )
+
+    @property
+    def evicts(self) -> bool:
+        """Whether any token is ever overwritten."""
+        return self.capacity < self.image
+
+    @property
+    def scores(self) -> bool:
+        """Whether the rule needs a score at all."""
+        return self.evicts and not self.ring
+
+    def resident(self, drawn: int) -> int:
+        """Image slots in use once ``drawn`` tokens have been written."""
+        return min(drawn, self.capacity)
+
+    def slot(self, token: int) -> int:
+        """Image slot of the ``token``-th image token: of a ring, or of a head that is not full yet."""
+        if token < self.capacity:
+            return token
+        if not self.ring:
+            raise ValueError(f"token {token} of a semantic head of {self.capacity} slots goes into a victim")
+        return self.anchors + (token - self.anchors) % (self.capacity - self.anchors)
+
+    def free(self, drawn: int) -> int:
+        """Image slots never written to once ``drawn`` tokens have been."""
+        return max(0, self.capacity - drawn)
+
+    def victims_due(self, drawn: int) -> int:
+        """Victims to choose now that ``drawn`` tokens have been drawn: 0 unless a line has just ended."""
+        if drawn % self.line or not 0 < drawn < self.image:
+            return 0
+        return max(0, min(self.line, self.image - drawn) - self.free(drawn))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset's name stands for. A new preset is one more entry in `PRESETS`.
+
+    ``anchors``, ``recent_lines`` and ``spatial_lines`` are defaults: shrunk to what fits a small grid or
+    budget, unlike the values that a user sets in `Policy`, which are refused where they do not fit.
+    """
+
+    head_types: HeadTypes
+    score: Score = "inter_line"
+    anchors: int = 0
+    recent_lines: int = 1
+    spatial_lines: int = 2
+    evicts: bool = True
+    value_norm: bool = False
+    smooth_row: bool = False
+    stratify: bool = False
+
+
+PRESETS: dict[str, Preset] = {
+    "full": Preset("semantic", evicts=False),
+    "streaming": Preset("spatial", anchors=4),  # StreamingLLM's four sinks
+    "h2o": Preset("semantic", score="accumulated"),
+    "line_ar": Preset("semantic", anchors=4),
+    "ssd": Preset("profile", score="accumulated"),
+    "decoupled": Preset("profile", anchors=4),
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One point in the design's space: a preset, a budget, and what the user set differently.
+
+    Parameters
+    ----------
+    preset : str
+        A name in `PRESETS`. It decides whatever is None below.
+    budget : float
+        Resident image slots per head as a share of the image, in (0, 1], mean over the heads, the line
+        being written included: 0.2 of 576 is 115 slots. `full` keeps everything whatever the budget.
+    spatial_tokens : int, optional
+        Resident image slots of a spatial head; the semantic heads get the rest. None: the preset's
+        number of lines (two), at most the mean, and more only where semantic heads already keep all.
+    anchor_tokens : int, optional
+        Anchors. None: the preset's number (4 or 0), at most a quarter of what a line of victims leaves.
+    recent_tokens : int, optional
+        Recent tokens of a semantic head. None: the preset's number of lines (one), but at most half of
+        what a line of victims and the anchors leave, so that the score has a choice.
+    score : {"inter_line", "accumulated"}, optional
+    head_types : {"profile", "semantic", "spatial"}, optional
+        From the head profile, or all heads alike.
+    value_norm, smooth_row, stratify : bool, optional
+        Refinements of the score, see `HeadRule`.
+
+    Raises ValueError, one line that names the field, for anything out of range.
+    """
+
+    preset: str = "decoupled"
+    budget: float = 0.2
+    spatial_tokens: int | None = None
+    anchor_tokens: int | None = None
+    recent_tokens: int | None = None
+    score: Score | None = None
+    head_types: HeadTypes | None = None
+    value_norm: bool | None = None
+    smooth_row: bool | None = None
+    stratify: bool | None = None
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
+        if not number or not 0 < self.budget <= 1:  # a NaN fails the comparison
+            raise ValueError(f"budget: {self.budget!r} is not a share of the image; need 0 < budget <= 1")
+        for name in ("spatial_tokens", "anchor_tokens", "recent_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ValueError(f"{name}: {value!r} is not a number of tokens; need a whole number >= 0")
+        allowed: dict[str, tuple] = {name: (None, False, True) for name in REFINEMENTS}
+        allowed["preset"] = tuple(PRESETS)
+        allowed["score"] = (None, "inter_line", "accumulated")
+        allowed["head_types"] = (None, "profile", "semantic", "spatial")
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                names = ", ".join(str(choice) for choice in choices if choice is not None)
+                raise ValueError(f"{name}: unknown {getattr(self, name)!r}; one of {names}")
+        if self.spatial_tokens is not None and self.types != "profile":
+            raise ValueError(f"spatial_tokens: all heads are {self.types}, nothing to share; set budget")
+        if self.recent_tokens is not None and self.types == "spatial":
+            raise ValueError("recent_tokens: spatial heads keep what budget leaves; set budget")
+
+    @property
+    def types(self) -> HeadTypes:
+        """Where the head types come from, the preset's choice unless set."""
+        return self.head_types or PRESETS[self.preset].head_types
+
+    def slots(self, raster: Raster) -> int:
+        """The budget in slots: resident image slots per head, mean over the heads."""
+        if not PRESETS[self.preset].evicts:
+            return raster.tokens
+        return math.floor(self.budget * raster.tokens + 1e-9)
+
+    def rules(
+        self, raster: Raster, n_spatial: int, n_semantic: int
+    ) -> tuple[HeadRule | None, HeadRule | None]:
+        """Rules of the spatial and of the semantic heads; None for a type that has no heads.
+
+        Parameters
+        ----------
+        raster : Raster
+            The model's grid.
+        n_spatial, n_semantic : int
+            Heads of each type in the whole model; the mean of the two capacities, weighted with them,
+            stays within the budget.
+
+        Raises
+        ------
+        ValueError
+            One line that names the field, the numbers and what would work.
+        """
+        preset, line, image = PRESETS[self.preset], raster.width, raster.tokens
+        if min(n_spatial, n_semantic) < 0 or n_spatial + n_semantic < 1:
+            raise ValueError(f"head_types: {n_spatial} spatial, {n_semantic} semantic; need a head")
+        if (self.types == "semantic" and n_spatial) or (self.types == "spatial" and n_semantic):
+            raise ValueError(f"head_types: all {self.types}, got {n_spatial} spatial, {n_semantic} semantic")
+        spatial, semantic = self._capacities(raster, n_spatial, n_semantic)
+        ring = rule = None
+        if n_spatial:
+            anchors = self._anchors(spatial - line)
+            ring = HeadRule(spatial, line, image, anchors, spatial - anchors, ring=True)
+        if n_semantic:
+            anchors = self._anchors(semantic - line - (self.recent_tokens or 0))
+            recent = self.recent_tokens
+            if recent is None:
+                recent = min(preset.recent_lines * line, max(0, semantic - line - anchors) // 2)
+            accumulate = (self.score or preset.score) == "accumulated"
+            mine = {name: getattr(self, name) for name in REFINEMENTS}
+            refine = {name: getattr(preset, name) if set_ is None else set_ for name, set_ in mine.items()}
+            rule = HeadRule(semantic, line, image, anchors, recent, accumulate=accumulate, **refine)
+        return ring, rule
+
+    def _anchors(self, room: int) -> int:
+        """The anchors asked for; else the preset's, at most a quarter of the ``room`` beside a line."""
+        if self.anchor_tokens is not None:
+            return self.anchor_tokens
+        return max(0, min(PRESETS[self.preset].anchors, room // 4))
+
+    def _capacities(self, raster: Raster, n_spatial: int, n_semantic: int) -> tuple[int, int]:
+        """Slots of a spatial and of a semantic head."""
+        line, image, mean = raster.width, raster.tokens, self.slots(raster)
+        anchors, recent, wanted = self.anchor_tokens or 0, self.recent_tokens or 0, self.spatial_tokens
+        for name in ("anchor_tokens", "recent_tokens", "spatial_tokens"):
+            if (getattr(self, name) or 0) > image:
+                raise ValueError(f"{name}: {getattr(self, name)}; need at most the image's {image} tokens")
+        # A head that keeps the whole image needs no victims, whatever its anchors.
+        least_spatial, least_semantic = min(image, anchors + line), min(image, anchors + recent + line)
+        if wanted is not None and n_spatial and wanted < least_spatial:
+            raise ValueError(
+                f"spatial_tokens: {wanted}, a line of {line} beside {anchors} anchors needs {least_spatial}"
+            )
+        floor = least_spatial if wanted is None else wanted
+        heads = n_spatial + n_semantic
+        total, need = mean * heads, n_spatial * floor + n_semantic * least_semantic
+        if need > total:
+            slots = math.ceil(need / heads)
+            asked = [n for n in ("spatial_tokens", "recent_tokens", "anchor_tokens") if getattr(self, n)]
+            field = asked[0] if asked and mean >= line else "budget"  # less than a line fails on its own
+            raise ValueError(
+                f"{field}: budget {self.budget:g} of {image} tokens is {mean} slots per head, "
+                f"{slots} needed ({n_spatial} spatial heads of {floor}, {n_semantic} semantic of "
+                f"{least_semantic}: a line of {line} beside {anchors} anchors, {recent} recent); "
+                f"{'' if field == 'budget' else f'lower {field} or '}"
+                f"set budget to at least {min(1.0, math.ceil(slots / image * 1e4) / 1e4):g}"
+            )
+        if not n_spatial or not n_semantic:
+            return (mean if wanted is None else wanted), mean
+        spatial = wanted
+        if spatial is None:
+            most = (total - n_semantic * least_semantic) // n_spatial
+            spatial = max(least_spatial, min(PRESETS[self.preset].spatial_lines * line, mean, most))
+        semantic = min(image, (total - n_spatial * spatial) // n_semantic)
+        if wanted is None and semantic == image:
+            spatial = max(spatial, min(image, (total - n_semantic * image) // n_spatial))
+        return spatial, semantic
