@@ -1,0 +1,200 @@
+"""``POST /v1/images/generations``: an endpoint plugin of vLLM's API server.
+
+The route is under ``/v1``, so ``--api-key`` guards it as it guards the others; errors, request ids and
+server load are vLLM's own.
+"""
+
+import time
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import State
+from starlette.requests import ClientDisconnect
+from vllm import envs
+from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import load_aware_call
+from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+from vllm.tracing import contains_trace_headers, extract_trace_headers
+from vllm.utils import random_uuid
+
+from vllm_kvcompress.serving.painter import Job, NegativeIds, Painter, Picture, PromptIds
+from vllm_kvcompress.serving.protocol import (
+    CompletedEvent,
+    EncodedPicture,
+    ImageRequest,
+    ImagesResponse,
+    ImagesUsage,
+    PartialImageEvent,
+    parse_request,
+)
+from vllm_kvcompress.serving.streaming import EventStream, picture_events
+from vllm_kvcompress.serving.tasks import all_or_none, until_disconnect
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+    from vllm.outputs import RequestOutput
+
+    from vllm_kvcompress.models.config import ImageModel
+
+PATH = "/v1/images/generations"
+CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody receives it, but logs and metrics show it
+
+# The engine's last output of each picture -> what ``usage.kv_cache`` says of them
+UsageExtra = Callable[[Sequence["RequestOutput"]], Awaitable[dict[str, Any] | None]]
+
+
+class ImagesEndpoint:
+    """The route and its state, one instance per server (vLLM's ``EndpointPlugin``).
+
+    Parameters
+    ----------
+    image_model, prompt_ids, negative_ids
+        What to serve and how to tokenize for it; by default, what the engine serves.
+    usage_extra
+        Called with each finished request's outputs; what it returns is ``usage.kv_cache``.
+    """
+
+    name = "kvcompress"
+    required_tasks = ("generate",)
+
+    def __init__(
+        self,
+        *,
+        image_model: "ImageModel | None" = None,
+        prompt_ids: PromptIds | None = None,
+        negative_ids: NegativeIds | None = None,
+        usage_extra: UsageExtra | None = None,
+    ) -> None:
+        self._image_model = image_model
+        self._prompt_ids = prompt_ids
+        self._negative_ids = negative_ids
+        self._usage_extra = usage_extra
+        self._painter: Painter | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the route. The body is described by hand: see ``parse_request`` for why it is parsed here."""
+        error = {"model": ErrorResponse}
+        app.add_api_route(
+            PATH,
+            load_aware_call(self.create_images),
+            methods=["POST"],
+            summary="Create images",
+            response_model=None,
+            openapi_extra={
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": ImageRequest.model_json_schema()}},
+                }
+            },
+            responses={
+                HTTPStatus.OK.value: {
+                    "model": ImagesResponse,
+                    "content": {"text/event-stream": {"schema": _events_schema()}},
+                },
+                HTTPStatus.BAD_REQUEST.value: error,
+                HTTPStatus.NOT_FOUND.value: error,
+                HTTPStatus.INTERNAL_SERVER_ERROR.value: error,
+                HTTPStatus.SERVICE_UNAVAILABLE.value: error,
+            },
+        )
+
+    async def init_state(self, engine_client: "EngineClient | None", state: State, args: Namespace) -> None:
+        """Bind the route to the engine. Raises ValueError without a tokenizer (--skip-tokenizer-init)."""
+        if engine_client is None:  # vLLM's render server, which draws nothing
+            return
+        if self._image_model is None:
+            from vllm_kvcompress.models.registry import image_model
+
+            self._image_model = image_model(engine_client.model_config)
+        if self._prompt_ids is None or self._negative_ids is None:
+            from vllm_kvcompress.models import prompt
+
+            self._prompt_ids = self._prompt_ids or prompt.image_prompt_ids
+            self._negative_ids = self._negative_ids or prompt.negative_ids
+        self._models = state.openai_serving_models
+        self._keep_alive = float(getattr(args, "sse_keep_alive_interval", 0))
+        self._painter = Painter(engine_client, self._image_model, self._prompt_ids, self._negative_ids)
+
+    async def create_images(self, raw_request: Request) -> Response:
+        """Draw pictures from a prompt.
+
+        OpenAI's images API with ``seed``, ``guidance_scale``, ``temperature``, ``top_k``, ``top_p`` and
+        ``negative_prompt`` added. Parameters that cannot be honoured are refused, unknown ones too.
+        """
+        if self._painter is None:
+            raise NotImplementedError("this server has no engine to draw pictures with")
+        try:
+            body = await raw_request.body()
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        request = parse_request(raw_request.headers.get("content-type", ""), body)
+        if (error := self._unknown_model(request.model)) is not None:
+            return JSONResponse(error.model_dump(), status_code=error.error.code)
+        response = await until_disconnect(
+            raw_request.receive, self._respond(self._painter, request, raw_request)
+        )
+        return Response(status_code=CLIENT_CLOSED_REQUEST) if response is None else response
+
+    async def _respond(self, painter: Painter, request: ImageRequest, raw_request: Request) -> Response:
+        request_id = raw_request.headers.get("X-Request-Id") or random_uuid()
+        # vLLM's exception handlers log it.
+        raw_request.state.request_metadata = RequestResponseMetadata(request_id=request_id)
+        trace_headers = None
+        if contains_trace_headers(raw_request.headers) and await painter.engine.is_tracing_enabled():
+            trace_headers = extract_trace_headers(raw_request.headers)
+        job = await painter.prepare(request, request_id, trace_headers)
+        if request.stream:
+            events = picture_events(painter, job, self._usage)
+            return EventStream(with_sse_keep_alive(events, self._keep_alive))
+        pictures = await all_or_none(_whole(painter, job, index) for index in range(request.n))
+        answer = ImagesResponse(
+            created=int(time.time()),
+            data=[EncodedPicture(b64_json=picture.b64_json) for picture in pictures],
+            output_format=request.output_format,
+            size=painter.size,
+            usage=await self._usage(job, pictures),
+        )
+        return JSONResponse(answer.model_dump(exclude_none=True))
+
+    async def _usage(self, job: Job, pictures: Sequence[Picture]) -> ImagesUsage:
+        assert self._painter is not None
+        kv_cache = None
+        if self._usage_extra is not None:
+            kv_cache = await self._usage_extra([p.output for p in pictures if p.output is not None])
+        return ImagesUsage.of(
+            len(job.prompt_ids), len(pictures) * self._painter.model.raster.tokens, kv_cache
+        )
+
+    def _unknown_model(self, name: str | None) -> ErrorResponse | None:
+        """The names that vLLM's other routes know, without adapters: the model has none."""
+        if not name or envs.VLLM_SKIP_MODEL_NAME_VALIDATION or self._models.is_base_model(name):
+            return None
+        served = ", ".join(path.name for path in self._models.base_model_paths)
+        return create_error_response(
+            f"The model `{name[:200]}` does not exist. Valid aliases: {served}.",
+            err_type="NotFoundError",
+            status_code=HTTPStatus.NOT_FOUND,
+            param="model",
+        )
+
+
+async def _whole(painter: Painter, job: Job, index: int) -> Picture:
+    (picture,) = [picture async for picture in painter.draw(job, index)]
+    return picture
+
+
+def _events_schema() -> dict[str, Any]:
+    """Schemas of the stream's events; FastAPI knows the models inside from ``ImagesResponse``."""
+    schemas = [
+        event.model_json_schema(ref_template="#/components/schemas/{model}")
+        for event in (PartialImageEvent, CompletedEvent)
+    ]
+    for schema in schemas:
+        schema.pop("$defs", None)
+    return {"oneOf": schemas}

@@ -1,0 +1,233 @@
+"""From a checked request to encoded pictures, through vLLM's engine client.
+
+Three resources, none of which may wait for another: the engine draws tokens for all pictures at once;
+its worker turns codes into pixels between two steps, one picture at a time; threads of this process
+tokenize prompts and encode files.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm import SamplingParams
+from vllm.exceptions import GenerationError, VLLMError
+from vllm.logger import init_logger
+from vllm.sampling_params import RequestOutputKind
+from vllm.utils import random_uuid
+
+from vllm_kvcompress.serving.encode import Pixels, encode_base64
+from vllm_kvcompress.serving.protocol import MAX_SEED, BadParameter, ImageRequest
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+    from vllm.outputs import RequestOutput
+
+    from vllm_kvcompress.models.config import ImageModel
+
+DECODE_METHOD = "kvcompress_decode_image"
+# (tokenizer, image model, text) -> ids that end in begin-of-image
+PromptIds = Callable[[Any, "ImageModel", str], list[int]]
+# (tokenizer, image model, text, length) -> ids of exactly that length; ValueError when it does not fit
+NegativeIds = Callable[[Any, "ImageModel", str, int], list[int]]
+
+logger = init_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that the engine will accept: what to draw, and how."""
+
+    request: ImageRequest
+    prompt_ids: list[int]
+    extra_args: dict[str, Any]
+    request_id: str
+    trace_headers: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture; ``output`` is the engine's last word on it, None while it is unfinished."""
+
+    b64_json: str
+    output: "RequestOutput | None" = None
+
+
+def partial_lines(lines: int, partials: int) -> list[int]:
+    """After how many lines to show an unfinished picture: ``partials`` times, evenly spread."""
+    at = {lines * k // (partials + 1) for k in range(1, partials + 1)}
+    return sorted(at - {0})
+
+
+class Painter:
+    """Draws pictures with one model.
+
+    Parameters
+    ----------
+    engine : EngineClient
+        The server's.
+    model : ImageModel
+        What is being served.
+    prompt_ids, negative_ids : callable
+        How this model's prompts are tokenized.
+    """
+
+    def __init__(
+        self, engine: "EngineClient", model: "ImageModel", prompt_ids: PromptIds, negative_ids: NegativeIds
+    ) -> None:
+        self.engine = engine
+        self.model = model
+        self._prompt_ids = prompt_ids
+        self._negative_ids = negative_ids
+        # vLLM's own, which is safe to use from several threads.
+        self._tokenizer = engine.renderer.get_tokenizer()
+        self._decoding = asyncio.Lock()
+
+    @property
+    def size(self) -> str:
+        """The model's picture size as the API spells it."""
+        return "{}x{}".format(*self.model.raster.pixel_size)
+
+    async def prepare(
+        self, request: ImageRequest, request_id: str, trace_headers: Mapping[str, str] | None = None
+    ) -> Job:
+        """Check what needs the model, and tokenize.
+
+        Raises
+        ------
+        BadParameter
+            A foreign size, a prompt that leaves no room for the picture, a negative prompt that does
+            not fit.
+        EngineDeadError, GracefulHTTPError
+            The engine takes no requests (more).
+        """
+        if self.engine.errored:
+            raise self.engine.dead_error
+        if request.size not in ("auto", self.size):
+            raise BadParameter("size", f"size must be {self.size} or auto, got {request.size!r:.40}")
+        prompt_ids = await self._tokenized("prompt", self._prompt_ids, request.prompt)
+        context, picture = self.engine.model_config.max_model_len, self.model.raster.tokens
+        if len(prompt_ids) + picture > context:
+            raise BadParameter(
+                "prompt",
+                f"the prompt has {len(prompt_ids)} tokens and the picture {picture}, "
+                f"but the context holds {context}",
+            )
+        scale = self.model.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        extra_args: dict[str, Any] = {"guidance_scale": scale}
+        if request.negative_prompt:
+            extra_args["negative_prompt_token_ids"] = await self._tokenized(
+                "negative_prompt", self._negative_ids, request.negative_prompt, len(prompt_ids)
+            )
+        self.engine.check_admission(request.n)
+        # The random part keeps ids apart when a client repeats its X-Request-Id.
+        return Job(request, prompt_ids, extra_args, f"img-{request_id}-{random_uuid()}", trace_headers)
+
+    async def _tokenized(self, parameter: str, tokenize: Callable[..., list[int]], *args: Any) -> list[int]:
+        try:
+            return await asyncio.to_thread(tokenize, self._tokenizer, self.model, *args)
+        except ValueError as error:
+            raise BadParameter(parameter, str(error)) from None
+
+    async def draw(self, job: Job, index: int = 0) -> AsyncGenerator[Picture, None]:
+        """Picture ``index`` of a job: its partial pictures, then the whole.
+
+        A partial picture is skipped, until the next line's end, while the decoder is busy: it never
+        makes a finished picture wait in line. Close the generator, or cancel its task, to abort.
+
+        Raises
+        ------
+        GenerationError
+            The engine did not finish the picture, or it could not be decoded.
+        """
+        raster = self.model.raster
+        due = partial_lines(raster.lines, job.request.partial_images)
+        codes: list[int] = []
+        output: RequestOutput | None = None
+        async with contextlib.aclosing(self._outputs(job, index, streaming=bool(due))) as outputs:
+            async for output in outputs:
+                codes += self._codes(output)
+                lines = len(codes) // raster.width
+                if output.finished or not due or lines < due[0] or self._decoding.locked():
+                    continue
+                due = [line for line in due if line > lines]
+                yield Picture(await self._picture(codes[: lines * raster.width], job.request))
+        if output is None or not output.finished or len(codes) != raster.tokens:
+            reason = output.outputs[0].finish_reason if output is not None else None
+            raise GenerationError(
+                f"the picture ended after {len(codes)} of {raster.tokens} tokens (finish reason {reason})"
+            )
+        yield Picture(await self._picture(codes, job.request), output)
+
+    async def _outputs(self, job: Job, index: int, streaming: bool) -> AsyncGenerator["RequestOutput", None]:
+        """The engine's outputs for one picture; each holds the tokens since the one before."""
+        request_id = f"{job.request_id}-{index}"
+        outputs = self.engine.generate(
+            {"prompt_token_ids": job.prompt_ids},
+            self._sampling(job, index, streaming),
+            request_id=request_id,
+            trace_headers=job.trace_headers,
+        )
+        try:
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    yield output
+        except BaseException:
+            # vLLM's generator aborts its request when it is closed, except while it is still adding it.
+            with contextlib.suppress(Exception):
+                await self.engine.abort(request_id)
+            raise
+
+    def _sampling(self, job: Job, index: int, streaming: bool) -> SamplingParams:
+        request, raster = job.request, self.model.raster
+        seed = None if request.seed is None else (request.seed + index) % (MAX_SEED + 1)
+        return SamplingParams(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            # All codes is no restriction; and the engine keeps k in 32 bits.
+            top_k=request.top_k if 0 < request.top_k < self.model.codes else 0,
+            seed=seed,
+            max_tokens=raster.tokens,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=dict(job.extra_args),
+            output_kind=RequestOutputKind.DELTA if streaming else RequestOutputKind.FINAL_ONLY,
+            stream_interval=raster.width if streaming else None,  # nobody looks between line ends
+        )
+
+    def _codes(self, output: "RequestOutput") -> list[int]:
+        codes = [self.model.code(token) for token in output.outputs[0].token_ids]
+        if any(not 0 <= code < self.model.codes for code in codes):
+            raise GenerationError("the model drew a token that is not an image token")
+        return codes
+
+    async def _picture(self, codes: list[int], request: ImageRequest) -> str:
+        try:
+            pixels = await self._decode(codes)
+            return await asyncio.to_thread(
+                encode_base64,
+                pixels,
+                self.model.raster.pixel_size,
+                request.output_format,
+                request.output_compression,
+            )
+        except VLLMError:  # a dead engine
+            raise
+        except Exception as error:
+            logger.exception("A picture could not be decoded")
+            raise GenerationError("the picture could not be decoded") from error
+
+    async def _decode(self, codes: list[int]) -> Pixels:
+        """Pixels of whole lines.
+
+        The engine draws no tokens while it decodes, so there is one call in flight: between two
+        pictures that are ready at the same time, the others get their steps.
+        """
+        await self._decoding.acquire()
+        call = asyncio.ensure_future(self.engine.collective_rpc(DECODE_METHOD, args=(codes,)))
+        # A worker can't be interrupted: if this task is cancelled, the call still runs, and holds the lock.
+        call.add_done_callback(lambda _: self._decoding.release())
+        workers = await asyncio.shield(call)
+        (decoded,) = [pixels for pixels in workers if pixels is not None]
+        return Pixels(*decoded)

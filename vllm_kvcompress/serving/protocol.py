@@ -1,0 +1,235 @@
+"""What a request to ``POST /v1/images/generations`` may say, and what the answers look like.
+
+OpenAI's images schema with the sampling fields that other picture servers have. Nothing is ignored in
+silence: a parameter that this server cannot honour is a 400 that names it. What that means for
+OpenAI's fields that steer things this server does not have:
+
+=====================  ==========================================================================
+accepted, no effect    ``user`` and ``safety_identifier`` (labels); ``moderation`` (``auto``,
+                       ``low``: there is no filter); ``quality`` ``auto`` or ``standard`` (there
+                       is one quality); ``background`` ``auto`` or ``opaque`` (pictures are opaque)
+refused                ``response_format`` ``url``; ``background`` ``transparent``; any other
+                       ``quality``; ``style``, and every name that is not a field below
+=====================  ==========================================================================
+
+``null`` means "not given", as in OpenAI's schema.
+"""
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from typing_extensions import Self
+from vllm.exceptions import VLLMValidationError
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+MAX_PROMPT_CHARACTERS = 32_000  # OpenAI's limit; also bounds the time spent in the tokenizer
+MAX_SEED = 2**63 - 1
+
+# What to do instead, for values and names that clients of other servers are likely to send.
+_HINTS = {
+    "background": "the model draws opaque pictures",
+    "quality": "the model has one quality",
+    "response_format": "pictures are returned in the response, not hosted",
+    "style": "describe the style in the prompt",
+    "seed": "leave it out for a different picture each time",
+    "num_inference_steps": "the model draws token by token, without diffusion steps",
+}
+
+
+class BadParameter(VLLMValidationError):
+    """A 400 that names the parameter; vLLM's exception handlers turn it into OpenAI's error shape."""
+
+    def __init__(self, parameter: str, message: str) -> None:
+        super().__init__(message, parameter=parameter)
+
+    def __str__(self) -> str:  # without the base class's "(parameter=...)": the answer has a field for it
+        return str(self.args[0])
+
+
+class ImageRequest(BaseModel):
+    """Body of a request. ``parse_request`` makes one from bytes."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS, description="What to draw.")
+    model: str | None = Field(None, description="A name the model is served under.")
+    n: int = Field(1, ge=1, le=10, description="Number of pictures; 1 when streaming.")
+    size: str = Field("auto", description="`auto`, or the model's own size as `WIDTHxHEIGHT`.")
+    response_format: Literal["b64_json"] = "b64_json"
+    output_format: OutputFormat = "png"
+    output_compression: int = Field(
+        100, ge=0, le=100, description="Quality of jpeg and webp, 100 the best. A png is always 100."
+    )
+    stream: bool = Field(False, description="Answer with server-sent events.")
+    partial_images: int = Field(
+        0,
+        ge=0,
+        le=3,
+        description="Unfinished pictures to send while streaming: the lines drawn so far, the rest grey. "
+        "A busy server may send fewer.",
+    )
+    user: str | None = Field(None, description="A label; no effect.")
+    safety_identifier: str | None = Field(None, description="A label; no effect.")
+    moderation: Literal["auto", "low"] = Field("auto", description="No effect: there is no filter.")
+    quality: Literal["auto", "standard"] = Field("auto", description="No effect: there is one quality.")
+    background: Literal["auto", "opaque"] = Field("auto", description="No effect: pictures are opaque.")
+    # Beyond OpenAI.
+    seed: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_SEED,
+        description="Makes pictures reproducible: picture i of n, from 0, is the one that seed + i draws.",
+    )
+    guidance_scale: FiniteFloat | None = Field(
+        None, ge=0, le=100, description="Classifier-free guidance; 1 is none. Default: the model's."
+    )
+    temperature: FiniteFloat = Field(1.0, ge=0, le=2, description="0 is greedy.")
+    top_k: int = Field(0, ge=-1, description="Draw among the k likeliest codes; 0 or -1: among all.")
+    top_p: FiniteFloat = Field(1.0, gt=0, le=1)
+    negative_prompt: str | None = Field(
+        None,
+        max_length=MAX_PROMPT_CHARACTERS,
+        description="What to keep away from: the unconditional branch's text. No longer than the prompt.",
+    )
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        """Raises BadParameter (which passes through pydantic) where fields contradict each other."""
+        if not self.prompt.strip():
+            raise BadParameter("prompt", "prompt must not be empty")
+        if self.stream and self.n > 1:
+            raise BadParameter("n", f"n must be 1 when streaming, got {self.n}: events name no picture")
+        if self.partial_images and not self.stream:
+            raise BadParameter("partial_images", "partial_images needs stream=true")
+        if self.output_format == "png" and self.output_compression < 100:
+            raise BadParameter(
+                "output_compression",
+                f"output_compression must be 100 for png, got {self.output_compression}: png is lossless",
+            )
+        if self.negative_prompt and self.guidance_scale == 1:
+            raise BadParameter(
+                "negative_prompt", "negative_prompt has no effect with guidance_scale 1 (none)"
+            )
+        return self
+
+
+def parse_request(content_type: str, body: bytes) -> ImageRequest:
+    """The request in an HTTP body.
+
+    FastAPI could parse it, but vLLM's handler for its errors answers with pydantic's own wording and
+    ``body.n`` as the parameter of ``n``.
+
+    Raises
+    ------
+    BadParameter
+        Naming the field, or ``body`` when there are no fields to name.
+    """
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise BadParameter("body", f"Content-Type must be application/json, got {_shown(content_type)}")
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, absurdly long numbers
+        raise BadParameter("body", f"the body is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise BadParameter("body", "the body must be a JSON object")
+    try:
+        return ImageRequest.model_validate({k: v for k, v in fields.items() if v is not None})
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> BadParameter:
+    """The first complaint, as one line that names the field."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    if not first["loc"]:
+        return BadParameter("body", "the body has a field whose name is not valid text")
+    name = str(first["loc"][0])[:64]
+    hint = f": {_HINTS[name]}" if name in _HINTS else ""
+    if first["type"] == "missing":
+        return BadParameter(name, f"{name} is required")
+    if first["type"] == "extra_forbidden":
+        return BadParameter(name, f"{name} is not a parameter of image generation here{hint}")
+    demand = first["msg"].replace("Input should be", "must be").replace("String should", "must")
+    return BadParameter(name, f"{name} {demand}, got {_shown(first['input'])}{hint}")
+
+
+def _shown(value: Any) -> str:
+    """A value as an error message shows it: short, however long it is, and always encodable."""
+    if isinstance(value, (dict, list)):
+        return f"a JSON {'object' if isinstance(value, dict) else 'array'}"
+    if isinstance(value, str) and len(value) > 40:
+        return f"{len(value)} characters"
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+class ImagesTokenDetails(BaseModel):
+    """Tokens by kind."""
+
+    text_tokens: int
+    image_tokens: int
+
+
+class ImagesUsage(BaseModel):
+    """Token counts: the prompt counts once, however many pictures it has."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: ImagesTokenDetails
+    output_tokens_details: ImagesTokenDetails
+    kv_cache: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, prompt_tokens: int, image_tokens: int, kv_cache: dict[str, Any] | None) -> Self:
+        """Counts of text in, pictures out."""
+        return cls(
+            input_tokens=prompt_tokens,
+            output_tokens=image_tokens,
+            total_tokens=prompt_tokens + image_tokens,
+            input_tokens_details=ImagesTokenDetails(text_tokens=prompt_tokens, image_tokens=0),
+            output_tokens_details=ImagesTokenDetails(text_tokens=0, image_tokens=image_tokens),
+            kv_cache=kv_cache,
+        )
+
+
+class EncodedPicture(BaseModel):
+    """One picture of the answer: a file, in base64."""
+
+    b64_json: str
+
+
+class ImagesResponse(BaseModel):
+    """The answer to a request that does not stream."""
+
+    created: int
+    background: Literal["opaque"] = "opaque"
+    data: list[EncodedPicture]
+    output_format: OutputFormat
+    size: str
+    usage: ImagesUsage
+
+
+class _Event(BaseModel):
+    b64_json: str
+    background: Literal["opaque"] = "opaque"
+    created_at: int
+    output_format: OutputFormat
+    quality: Literal["auto"] = "auto"
+    size: str
+
+
+class PartialImageEvent(_Event):
+    """An unfinished picture of the full size."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    partial_image_index: int
+
+
+class CompletedEvent(_Event):
+    """The picture."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    usage: ImagesUsage

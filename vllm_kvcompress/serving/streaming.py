@@ -1,0 +1,74 @@
+"""A picture as server-sent events, in the shapes that OpenAI's clients read."""
+
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+from vllm.entrypoints.serve import create_error_response
+from vllm.exceptions import VLLMError
+from vllm.logger import init_logger
+
+from vllm_kvcompress.serving.painter import Job, Painter, Picture
+from vllm_kvcompress.serving.protocol import CompletedEvent, ImagesUsage, PartialImageEvent
+from vllm_kvcompress.serving.tasks import until_disconnect
+
+logger = init_logger(__name__)
+
+
+def _event(name: str, data: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+async def picture_events(
+    painter: Painter, job: Job, usage: Callable[[Job, list[Picture]], Awaitable[ImagesUsage]]
+) -> AsyncGenerator[str, None]:
+    """The events of one picture.
+
+    The status line has been sent by now, so a failure is an ``error`` event, after which the stream
+    ends: OpenAI's clients raise ``APIError`` with its message.
+    """
+    partials = 0
+    try:
+        async with contextlib.aclosing(painter.draw(job)) as pictures:
+            async for picture in pictures:
+                common: dict[str, Any] = {
+                    "b64_json": picture.b64_json,
+                    "created_at": int(time.time()),
+                    "output_format": job.request.output_format,
+                    "size": painter.size,
+                }
+                event: PartialImageEvent | CompletedEvent
+                if picture.output is None:
+                    event = PartialImageEvent(partial_image_index=partials, **common)
+                    partials += 1
+                else:
+                    event = CompletedEvent(usage=await usage(job, [picture]), **common)
+                yield _event(event.type, event.model_dump(exclude_none=True))
+    except Exception as error:
+        if not isinstance(error, VLLMError):
+            logger.exception("A streamed picture failed")
+        yield _event("error", {"type": "error", **create_error_response(error).model_dump()})
+
+
+class EventStream(StreamingResponse):
+    """A streaming response that stops its generator as soon as the client has gone.
+
+    Starlette alone may learn that only at the next event, minutes later, and leaves a generator that
+    is waiting to be read to the garbage collector.
+    """
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_disconnect(receive, self.stream_response(send))
+        finally:
+            await self._events.aclose()
+            if self.background is not None:
+                await self.background()
