@@ -1,12 +1,16 @@
 """A vLLM engine that draws without a model, and the images route mounted on it as vLLM mounts it."""
 
 import asyncio
+import base64
 import contextlib
+import io
 from argparse import Namespace
 from types import SimpleNamespace
 
 import httpx
+import openai
 from fastapi import FastAPI
+from PIL import Image
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
@@ -164,6 +168,34 @@ def http_client(app):
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
 
 
+def openai_client(app, api_key="none"):
+    import httpx2  # what the openai package calls its HTTP client
+
+    transport = httpx2.ASGITransport(app)
+    return openai.AsyncOpenAI(
+        base_url="http://server/v1",
+        api_key=api_key,
+        max_retries=0,
+        http_client=httpx2.AsyncClient(transport=transport),
+    )
+
+
+def rgb(b64):
+    picture = Image.open(io.BytesIO(base64.b64decode(b64)))
+    assert picture.size == (WIDTH, HEIGHT)
+    return picture.tobytes()
+
+
+async def draw(client, status=200, **fields):
+    answer = await client.post(PATH, json={"prompt": "a cat", **fields})
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+async def still_serves(client):
+    assert rgb((await draw(client, seed=1))["data"][0]["b64_json"]) == expected_rgb(1)
+
+
 class AsgiCall:
     """A request whose client can hang up: ``messages`` is what it received until then."""
 
@@ -195,9 +227,12 @@ class AsgiCall:
 
 async def until(condition, seconds=5.0):
     """Wait for something that other tasks bring about."""
-    async with asyncio.timeout(seconds):
+
+    async def poll():
         while not condition():
             await asyncio.sleep(0.002)
+
+    await asyncio.wait_for(poll(), seconds)
 
 
 @contextlib.asynccontextmanager
