@@ -60,6 +60,7 @@ class MultiModalityConfig(PreTrainedConfig):
         language.setdefault("dtype", dtype or language.pop("torch_dtype", None))
         language.pop("torch_dtype", None)
         self.text_config = LlamaConfig(**language)
+        kwargs["dtype"] = self.text_config.dtype
         # Stored tensors are always both there, and different.
         kwargs["tie_word_embeddings"] = False
 

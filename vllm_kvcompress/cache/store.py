@@ -1,0 +1,245 @@
+"""The compressed cache of one engine: head types, pages, and what every decoder layer does with them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from vllm_kvcompress.attention import kernels
+from vllm_kvcompress.attention.backend import KVCompressBackend, StepPlan
+from vllm_kvcompress.attention.pages import SIDE_BYTES, HeadType, page_bytes, pages_from_bytes
+from vllm_kvcompress.attention.prefill import prefill
+from vllm_kvcompress.cache.paging import Paging
+from vllm_kvcompress.cache.spec import HeadTypeSpec, SemanticSpec, SpatialSpec
+from vllm_kvcompress.policy import HeadRule
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+BRANCHES = 2
+_ALIGNMENT = 64  # bytes; a cache line
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How the heads of a model are split over the two caches.
+
+    Parameters
+    ----------
+    spatial : tuple of tuple of int
+        Per layer, the KV heads that are spatial; the others are semantic.
+    kv_heads, head_size : int
+        KV heads of a layer (one branch), numbers per key.
+    rules : (HeadRule or None, HeadRule or None)
+        Of the spatial and the semantic heads.
+    paging : Paging
+        Tokens per page of each.
+    dtype : torch.dtype
+        Of K and V.
+    """
+
+    spatial: tuple[tuple[int, ...], ...]
+    kv_heads: int
+    head_size: int
+    rules: tuple[HeadRule | None, HeadRule | None]
+    paging: Paging
+    dtype: torch.dtype
+
+    def heads(self, kind: int, layer: int) -> list[int]:
+        """KV heads of type ``kind`` (0 spatial, 1 semantic) in ``layer``."""
+        spatial = self.spatial[layer]
+        return list(spatial) if kind == 0 else [h for h in range(self.kv_heads) if h not in spatial]
+
+    def total(self, kind: int) -> int:
+        """Cache heads of a type over all layers and branches."""
+        return BRANCHES * sum(len(self.heads(kind, layer)) for layer in range(len(self.spatial)))
+
+    def page_tokens(self, kind: int) -> int:
+        """Tokens a page of this type holds."""
+        return (self.paging.spatial_tokens, self.paging.semantic_tokens)[kind]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of either type, side state included."""
+        need = max(
+            page_bytes(self.total(kind), self.page_tokens(kind), self.head_size, self.dtype)
+            for kind in (0, 1)
+            if self.total(kind)
+        )
+        return -(-need // _ALIGNMENT) * _ALIGNMENT
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot of one head."""
+        return 2 * self.head_size * self.dtype.itemsize + SIDE_BYTES
+
+
+class HeadTypeCache(nn.Module, AttentionLayerBase):
+    """One head type's pages, as vLLM's "attention layer" that owns a KV-cache group."""
+
+    def __init__(self, name: str, kind: int, store: "CompressedCache", vllm_config: "VllmConfig") -> None:
+        super().__init__()
+        self.kv_cache = torch.tensor([])
+        self.name, self.kind = name, kind
+        self._held = [store]  # in a list, so that nn.Module does not make it a submodule
+        vllm_config.compilation_config.static_forward_context[name] = self
+
+    @property
+    def store(self) -> "CompressedCache":
+        """The cache that this is a part of."""
+        return self._held[0]
+
+    def get_attn_backend(self) -> type[KVCompressBackend]:
+        return KVCompressBackend
+
+    def get_kv_cache_spec(self, vllm_config: "VllmConfig") -> HeadTypeSpec | None:
+        layout = self.store.layout(vllm_config)
+        rule = layout.rules[self.kind]
+        if rule is None:
+            return None
+        spec = (SpatialSpec, SemanticSpec)[self.kind]
+        return spec(
+            block_size=layout.page_tokens(self.kind),
+            num_kv_heads=layout.total(self.kind),
+            head_size=layout.head_size,
+            dtype=layout.dtype,
+            page_size_padded=layout.page_bytes,
+            capacity=rule.capacity,
+            image_tokens=rule.image,
+            context=vllm_config.model_config.max_model_len,
+        )
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        self.store.bind(self.kind, kv_cache)
+
+
+class CompressedCache(nn.Module):
+    """Both head types' caches, and the attention of every decoder layer over them."""
+
+    def __init__(self, vllm_config: "VllmConfig", make_layout: Any) -> None:
+        super().__init__()
+        self._make_layout = make_layout
+        self._layout: CacheLayout | None = None
+        # The runner orders cache layers by the one integer in their name.
+        names = ("kvcompress.0.spatial", "kvcompress.1.semantic")
+        self.caches = nn.ModuleList(
+            HeadTypeCache(name, kind, self, vllm_config) for kind, name in enumerate(names)
+        )
+        self._types: dict[int, list[HeadType]] = {}
+        self._all_layers: dict[int, HeadType] = {}
+        self._step: tuple[StepPlan, ...] = ()
+        self.recorder: Any = None  # while heads are being calibrated, it attends instead
+
+    def layout(self, vllm_config: "VllmConfig") -> CacheLayout:
+        """Decided once, when vLLM first asks for the cache's specs: weights are loaded by then."""
+        if self._layout is None:
+            self._layout = self._make_layout(vllm_config)
+        return self._layout
+
+    def bind(self, kind: int, kv_cache: Tensor) -> None:
+        """The pages of a head type have been allocated."""
+        layout = self._layout
+        assert layout is not None
+        raw = torch.as_strided(
+            _bytes_of(kv_cache),
+            (kv_cache.shape[0], layout.page_bytes),
+            (kv_cache.stride(0) * kv_cache.element_size(), 1),
+            kv_cache.storage_offset() * kv_cache.element_size(),
+        )
+        pages = pages_from_bytes(raw, layout.total(kind), layout.page_tokens(kind), layout.head_size, layout.dtype)
+        rule = layout.rules[kind]
+        assert rule is not None
+        empty = torch.zeros(0, 0, dtype=torch.int32, device=kv_cache.device)
+        every: list[int] = []
+        types, first = [], 0
+        for layer in range(len(layout.spatial)):
+            mine = layout.heads(kind, layer)
+            index = [branch * layout.kv_heads + head for branch in range(BRANCHES) for head in mine]
+            head_index = torch.tensor(index, dtype=torch.int32, device=kv_cache.device)
+            types.append(HeadType(pages.layer(first, first + len(index)), rule, head_index, empty))
+            first += len(index)
+            every += index
+        self._types[kind] = types
+        all_index = torch.tensor(every, dtype=torch.int32, device=kv_cache.device)
+        self._all_layers[kind] = HeadType(pages, rule, all_index, empty)
+        self._step = ()
+
+    def _plans(self) -> dict[int, StepPlan]:
+        """This step's plans, with block tables handed to the head types once per step."""
+        metadata = get_forward_context().attn_metadata
+        if not isinstance(metadata, dict):
+            return {}
+        plans = {c.kind: metadata[c.name] for c in self.caches if c.name in metadata}
+        step = tuple(plans.values())
+        if len(step) != len(self._step) or any(a is not b for a, b in zip(step, self._step, strict=True)):
+            self._step = step
+            for kind, plan in plans.items():
+                rows = plan.decode_rows
+                table = plan.block_table if rows is None else plan.block_table[rows]
+                for held in (*self._types[kind], self._all_layers[kind]):
+                    held.block_table = table
+        return plans
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
+        """One decoder layer: write K and V, attend, add to scores; after the last layer, choose victims.
+
+        Parameters
+        ----------
+        q : Tensor
+            ``[tokens, 2 * Hq, D]``; k and v: ``[tokens, 2 * Hkv, D]``, keys after RoPE.
+
+        Returns
+        -------
+        Tensor
+            Like q.
+        """
+        if self.recorder is not None:
+            return self.recorder.attend(q, k, v, layer, scale)
+        out = torch.empty_like(q)
+        plans = self._plans()
+        if not plans or not self._types:
+            return out.zero_()  # memory profiling: no cache yet
+        plan = next(iter(plans.values()))
+        types = [t for kind in plans if len((t := self._types[kind][layer]).head_index)]
+        if plan.decode_rows is None:
+            tokens = len(plan.decode.length)
+            kernels.decode(q[:tokens], k[:tokens], v[:tokens], types, plan.decode, scale, out[:tokens])
+            out[tokens:].zero_()
+        else:
+            self._mixed(q, k, v, types, plans, layer, scale, out)
+        if layer == len(self._layout.spatial) - 1 and len(plan.decode.length):  # type: ignore[union-attr]
+            for kind in plans:
+                kernels.select_victims(self._all_layers[kind], plan.decode)
+        return out
+
+    def _mixed(
+        self, q: Tensor, k: Tensor, v: Tensor, types: list[HeadType], plans: dict[int, StepPlan], layer: int,
+        scale: float, out: Tensor,
+    ) -> None:  # fmt: skip
+        plan = next(iter(plans.values()))
+        at = plan.decode_tokens
+        assert at is not None
+        if len(at):
+            part = torch.empty_like(q[at])
+            kernels.decode(q[at], k[at], v[at], types, plan.decode, scale, part)
+            out[at] = part
+        for row, first, last in plan.others:
+            whole = [
+                HeadType(t.pages, t.rule, t.head_index, plans[kind].block_table[row : row + 1])
+                for kind in plans
+                if len((t := self._types[kind][layer]).head_index)
+            ]
+            prefill(
+                q[first:last], k[first:last], v[first:last], whole, [0, last - first],
+                plan.prefix[row : row + 1], plan.length[row : row + 1], scale, out[first:last],
+            )  # fmt: skip
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The storage of ``tensor`` as int8, from its beginning."""
+    return torch.empty(0, dtype=torch.int8, device=tensor.device).set_(tensor.untyped_storage())
+

@@ -1,0 +1,93 @@
+"""``--additional-config '{"kvcompress": {...}}'``: one frozen model, unknown keys refused."""
+
+import difflib
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vllm_kvcompress.policy import Policy
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KEY = "kvcompress"
+BACKEND = "kvcompress"
+Kernels = Literal["auto", "torch", "cpu"]
+_POLICY_FIELDS = frozenset(Policy.__dataclass_fields__)
+
+
+class CompressionConfig(BaseModel):
+    """How a kvcompress server compresses; every field has a default.
+
+    The fields that ``vllm_kvcompress.policy.Policy`` has too mean what they mean there.
+
+    Parameters
+    ----------
+    head_profile : str
+        Path of a head profile, or ``auto``: the user's cache directory, calibrated at start-up if the
+        profile isn't there yet. Used by presets that tell spatial from semantic heads.
+    threshold : float, optional
+        Locality threshold above which a head is semantic; None takes the profile's.
+    recalibrate : bool
+        With ``head_profile: auto``, measure the heads again even if a profile is there.
+    kernels : str
+        ``auto``, or one implementation: ``torch`` (the reference) or ``cpu`` (compiled).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    preset: str = "decoupled"
+    budget: float = 0.2
+    spatial_tokens: int | None = None
+    anchor_tokens: int | None = None
+    recent_tokens: int | None = None
+    score: Literal["inter_line", "accumulated"] | None = None
+    head_types: Literal["profile", "semantic", "spatial"] | None = None
+    value_norm: bool | None = None
+    smooth_row: bool | None = None
+    stratify: bool | None = None
+    head_profile: str = "auto"
+    threshold: float | None = None
+    recalibrate: bool = False
+    kernels: Kernels = "auto"
+
+    @property
+    def policy(self) -> Policy:
+        """The point in the policy space. Raises ValueError naming the field."""
+        return Policy(**{name: getattr(self, name) for name in _POLICY_FIELDS})
+
+
+def parse_config(additional_config: Any) -> CompressionConfig:
+    """Read the ``kvcompress`` section of vLLM's additional config.
+
+    Raises
+    ------
+    ValueError
+        One line naming the key and the mend.
+    """
+    section = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
+    if not isinstance(section, dict):
+        raise ValueError(f"additional_config.{KEY} must be an object of settings, got {section!r}")
+    try:
+        config = CompressionConfig(**section)
+    except ValidationError as error:
+        raise ValueError(_one_line(error)) from None
+    config.policy  # noqa: B018 - raises on a value out of range
+    return config
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, CompressionConfig.model_fields, n=1)
+        mend = f"did you mean {close[0]}?" if close else f"known: {', '.join(CompressionConfig.model_fields)}"
+        return f"additional_config.{KEY} has no setting {name!r}; {mend}"
+    return f"additional_config.{KEY}.{name}: {first['msg'].lower()}, got {first['input']!r}"
+
+
+def is_compressed(vllm_config: "VllmConfig") -> bool:
+    """Whether the engine was started with ``--attention-backend kvcompress``."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return vllm_config.attention_config.backend is AttentionBackendEnum.CUSTOM

@@ -1,0 +1,248 @@
+"""Classifier-free guidance inside the model: what is known of each request, and the blend.
+
+One request is one row of the batch. Its two branches (conditional, unconditional) live next to each
+other inside the model, so the scheduler needs no pairing and a branch can't be lost. Here is the
+little that the model must know of a row beyond its token ids: the guidance scale, and the text of the
+unconditional branch when the user gave one. ``RequestRows`` holds it in batch order; vLLM tells it
+about requests through a logits processor (V1 runner) or the model state (V2 runner).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from vllm_kvcompress.models.config import ImageModel
+from vllm_kvcompress.models.registry import image_model
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+
+GUIDANCE_SCALE = "guidance_scale"
+NEGATIVE_IDS = "negative_prompt_token_ids"
+NO_IMAGE = 2**30  # a prefix that no sequence reaches
+TEXT_ROW = -1.0  # stands for the guidance scale in rows whose next token is text
+
+
+@dataclass(frozen=True)
+class GuidanceParams:
+    """A request's guidance, from ``SamplingParams.extra_args``.
+
+    Parameters
+    ----------
+    scale : float
+        Guidance scale w of ``u + w * (c - u)``; 1 is the conditional branch alone.
+    negative_ids : tuple of int or None
+        The unconditional branch's prompt, as long as the prompt itself.
+    """
+
+    scale: float
+    negative_ids: tuple[int, ...] | None = None
+
+    @classmethod
+    def read(cls, extra_args: Mapping[str, Any] | None, default_scale: float) -> "GuidanceParams":
+        """Read and check ``extra_args``. Raises ValueError naming the argument."""
+        args = extra_args or {}
+        scale = args.get(GUIDANCE_SCALE, default_scale)
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
+            raise ValueError(f"{GUIDANCE_SCALE} must be a finite number of at least 0, got {scale!r}")
+        negative = args.get(NEGATIVE_IDS)
+        if negative is None:
+            return cls(float(scale))
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in negative):
+            raise ValueError(f"{NEGATIVE_IDS} must be a list of token ids")
+        return cls(float(scale), tuple(negative))
+
+
+@dataclass(frozen=True)
+class RequestFacts:
+    """What the model must know of a request beyond its token ids.
+
+    Parameters
+    ----------
+    guidance : GuidanceParams
+    prefix : int
+        Tokens before the first image token; ``NO_IMAGE`` in a text request.
+    """
+
+    guidance: GuidanceParams
+    prefix: int
+
+    @classmethod
+    def read(
+        cls, params: "SamplingParams | None", prompt_ids: Sequence[int] | None, model: ImageModel
+    ) -> "RequestFacts":
+        """From what the runner is given with a new request."""
+        guidance = GuidanceParams.read(getattr(params, "extra_args", None), model.guidance_scale)
+        ids = list(prompt_ids or ())
+        end = len(ids)
+        while end and ids[end - 1] >= model.text_vocab:
+            end -= 1
+        return cls(guidance, end if end and ids[end - 1] == model.boi else NO_IMAGE)
+
+
+class RequestRows:
+    """Facts of the requests in the running batch, one entry a row, in batch order.
+
+    ``scale`` (guidance) is float32 and ``prefix`` int32, both ``[max_rows]`` on the model's device.
+    """
+
+    def __init__(self, max_rows: int, model: ImageModel) -> None:
+        self.model = model
+        self.scale = torch.full((max_rows,), model.guidance_scale, dtype=torch.float32)
+        self.prefix = torch.full((max_rows,), NO_IMAGE, dtype=torch.int32)
+        self._rows: dict[int, RequestFacts] = {}
+        self._dirty = False
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the tensors to the model's device."""
+        self.scale, self.prefix = self.scale.to(device), self.prefix.to(device)
+
+    def add(self, row: int, facts: RequestFacts) -> None:
+        """A request starts in ``row`` (replacing whatever was there)."""
+        self._rows[row] = facts
+        self._dirty = True
+
+    def remove(self, row: int) -> None:
+        """The request in ``row`` has ended."""
+        self._rows.pop(row, None)
+
+    def move(self, source: int, target: int, swap: bool) -> None:
+        """The request in ``source`` is now in ``target`` (and the other way round on a swap)."""
+        moved, other = self._rows.pop(source, None), self._rows.pop(target, None)
+        if moved is not None:
+            self._rows[target] = moved
+        if swap and other is not None:
+            self._rows[source] = other
+        self._dirty = True
+
+    def replace(self, rows: Mapping[int, RequestFacts]) -> None:
+        """The whole batch at once, and ``flush``."""
+        if rows != self._rows:
+            self._rows = dict(rows)
+            self._dirty = True
+        self.flush()
+
+    def flush(self) -> None:
+        """Bring the tensors up to date with the rows. Once per step, before the forward."""
+        if not self._dirty:
+            return
+        self._dirty = False
+        scale, prefix = torch.empty_like(self.scale, device="cpu"), torch.empty_like(self.prefix, device="cpu")
+        scale.fill_(self.model.guidance_scale)
+        prefix.fill_(NO_IMAGE)
+        for row, facts in self._rows.items():
+            scale[row], prefix[row] = facts.guidance.scale, facts.prefix
+        self.scale.copy_(scale)
+        self.prefix.copy_(prefix)
+
+    @property
+    def negatives(self) -> dict[int, tuple[int, ...]]:
+        """row -> the unconditional prompt's ids, of rows that have their own."""
+        rows = self._rows.items()
+        return {row: ids for row, facts in rows if (ids := facts.guidance.negative_ids) is not None}
+
+
+_ROWS: "WeakValueDictionary[int, RequestRows]" = WeakValueDictionary()
+
+
+def request_rows(vllm_config: "VllmConfig") -> RequestRows:
+    """The one ``RequestRows`` of an engine's worker.
+
+    The runner makes its logits processors before the model, and neither knows the other: they meet
+    here, by the configuration that both were given.
+    """
+    key = id(vllm_config.model_config.hf_config)
+    rows = _ROWS.get(key)
+    if rows is None:
+        rows = RequestRows(vllm_config.scheduler_config.max_num_seqs, image_model(vllm_config.model_config))
+        _ROWS[key] = rows
+    return rows
+
+
+def unconditional_ids(input_ids: Tensor, positions: Tensor, model: ImageModel) -> Tensor:
+    """Token ids of the unconditional branch.
+
+    Every text id becomes the pad id, except the first token and begin-of-image; image tokens are
+    shared by the branches (deepseek-ai/Janus generation_inference.py:70-73).
+
+    Parameters
+    ----------
+    input_ids, positions : Tensor
+        ``[tokens]``, the conditional branch's ids and their positions.
+
+    Returns
+    -------
+    Tensor
+        ``[tokens]`` of input_ids' dtype.
+    """
+    kept = (positions == 0) | (input_ids == model.boi) | (input_ids >= model.text_vocab)
+    return torch.where(kept, input_ids, model.pad)
+
+
+def splice_negatives(
+    uncond: Tensor,
+    input_ids: Tensor,
+    positions: Tensor,
+    token_rows: Tensor,
+    negatives: Mapping[int, tuple[int, ...]],
+    model: ImageModel,
+) -> Tensor:
+    """Put the users' own unconditional prompts into the rows that have one.
+
+    Parameters
+    ----------
+    uncond, input_ids, positions, token_rows : Tensor
+        ``[tokens]``: the branch so far, the conditional ids, positions, and each token's batch row.
+
+    Returns
+    -------
+    Tensor
+        ``[tokens]``, a new tensor.
+    """
+    uncond = uncond.clone()
+    for row, ids in negatives.items():
+        table = torch.as_tensor(ids, dtype=uncond.dtype, device=uncond.device)
+        mine = (token_rows == row) & (positions < len(ids)) & (input_ids < model.text_vocab)
+        uncond[mine] = table[positions[mine]]
+    return uncond
+
+
+def blend(cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
+    """``u + w * (c - u)`` in float32.
+
+    Guidance amplifies rounding up to 2w-1 times, hence float32; at w = 1 the conditional branch comes
+    back exactly as it is.
+
+    Parameters
+    ----------
+    cond, uncond : Tensor
+        ``[rows, vocab]`` logits, any float dtype.
+    scale : Tensor
+        ``[rows]`` float32.
+
+    Returns
+    -------
+    Tensor
+        ``[rows, vocab]`` float32.
+    """
+    cond, uncond, scale = cond.float(), uncond.float(), scale[:, None]
+    return torch.where(scale == 1.0, cond, uncond + scale * (cond - uncond))
+
+
+def pack_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[rows]`` float32 -> ``[rows, 2]`` columns of a narrower dtype that ride along with hidden rows.
+
+    Two columns, value and remainder: a bfloat16 alone would turn 3.7 into 3.703.
+    """
+    head = scale.to(dtype)
+    return torch.stack([head, (scale - head.float()).to(dtype)], dim=-1)
+
+
+def unpack_scale(columns: Tensor) -> Tensor:
+    """The inverse of ``pack_scale``: ``[rows, 2]`` -> ``[rows]`` float32."""
+    return columns.float().sum(-1)

@@ -1,0 +1,230 @@
+"""Janus-Pro drawing pictures, on vLLM's own layers.
+
+The language model is vLLM's ``LlamaModel``; every token enters it twice, as the conditional and the
+unconditional branch of classifier-free guidance, next to each other (``[N, H] -> [2N, H]``), so that
+q, k and v of one token are ``2 x heads`` heads of ONE row for the attention backend.
+
+Source of the architecture and of the recipe: deepseek-ai/Janus, janus/models/modeling_vlm.py and
+generation_inference.py; transformers models/janus.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
+from vllm.model_executor.models.utils import maybe_prefix
+from vllm.sequence import IntermediateTensors
+
+from vllm_kvcompress.attention.layer import attention_layer
+from vllm_kvcompress.cache.plan import plan_layout
+from vllm_kvcompress.cache.store import CompressedCache
+from vllm_kvcompress.config import is_compressed
+from vllm_kvcompress.guidance import (
+    TEXT_ROW,
+    blend,
+    pack_scale,
+    request_rows,
+    splice_negatives,
+    unconditional_ids,
+    unpack_scale,
+)
+from vllm_kvcompress.models.registry import image_model_of
+from vllm_kvcompress.models.vq import VQDecoder
+from vllm_kvcompress.models.weights import load_weights
+
+BRANCHES = 2
+
+
+class BranchedAttention(nn.Module):
+    """Llama's attention over rows that hold both branches of a token in the head axis.
+
+    The parameters are LlamaAttention's (vllm model_executor/models/llama.py), so its weight loading
+    applies; only the attention layer differs, having ``2 x heads`` heads.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        max_position_embeddings: int = 8192,
+        quant_config: Any = None,
+        bias: bool = False,
+        bias_o_proj: bool = False,
+        cache_config: Any = None,
+        prefix: str = "",
+        attn_type: str = "decoder",
+    ) -> None:
+        super().__init__()
+        tensor_parallel = get_tensor_model_parallel_world_size()
+        head_dim = getattr(config, "head_dim", None) or hidden_size // num_heads
+        self.qkv_proj = QKVParallelLinear(
+            hidden_size, head_dim, num_heads, num_kv_heads, bias=bias, quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )  # fmt: skip
+        self.o_proj = RowParallelLinear(
+            num_heads * head_dim, hidden_size, bias=bias_o_proj, quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )  # fmt: skip
+        self.rotary_emb = get_rope(
+            head_dim,
+            max_position=max_position_embeddings,
+            rope_parameters=getattr(config, "rope_parameters", None),
+        )
+        heads = num_heads // tensor_parallel
+        kv_heads = max(1, num_kv_heads // tensor_parallel)
+        self.q_size, self.kv_size = heads * head_dim, kv_heads * head_dim
+        self.attn = attention_layer(
+            heads=BRANCHES * heads,
+            kv_heads=BRANCHES * kv_heads,
+            head_size=head_dim,
+            cache_config=cache_config,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k = self.rotary_emb(positions, q, k)
+        out = self.attn(
+            q.reshape(-1, BRANCHES * self.q_size),
+            k.reshape(-1, BRANCHES * self.kv_size),
+            v.reshape(-1, BRANCHES * self.kv_size),
+        )
+        output, _ = self.o_proj(out.reshape(-1, self.q_size))
+        return output
+
+
+class JanusForImageGeneration(nn.Module):
+    """Text in, image tokens (or text) out; both published layouts.
+
+    ``forward`` returns ``[tokens, 2 * hidden + 2]``: the branches' hidden states, and the row's
+    guidance scale in two columns (``TEXT_ROW`` where the next token is text), which is how
+    ``compute_logits``, which sees nothing but hidden rows, knows what to do with each of them.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        text = config.get_text_config()
+        self.config = config
+        self.image = image_model_of(config)
+        self.hidden_size = text.hidden_size
+        self.dtype = vllm_config.model_config.dtype
+        self.compressed = (
+            CompressedCache(vllm_config, lambda config: plan_layout(config, self))
+            if is_compressed(vllm_config)
+            else None
+        )
+        self.rows = request_rows(vllm_config)
+        self.rows.to(vllm_config.device_config.device)
+
+        self.language_model = LlamaModel(
+            vllm_config=vllm_config.with_hf_config(text, architectures=["LlamaForCausalLM"]),
+            prefix=maybe_prefix(prefix, "language_model"),
+            layer_type=_branched_layer,
+        )
+        self.lm_head = ParallelLMHead(text.vocab_size, text.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))
+        # gen_aligner(gen_embed(code)) for every code: one look-up instead of two matrix products.
+        self.image_embedding = VocabParallelEmbedding(self.image.codes, text.hidden_size)
+        self.gen_head_proj = ReplicatedLinear(text.hidden_size, text.hidden_size, return_bias=False)
+        self.gen_head = ParallelLMHead(
+            self.image.codes, text.hidden_size, bias=True, prefix=maybe_prefix(prefix, "gen_head")
+        )
+        self.text_logits = LogitsProcessor(text.vocab_size)
+        self.image_logits = LogitsProcessor(self.image.codes)
+        self.vq = VQDecoder(config.vq_config, self.image.raster)
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """vLLM's V2 runner asks here for the per-request hooks of the model."""
+        from vllm_kvcompress.requests_v2 import JanusModelState
+
+        return JanusModelState
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """``[tokens]`` ids of the one id space -> ``[tokens, hidden]``."""
+        is_image = input_ids >= self.image.text_vocab
+        text = self.language_model.embed_tokens(torch.where(is_image, self.image.pad, input_ids))
+        codes = (input_ids - self.image.text_vocab).clamp_(0, self.image.codes - 1)
+        return torch.where(is_image[:, None], self.image_embedding(codes), text)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor | IntermediateTensors:
+        """Both branches of every token. ``input_ids``, ``positions``: ``[tokens]``."""
+        branch_positions = positions.repeat_interleave(BRANCHES)
+        token_rows = self._token_rows(input_ids)
+        embeds = None
+        if get_pp_group().is_first_rank:
+            uncond = unconditional_ids(input_ids, positions, self.image)
+            if negatives := self.rows.negatives:
+                uncond = splice_negatives(uncond, input_ids, positions, token_rows, negatives, self.image)
+            embeds = self.embed_input_ids(torch.stack([input_ids, uncond], 1).flatten())
+        hidden = self.language_model(None, branch_positions, intermediate_tensors, embeds)
+        if not get_pp_group().is_last_rank:
+            return hidden
+        draws = (input_ids == self.image.boi) | (input_ids >= self.image.text_vocab)
+        scale = torch.where(draws, self.rows.scale[token_rows], TEXT_ROW)
+        return torch.cat([hidden.view(input_ids.shape[0], -1), pack_scale(scale, hidden.dtype)], dim=-1)
+
+    def _token_rows(self, input_ids: Tensor) -> Tensor:
+        """``[tokens]`` int64: the batch row of each token."""
+        tokens = torch.arange(input_ids.shape[0], device=input_ids.device)
+        metadata = get_forward_context().attn_metadata
+        if not isinstance(metadata, dict) or not metadata:
+            return tokens.clamp_(max=len(self.rows.scale) - 1)
+        starts = next(iter(metadata.values())).query_start_loc
+        # Also right in a pure decode step, where starts is 0, 1, 2, ...
+        return torch.searchsorted(starts[1:], tokens, right=True).clamp_(max=len(self.rows.scale) - 1)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """``[rows, 2 * hidden + 2]`` -> float32 ``[rows, text_vocab + codes]``.
+
+        A row has either text or image logits, never both; the other range is -inf. A text row can't
+        begin an image: that is what a prompt ending in begin-of-image is for.
+        """
+        scale = unpack_scale(hidden_states[:, -2:])
+        branches = hidden_states[:, :-2].reshape(-1, BRANCHES, self.hidden_size)
+        is_text = scale < 0
+        logits = hidden_states.new_full((len(scale), self.image.vocab), -torch.inf, dtype=torch.float32)
+        rows = torch.nonzero(~is_text).flatten()
+        if len(rows):
+            logits[rows, self.image.text_vocab :] = self._guided(branches[rows], scale[rows])
+        rows = torch.nonzero(is_text).flatten()
+        if len(rows):
+            text = self.text_logits(self.lm_head, branches[rows, 0]).float()
+            text[:, self.image.boi] = -torch.inf
+            logits[rows, : self.image.text_vocab] = text
+        return logits
+
+    def _guided(self, branches: Tensor, scale: Tensor) -> Tensor:
+        """``[rows, 2, hidden]`` -> guided image logits, float32 ``[rows, codes]``."""
+        x = nn.functional.gelu(self.gen_head_proj(branches.flatten(0, 1)))
+        logits = self.image_logits(self.gen_head, x, self.gen_head.bias)
+        logits = logits.view(-1, BRANCHES, self.image.codes)
+        return blend(logits[:, 0], logits[:, 1], scale)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load either layout; see ``vllm_kvcompress.models.weights``."""
+        return load_weights(self, weights)
+
+
+def _branched_layer(vllm_config: VllmConfig, prefix: str = "") -> LlamaDecoderLayer:
+    return LlamaDecoderLayer(vllm_config, prefix=prefix, attn_layer_type=BranchedAttention)

@@ -1,0 +1,116 @@
+"""What vLLM's configuration must know of a Janus checkpoint, checked once at start-up."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+from vllm_kvcompress import patches
+from vllm_kvcompress.config import is_compressed, parse_config
+from vllm_kvcompress.models.registry import image_model, store_special_ids, text_vocab_size
+from vllm_kvcompress.models.config import raster_of
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+logger = init_logger(__name__)
+
+REQUEST_TRACKER = "vllm_kvcompress.requests_v1:RequestTracker"
+
+
+class JanusArchConvertor(ModelArchConfigConvertorBase):
+    """The engine's vocabulary is text ids, then image ids."""
+
+    def get_vocab_size(self) -> int:
+        vq = getattr(self.hf_config, "vq_config", None)
+        return super().get_vocab_size() + (vq.num_embeddings if vq is not None else 0)
+
+
+class JanusConfigCheck(VerifyAndUpdateConfig):
+    """Called by vLLM while it builds the engine's configuration; raises ValueError in one line."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        check_checkpoint(model_config.hf_config)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        model_config = vllm_config.model_config
+        resolve_tokens(model_config)
+        if vllm_config.speculative_config is not None:
+            raise ValueError("speculative decoding does not work with image models: drop --speculative-config")
+        if is_compressed(vllm_config):
+            check_conflicts(vllm_config)
+        if vllm_config.cache_config.enable_prefix_caching:
+            # The unconditional branch of a cached block depends on the request's negative prompt.
+            vllm_config.cache_config.enable_prefix_caching = False
+            logger.info("Prefix caching is off: guidance branches of equal prompts may differ.")
+        processors = list(model_config.logits_processors or ())
+        if REQUEST_TRACKER not in processors:
+            model_config.logits_processors = [*processors, REQUEST_TRACKER]
+        image = image_model(model_config)
+        width, height = image.raster.pixel_size
+        logger.info(
+            "Image model: %d x %d tokens a picture, %d x %d pixels, image ids from %d.",
+            image.raster.lines, image.raster.width, width, height, image.text_vocab,
+        )  # fmt: skip
+        patches.serve_images_route()
+
+
+def check_checkpoint(hf_config: Any) -> None:
+    """Raise ValueError, one line, on a checkpoint that looks like ours but can't be served."""
+    vq = getattr(hf_config, "vq_config", None)
+    if vq is None:
+        raise ValueError("config.json describes no image tokenizer (vq_config): not a Janus checkpoint")
+    patch = 2 ** (len(vq.channel_multiplier) - 1)
+    vision = getattr(hf_config, "vision_config", None)
+    size = vision.get("params", {}).get("image_size") if isinstance(vision, dict) else None
+    size = size or getattr(vision, "image_size", None) or vq.num_patches * patch
+    if size != vq.num_patches * patch:
+        raise ValueError(
+            f"unsupported image size {size}: the VQ decoder draws {vq.num_patches} x {vq.num_patches} tokens "
+            f"of {patch} pixels, {vq.num_patches * patch} in all"
+        )
+    if text_vocab_size(hf_config) + vq.num_embeddings >= 2**31:
+        raise ValueError("text and image vocabularies together exceed 31-bit token ids")
+
+
+def check_conflicts(vllm_config: "VllmConfig") -> None:
+    """Refuse, in one line, what the compressed cache can't be combined with."""
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    raster = raster_of(vllm_config.model_config.hf_config)
+    policy = parse_config(vllm_config.additional_config).policy
+    for spatial, semantic in {"profile": [(1, 1)], "semantic": [(0, 1)], "spatial": [(1, 0)]}[policy.types]:
+        policy.rules(raster, spatial, semantic)  # raises where no head could find its victims
+    refused = (
+        (parallel.tensor_parallel_size > 1, "tensor parallelism: set --tensor-parallel-size 1"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set --pipeline-parallel-size 1"),
+        (parallel.decode_context_parallel_size > 1, "context parallelism"),
+        (vllm_config.kv_transfer_config is not None, "KV connectors: drop --kv-transfer-config"),
+        (cache.cache_dtype not in ("auto", "bfloat16", "float16"), "a quantised KV cache: set --kv-cache-dtype auto"),
+        (vllm_config.lora_config is not None, "LoRA: drop --enable-lora"),
+        (
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
+            "a single KV-cache group: drop --disable-hybrid-kv-cache-manager",
+        ),
+    )
+    for clash, mend in refused:
+        if clash:
+            raise ValueError(f"--attention-backend kvcompress does not work with {mend}")
+
+def resolve_tokens(model_config: "ModelConfig") -> None:
+    """Find begin-of-sentence, padding and begin-of-image by name in the checkpoint's tokenizer."""
+    from vllm.tokenizers import get_tokenizer
+
+    from vllm_kvcompress.models.prompt import resolve_special_ids
+    from vllm_kvcompress.models.tokenizer import check_tokenizer
+
+    tokenizer = get_tokenizer(
+        model_config.tokenizer or model_config.model,
+        tokenizer_mode=model_config.tokenizer_mode,
+        trust_remote_code=model_config.trust_remote_code,
+        revision=model_config.tokenizer_revision,
+    )
+    check_tokenizer(tokenizer)
+    store_special_ids(model_config.hf_config, *resolve_special_ids(tokenizer))

@@ -1,0 +1,170 @@
+"""Checkpoint tensors -> parameters, for both published layouts.
+
+Every tensor is loaded, knowingly skipped, or named in an error; a missing one or a wrong shape is one
+clear line. Names: transformers' convert_janus_weights_to_hf.py, read in both directions.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from vllm_kvcompress.models.vq import vq_name
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.models.janus import JanusForImageGeneration
+
+_RENAME = (
+    (r"^(?:model\.language_model|language_model\.model)\.", "language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^model\.generation_embeddings\.|^gen_embed\.", "gen_embed."),
+    (r"^model\.generation_aligner\.fc1\.|^gen_aligner\.layers\.0\.", "gen_aligner.0."),
+    (r"^model\.generation_aligner\.hidden_layers\.0\.|^gen_aligner\.layers\.2\.", "gen_aligner.2."),
+    (r"^model\.generation_head\.proj_out\.|^gen_head\.output_mlp_projector\.", "gen_head_proj."),
+    (r"^model\.generation_head\.vision_head\.|^gen_head\.vision_head\.", "gen_head."),
+)
+# Image understanding, which drawing does not need, and rope tables that old checkpoints carry.
+_SKIP = re.compile(r"^(?:model\.)?(?:vision_model|aligner)\.|rotary_emb\.inv_freq$")
+_VQ = re.compile(r"^(?:model\.vqmodel|gen_vision_model)\.")
+_FLOW = re.compile(r"^vision_gen_(?:enc|dec)_")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be served; the message is one line."""
+
+
+def canonical_name(name: str) -> str | None:
+    """This package's name of a checkpoint tensor of either layout; None if knowingly skipped.
+
+    Names of the VQ model come back as they are (``VQDecoder`` maps them).
+    """
+    if _SKIP.search(name):
+        return None
+    if _VQ.match(name):
+        return name if vq_name(name) is not None else None
+    for pattern, new in _RENAME:
+        renamed, hit = re.subn(pattern, new, name)
+        if hit:
+            return renamed
+    return name
+
+
+def expected_shapes(model: "JanusForImageGeneration") -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every tensor that drawing and text need, the VQ decoder's aside."""
+    text = model.config.get_text_config()
+    hidden, embed_dim, codes = text.hidden_size, model.config.vq_config.embed_dim, model.image.codes
+    head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    q, kv = text.num_attention_heads * head, text.num_key_value_heads * head
+    shapes: dict[str, tuple[int, ...]] = {
+        "language_model.embed_tokens.weight": (text.vocab_size, hidden),
+        "language_model.norm.weight": (hidden,),
+        "lm_head.weight": (text.vocab_size, hidden),
+        "gen_embed.weight": (codes, embed_dim),
+        "gen_aligner.0.weight": (hidden, embed_dim),
+        "gen_aligner.0.bias": (hidden,),
+        "gen_aligner.2.weight": (hidden, hidden),
+        "gen_aligner.2.bias": (hidden,),
+        "gen_head_proj.weight": (hidden, hidden),
+        "gen_head_proj.bias": (hidden,),
+        "gen_head.weight": (codes, hidden),
+        "gen_head.bias": (codes,),
+    }
+    layer = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (q, hidden),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.o_proj.weight": (hidden, q),
+        "mlp.gate_proj.weight": (text.intermediate_size, hidden),
+        "mlp.up_proj.weight": (text.intermediate_size, hidden),
+        "mlp.down_proj.weight": (hidden, text.intermediate_size),
+    }
+    if getattr(text, "attention_bias", False):
+        layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,)}
+        layer |= {"self_attn.v_proj.bias": (kv,), "self_attn.o_proj.bias": (hidden,)}
+    for i in range(text.num_hidden_layers):
+        shapes |= {f"language_model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def fold_image_embedding(tensors: dict[str, Tensor]) -> Tensor:
+    """gen_aligner(gen_embed(code)) of every code: float32 ``[codes, hidden]``.
+
+    Folded before the cast to the served dtype, so rounding happens once.
+    """
+    x = tensors["gen_embed.weight"].float()
+    x = nn.functional.linear(x, tensors["gen_aligner.0.weight"].float(), tensors["gen_aligner.0.bias"].float())
+    x = nn.functional.gelu(x)
+    return nn.functional.linear(x, tensors["gen_aligner.2.weight"].float(), tensors["gen_aligner.2.bias"].float())
+
+
+def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Fill ``model`` from checkpoint tensors of either layout.
+
+    Returns
+    -------
+    set of str
+        Names of the parameters that were filled.
+
+    Raises
+    ------
+    CheckpointError
+        One line naming the tensor: unknown, missing, or of a wrong shape.
+    """
+    shapes = expected_shapes(model)
+    small: dict[str, Tensor] = {}  # what is folded or renamed rather than streamed
+    vq: list[tuple[str, Tensor]] = []
+    seen: set[str] = set()
+
+    def language() -> Iterator[tuple[str, Tensor]]:
+        for original, tensor in weights:
+            if _FLOW.match(original):
+                raise CheckpointError(
+                    f"tensor {original} belongs to JanusFlow, which draws by rectified flow: not supported; "
+                    "serve a Janus or Janus-Pro checkpoint"
+                )
+            name = canonical_name(original)
+            if name is None:
+                continue
+            if _VQ.match(name):
+                vq.append((name, tensor))
+                continue
+            if name not in shapes:
+                raise CheckpointError(f"unknown tensor {original}: not part of a Janus or Janus-Pro checkpoint")
+            if tuple(tensor.shape) != shapes[name]:
+                raise CheckpointError(
+                    f"tensor {original} has shape {tuple(tensor.shape)}, but config.json asks for {shapes[name]}"
+                )
+            seen.add(name)
+            if name.startswith("language_model."):
+                yield name.removeprefix("language_model."), tensor
+            else:
+                small[name] = tensor
+
+    loaded = {f"language_model.{name}" for name in model.language_model.load_weights(language())}
+    if "lm_head.weight" not in seen and getattr(model.config, "tie_word_embeddings", False):
+        model.lm_head.tie_weights(model.language_model.embed_tokens)
+        seen.add("lm_head.weight")
+    if missing := sorted(set(shapes) - seen):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"the checkpoint lacks tensor {missing[0]}{more}: is a shard missing?")
+
+    small["image_embedding.weight"] = fold_image_embedding(small).to(model.dtype)
+    parameters = dict(model.named_parameters())
+    for name in ("lm_head.weight", "image_embedding.weight", "gen_head_proj.weight", "gen_head_proj.bias",
+                 "gen_head.weight", "gen_head.bias"):  # fmt: skip
+        if name in small:
+            parameter = parameters[name]
+            loader = getattr(parameter, "weight_loader", _copy)
+            loader(parameter, small[name])
+        loaded.add(name)
+    loaded |= {f"vq.{name}" for name in model.vq.load_weights(vq)}
+    return loaded
+
+
+def _copy(parameter: nn.Parameter, tensor: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(tensor)

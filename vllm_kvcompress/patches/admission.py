@@ -1,0 +1,33 @@
+"""Patch 1: image requests are checked, and their length is fixed, where every front end admits requests."""
+
+import functools
+from typing import Any
+
+
+def apply() -> None:
+    """Wrap ``InputProcessor.process_inputs`` (vllm v1/engine/input_processor.py)."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.process_inputs
+    if getattr(original, "_kvcompress", False):
+        return
+
+    @functools.wraps(original)
+    def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        from vllm_kvcompress.models.registry import image_model, serves
+
+        if serves(self.model_config):
+            from vllm_kvcompress.admission import admit_request
+            from vllm_kvcompress.config import is_compressed
+
+            admit_request(
+                request,
+                image_model(self.model_config),
+                self.model_config.max_model_len,
+                text=not is_compressed(self.vllm_config),
+            )
+        return request
+
+    process_inputs._kvcompress = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]

@@ -1,0 +1,50 @@
+"""How the V1 model runner tells the model about requests: a logits processor that processes nothing.
+
+vLLM calls ``update_state`` before every forward with the requests that entered, left or moved in the
+batch; that is all that guidance needs. The class is listed in the served model's own configuration,
+not as an entry point, so other models never load it.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
+
+from vllm_kvcompress.guidance import RequestFacts, request_rows
+
+
+class RequestTracker(V1LogitsProcessor, V2LogitsProcessor):
+    """Keeps ``RequestRows`` in step with the V1 runner's batch.
+
+    It is both runners' class because each refuses the other's; the V2 runner has a better place for
+    the same facts (``JanusModelState``), so there it does nothing.
+    """
+
+    def __init__(self, vllm_config: Any, *runner_specific: Any) -> None:
+        self.rows = request_rows(vllm_config)
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Guidance arguments are checked at admission (``admission.py``), with the prompt at hand."""
+
+    def is_argmax_invariant(self) -> bool:
+        # The logits stay as they are, and vLLM skips the class altogether in greedy batches.
+        return True
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if batch_update is not None:
+            for row in batch_update.removed:
+                self.rows.remove(row)
+            for row, params, prompt, _output in batch_update.added:
+                self.rows.add(row, RequestFacts.read(params, prompt, self.rows.model))
+            for source, target, direction in batch_update.moved:
+                self.rows.move(source, target, swap=direction == MoveDirectionality.SWAP)
+        self.rows.flush()
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        return False
+
+    def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
+        return logits

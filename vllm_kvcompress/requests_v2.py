@@ -1,0 +1,39 @@
+"""How the V2 model runner tells the model about requests: its per-request model state hooks."""
+
+from typing import Any
+
+import torch
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_kvcompress.guidance import RequestFacts
+
+
+class JanusModelState(DefaultModelState):
+    """Keeps the facts of each request slot, and brings it into batch order before every forward."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows = self.model.rows
+        self._slots: dict[int, RequestFacts] = {}
+        self._slot_of: dict[str, int] = {}
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        super().add_request(req_index, new_req_data)
+        facts = RequestFacts.read(new_req_data.sampling_params, new_req_data.prompt_token_ids, self.rows.model)
+        self._slots[req_index] = facts
+        self._slot_of[new_req_data.req_id] = req_index
+
+    def remove_request(self, req_id: str) -> None:
+        super().remove_request(req_id)
+        self._slots.pop(self._slot_of.pop(req_id, -1), None)
+
+    def prepare_inputs(
+        self, input_batch: InputBatch, req_states: RequestState
+    ) -> dict[str, torch.Tensor | None]:
+        self.rows.replace(
+            {row: self._slots[slot] for row, slot in enumerate(input_batch.idx_mapping_np) if slot in self._slots}
+        )
+        return super().prepare_inputs(input_batch, req_states)

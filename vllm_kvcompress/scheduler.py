@@ -1,0 +1,67 @@
+"""vLLM's scheduler, which also says what each request held when it ended."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.request import Request
+
+from vllm_kvcompress.cache.spec import HeadTypeSpec, SpatialSpec
+
+REPORT = "kv_cache"  # key in RequestOutput.kv_transfer_params
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """KV memory of one request, counted from the blocks it held at its end.
+
+    Parameters
+    ----------
+    resident_bytes : int
+        Bytes of those blocks, page rounding and side state included.
+    full_bytes : int
+        Bytes of K and V of all its tokens, both branches.
+    evicted_spatial, evicted_semantic : int
+        Image tokens that a head of the type has overwritten.
+    """
+
+    resident_bytes: int
+    full_bytes: int
+    evicted_spatial: int = 0
+    evicted_semantic: int = 0
+
+
+class ImageScheduler(AsyncScheduler):
+    """Adds a ``CacheReport`` to a finished request's outputs; schedules as vLLM does."""
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
+        report = self._report(request)
+        kv_params, ec_params = super()._free_request(request, delay_free_blocks)
+        return {**(kv_params or {}), REPORT: asdict(report)}, ec_params
+
+    def _report(self, request: Request) -> CacheReport:
+        config = self.kv_cache_config
+        blocks = self.kv_cache_manager.get_block_ids(request.request_id)
+        resident = full = 0
+        evicted = {}
+        # The last token drawn is never fed back, so it never reaches the cache.
+        tokens = request.num_tokens - 1
+        prefix = self._prefix(request)
+        for group, ids in zip(config.kv_cache_groups, blocks, strict=True):
+            spec = group.kv_cache_spec
+            layers = len(group.layer_names)
+            resident += len(ids) * spec.page_size_bytes * layers
+            full += tokens * spec.num_kv_heads * 2 * spec.head_size * spec.dtype.itemsize * layers
+            if isinstance(spec, HeadTypeSpec):
+                name = "spatial" if isinstance(spec, SpatialSpec) else "semantic"
+                evicted[f"evicted_{name}"] = max(0, tokens - prefix - spec.capacity)
+        return CacheReport(resident, full, **evicted)
+
+    def _prefix(self, request: Request) -> int:
+        """Tokens before the first image token."""
+        ids = request.prompt_token_ids or []
+        end = len(ids)
+        text_vocab = self.vllm_config.model_config.hf_config.get_text_config().vocab_size
+        while end and ids[end - 1] >= text_vocab:
+            end -= 1
+        return end

@@ -1,0 +1,30 @@
+"""Worker methods that the front end calls with ``collective_rpc(name)``."""
+
+from typing import Any
+
+import torch
+
+
+def kvcompress_decode_image(self: Any, codes: list[int]) -> tuple[int, int, bytes] | None:
+    """Pixels of the lines drawn so far.
+
+    Parameters
+    ----------
+    codes : list of int
+        Codebook indices of whole lines, from the first.
+
+    Returns
+    -------
+    (width, height, bytes) or None
+        RGB, 8 bits, row by row, of ``height = lines * patch`` pixel rows; None on all workers but the
+        first (the weights are there on each, but one picture needs one decoder).
+    """
+    if self.rank != 0:
+        return None
+    vq = self.model_runner.get_model().vq
+    pixels = vq.decode(torch.tensor([codes], dtype=torch.int64))[0].cpu().contiguous()
+    height, width, _ = pixels.shape
+    return width, height, pixels.numpy().tobytes()
+
+
+METHODS = (kvcompress_decode_image,)
