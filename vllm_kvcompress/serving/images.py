@@ -113,10 +113,10 @@ class ImagesEndpoint:
 
             self._image_model = image_model(engine_client.model_config)
         if self._prompt_ids is None or self._negative_ids is None:
-            from vllm_kvcompress.models import prompt
+            from vllm_kvcompress.models.prompt import image_prompt_ids, negative_ids
 
-            self._prompt_ids = self._prompt_ids or prompt.image_prompt_ids
-            self._negative_ids = self._negative_ids or prompt.negative_ids
+            self._prompt_ids = self._prompt_ids or image_prompt_ids
+            self._negative_ids = self._negative_ids or negative_ids
         self._models = state.openai_serving_models
         self._keep_alive = float(getattr(args, "sse_keep_alive_interval", 0))
         self._painter = Painter(engine_client, self._image_model, self._prompt_ids, self._negative_ids)
