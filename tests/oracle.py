@@ -4,8 +4,9 @@ The oracle keeps all K and V of a head and a visibility mask that follows from t
 python lists, float64, one head and one token at a time. It shares no code with the package.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ class World:
 
     rules: tuple[HeadRule | None, HeadRule | None]
     spatial: np.ndarray  # [layers, kv_heads] bool
-    group: int = 1
+    group: int = 1  # query heads per KV head
     head_size: int = 8
     pages: tuple[int, int] = (4, 4)  # slots per page of each type
     branches: int = 2
@@ -100,9 +101,10 @@ class World:
 def world(preset: str, budget: float, raster: Raster, spatial: list[list[int]], **geometry) -> World:
     """A world under a preset; ``spatial`` counts only for presets that read a head profile."""
     refine = {name: geometry.pop(name) for name in (*REFINEMENTS, "anchor_tokens") if name in geometry}
-    heads = np.array(spatial, bool)
-    if PRESETS[preset].head_types != "profile":
-        heads[:] = PRESETS[preset].head_types == "spatial"
+    heads, types = np.array(spatial, bool), PRESETS[preset].head_types
+    if types != "profile":
+        heads[:] = types == "spatial"
+    refine = {} if types == "spatial" else refine
     rules = Policy(preset, budget, **refine).rules(raster, int(heads.sum()), int((~heads).sum()))
     return World(rules, heads, **geometry)
 
@@ -126,18 +128,25 @@ def worlds(draw_) -> World:
         **{name: draw_(strategies.booleans()) for name in REFINEMENTS},
     )
     if draw_(strategies.booleans()):  # anchors and recent beyond what the defaults choose
-        rules = [rule and replace(rule, anchors=0, recent=0) for rule in found.rules]
-        for rule in [rule for rule in rules if rule]:
-            anchors = draw_(strategies.integers(0, rule.capacity - rule.line))
-            recent = draw_(strategies.integers(0, rule.capacity - rule.line - anchors))
-            rules[rules.index(rule)] = replace(rule, anchors=anchors, recent=recent)
-        found.rules = rules[0], rules[1]
+        room = [rule.capacity - rule.line if rule else 0 for rule in found.rules]
+        kept = [draw_(strategies.integers(0, n)) for n in room]
+        recent = [draw_(strategies.integers(0, n - m)) for n, m in zip(room, kept, strict=True)]
+        changes = [{"anchors": m, "recent": n} for m, n in zip(kept, recent, strict=True)]
+        spatial, semantic = found.rules
+        found.rules = spatial and replace(spatial, **changes[0]), semantic and replace(semantic, **changes[1])
     return found
 
 
-bounded = settings(
-    max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None
-)
+def one_thread() -> Iterator[None]:
+    """Fixture: on tensors this small, threads cost more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+quiet = list(HealthCheck)
+bounded = settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=quiet)
 
 
 @dataclass
@@ -174,9 +183,8 @@ class Run:
             need = [-(-(p + rule.capacity) // page) for p in self.prefix]
             blocks = sum(need) + 2
             size = -(-page_bytes(owned, page, world.head_size, self.dtype) // 4) * 4 + 8
-            pages = pages_from_bytes(
-                torch.zeros((blocks, size), dtype=torch.int8), owned, page, world.head_size, self.dtype
-            )
+            raw = torch.zeros((blocks, size), dtype=torch.int8)
+            pages = pages_from_bytes(raw, owned, page, world.head_size, self.dtype)
             pages.kv.fill_(torch.nan)
             pages.score.fill_(torch.nan)
             pages.token.fill_(-77)
@@ -208,7 +216,7 @@ class Run:
         length = [self.length[row] if row >= 0 else 0 for row in rows]
         plan = Plan(_int32([self.prefix[row] for row in rows]), _int32(length))
         for layer in range(len(self.world.spatial)):
-            q, k, v = self.q[rows, at, layer], self.k[rows, at, layer], self.v[rows, at, layer]
+            q, k, v = (x[rows, at, layer] for x in (self.q, self.k, self.v))
             out = torch.full_like(q, torch.nan)
             self.decode(q, k, v, self.layer(layer, rows), plan, self.scale, out)
             for n, row in enumerate(rows):
@@ -219,17 +227,15 @@ class Run:
         for whole in filter(None, self.types):
             kind = HeadType(whole.pages, whole.rule, whole.head_index, whole.block_table[rows])
             self.select(kind, plan)
-        for row in rows:
-            if row >= 0:
-                self.note(row)
+        self.note(rows)
 
     def chunk(self, counts: dict[int, int]) -> None:
         """That many tokens for each row at once, through `prefill`."""
-        rows = list(counts)
         spans = [(row, self.length[row], self.length[row] + n) for row, n in counts.items()]
         start = np.cumsum([0, *counts.values()]).tolist()
         for row, _, end in spans:
             self.length[row] = end
+        rows = list(counts)
         prefix, length = _int32([self.prefix[r] for r in rows]), _int32([end for *_, end in spans])
         for layer in range(len(self.world.spatial)):
             mine = [x[:, :, layer] for x in (self.q, self.k, self.v)]
@@ -238,29 +244,25 @@ class Run:
             self.prefill(q, k, v, self.layer(layer, rows), start, prefix, length, self.scale, out)
             for (row, first, end), part in zip(spans, out.split(list(counts.values())), strict=True):
                 self.out[row, first:end, layer] = part
-        for row in rows:
-            self.note(row)
+        self.note(rows)
 
     def restart(self, row: int, prefix: int) -> None:
         """Abort a request; another, of a prompt no longer than its was, gets its dirty blocks."""
         self.total[row] += prefix - self.prefix[row]
         self.prefix[row], self.length[row], self.victims[row] = prefix, 0, {}
 
-    def note(self, row: int) -> None:
-        """Remember the victims that the row's last line left, per type."""
-        drawn = self.length[row] - self.prefix[row]
-        for kind, whole in enumerate(self.types):
+    def note(self, rows: list[int]) -> None:
+        """Remember the victims that each row's last line left, per type."""
+        for row, (kind, whole) in product((row for row in rows if row >= 0), enumerate(self.types)):
+            drawn = self.length[row] - self.prefix[row]
             if whole and not whole.rule.ring and drawn > 0:
                 due = range(whole.rule.victims_due(drawn))
-                self.victims[row][drawn, kind] = self.read(row, kind, "victim", due) if due else None
+                self.victims[row][drawn, kind] = self.read(row, whole, "victim", due) if due else None
 
-    def read(self, row: int, kind: int, name: str, logical: range) -> torch.Tensor:
+    def read(self, row: int, whole: HeadType, name: str, logical: range) -> torch.Tensor:
         """[heads, slots] of a field of the pages at logical slots of a row."""
-        whole = self.types[kind]
-        assert whole is not None
-        page = whole.pages.page
-        at = [(int(whole.block_table[row, n // page]), n % page) for n in logical]
-        return torch.stack([getattr(whole.pages, name)[b, :, o] for b, o in at], 1)
+        page, part = whole.pages.page, getattr(whole.pages, name)
+        return torch.stack([part[whole.block_table[row, n // page], :, n % page] for n in logical], 1)
 
     def check(self, atol: float = 1e-5) -> None:
         """Compare everything drawn so far with the oracle: outputs, victims, tokens and scores."""
@@ -278,9 +280,7 @@ class Run:
                         self._compare(row, kind, cache_head, want, self.out[row, :n, layer, group], atol)
                         cache_head += 1
 
-    def _compare(
-        self, row: int, kind: int, head: int, want: Drawing, out: torch.Tensor, atol: float
-    ) -> None:
+    def _compare(self, row: int, kind: int, head: int, want: Drawing, out: torch.Tensor, atol: float) -> None:
         np.testing.assert_allclose(out.double().numpy(), want.out, atol=atol, rtol=0)
         for (drawn, noted), found in self.victims[row].items():
             if noted == kind:
@@ -289,9 +289,9 @@ class Run:
         slots = range(prefix, prefix + len(want.holds))
         if whole is None or not slots:
             return
-        assert self.read(row, kind, "token", slots)[head].tolist() == want.holds
+        assert self.read(row, whole, "token", slots)[head].tolist() == want.holds
         if whole.rule.scores:
-            score = self.read(row, kind, "score", slots)[head].double().numpy()
+            score = self.read(row, whole, "score", slots)[head].double().numpy()
             np.testing.assert_allclose(score, want.score, atol=10 * atol, rtol=1e-5)
 
 

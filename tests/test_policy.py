@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import bounded
 
-from vllm_kvcompress.policy import PRESETS, HeadRule, Policy
+from vllm_kvcompress.policy import PRESETS, REFINEMENTS, HeadRule, Policy
 from vllm_kvcompress.raster import Raster
 
 JANUS = Raster(24, 24)
@@ -82,7 +82,7 @@ def test_what_the_user_sets_is_taken_as_it_is() -> None:
 def test_presets_that_carry_a_papers_name_refine_nothing() -> None:
     for name in ("streaming", "h2o", "line_ar", "ssd"):
         preset = PRESETS[name]
-        assert not (preset.value_norm or preset.smooth_row or preset.stratify)
+        assert not any(getattr(preset, refinement) for refinement in REFINEMENTS)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,7 @@ def test_presets_that_carry_a_papers_name_refine_nothing() -> None:
         ({"smooth_row": "yes"}, "^smooth_row: unknown 'yes'; one of False, True"),
         ({"preset": "h2o", "spatial_tokens": 48}, "^spatial_tokens: all heads are semantic"),
         ({"preset": "streaming", "recent_tokens": 48}, "^recent_tokens: spatial heads"),
+        ({"preset": "streaming", "stratify": True}, "^stratify: spatial heads"),
     ],
 )
 def test_a_bad_field_is_one_line(fields: dict, match: str) -> None:

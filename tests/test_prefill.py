@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import Run, World, bounded, world, worlds
+from oracle import Run, World, bounded, one_thread, world, worlds
 
 from vllm_kvcompress.attention.prefill import prefill
 from vllm_kvcompress.policy import PRESETS
 from vllm_kvcompress.raster import Raster
+
+_threads = pytest.fixture(scope="module", autouse=True)(one_thread)
 
 RASTER = Raster(5, 4)
 PROFILE = [[1, 0], [0, 0], [1, 1]]

@@ -185,12 +185,11 @@ class Policy:
     stratify: bool | None = None
 
     def __post_init__(self) -> None:
-        number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
-        if not number or not 0 < self.budget <= 1:  # a NaN fails the comparison
+        if type(self.budget) not in (int, float) or not 0 < self.budget <= 1:  # a NaN fails the comparison
             raise ValueError(f"budget: {self.budget!r} is not a share of the image; need 0 < budget <= 1")
         for name in ("spatial_tokens", "anchor_tokens", "recent_tokens"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            if value is not None and (type(value) is not int or value < 0):
                 raise ValueError(f"{name}: {value!r} is not a number of tokens; need a whole number >= 0")
         allowed: dict[str, tuple] = {name: (None, False, True) for name in REFINEMENTS}
         allowed["preset"] = tuple(PRESETS)
@@ -202,8 +201,9 @@ class Policy:
                 raise ValueError(f"{name}: unknown {getattr(self, name)!r}; one of {names}")
         if self.spatial_tokens is not None and self.types != "profile":
             raise ValueError(f"spatial_tokens: all heads are {self.types}, nothing to share; set budget")
-        if self.recent_tokens is not None and self.types == "spatial":
-            raise ValueError("recent_tokens: spatial heads keep what budget leaves; set budget")
+        for name in ("recent_tokens", "score", *REFINEMENTS) if self.types == "spatial" else ():
+            if getattr(self, name):
+                raise ValueError(f"{name}: spatial heads neither score nor choose; leave it out")
 
     @property
     def types(self) -> HeadTypes:
