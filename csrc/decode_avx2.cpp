@@ -1,0 +1,18 @@
+#include "abi.h"
+#include <immintrin.h>
+#define KVC_LANES 8
+#define KVC_WIDE 8
+#ifndef KVC_AHEAD
+#define KVC_AHEAD 8192
+#endif
+#ifndef KVC_KICK
+#define KVC_KICK 4
+#endif
+
+namespace {
+#include "simd.inl"
+
+#include "decode.inl"
+}  // namespace
+
+extern const DecodeFn kDecode_avx2 = decode_any;
