@@ -5,14 +5,7 @@ Nothing here is special to the demo: the server is ``vllm serve``, the client is
 
 import base64
 import io
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Annotated
 
@@ -20,52 +13,14 @@ import typer
 from openai import OpenAI
 from PIL import Image
 
+from vllm_kvcompress.testing.server import Server, ServerError
+
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ROOT / "examples" / "shapes" / "model"
-START_LIMIT_S = 240
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start(model: Path, port: int, log: Path, extra: list[str]) -> subprocess.Popen:
-    """``vllm serve`` in a process group of its own, its output in ``log``."""
-    command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(model),
-        "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port),
-        "--max-model-len", "1024", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(2**30),
-        "--enforce-eager", *extra,
-    ]  # fmt: skip
-    with log.open("w") as out:
-        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def wait(server: subprocess.Popen, port: int, log: Path) -> None:
-    """Until the server answers; exits with the end of its log if it does not."""
-    deadline = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
-    tail = "\n".join(log.read_text().splitlines()[-25:])
-    raise SystemExit(f"{tail}\n\nThe server did not start; its whole log is {log}.")
-
-
-def stop(server: subprocess.Popen) -> None:
-    """The server and every process it started."""
-    for sign in (signal.SIGINT, signal.SIGKILL):
-        try:
-            os.killpg(server.pid, sign)
-            server.wait(30)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
-        return
+SERVER_ARGS = (
+    "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16",
+    "--kv-cache-memory-bytes", str(2**30), "--enforce-eager",
+)  # fmt: skip
 
 
 def contact_sheet(pictures: list[Image.Image]) -> Image.Image:
@@ -92,17 +47,17 @@ def main(
 
         print(f"{model} is not there: drawing with random weights, which is noise")
         model = make_checkpoint(output.parent / "random-model", layout="hf", geometry=SMALL_24, seed=0)
-    port, log = free_port(), output.parent / "demo-server.log"
+    log = output.parent / "demo-server.log"
     print(f"Starting vllm serve {model} (log: {log})")
-    server = start(model, port, log, ["--attention-backend", "kvcompress"] if compressed else [])
+    args = [*SERVER_ARGS, *(("--attention-backend", "kvcompress") if compressed else ())]
     try:
-        wait(server, port, log)
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        began = time.perf_counter()
-        answer = client.images.generate(model="demo", prompt=prompt, n=n, extra_body={"seed": seed}, timeout=600)
-        seconds = time.perf_counter() - began
-    finally:
-        stop(server)
+        with Server(model, log, args, name="demo") as server:
+            client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600)
+            began = time.perf_counter()
+            answer = client.images.generate(model="demo", prompt=prompt, n=n, extra_body={"seed": seed})
+            seconds = time.perf_counter() - began
+    except ServerError as error:
+        raise SystemExit(str(error)) from None
     pictures = [Image.open(io.BytesIO(base64.b64decode(item.b64_json or ""))) for item in answer.data or []]
     sheet = contact_sheet(pictures)
     # The demo model's pixels are few; shown as they are, they are a stamp.

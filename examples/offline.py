@@ -1,6 +1,6 @@
 """A picture without a server: LLM.generate, then pixels.
 
-    python examples/offline.py MODEL "a red circle" -o picture.png
+python examples/offline.py MODEL "a red circle" -o picture.png
 """
 
 from pathlib import Path

@@ -29,15 +29,19 @@ def drawn_in_prompt(prompt_ids: list[int], model: ImageModel) -> int | None:
         return end - start
     if start != end or any(i >= model.text_vocab for i in prompt_ids):
         raise VLLMValidationError(
-            "image tokens must follow begin-of-image "
-            f"(id {model.boi}) without a gap, at the prompt's end",
+            f"image tokens must follow begin-of-image (id {model.boi}) without a gap, at the prompt's end",
             parameter="prompt",
         )
     return None
 
 
 def admit(
-    prompt_ids: list[int], params: "SamplingParams", model: ImageModel, max_model_len: int, *, text: bool = True
+    prompt_ids: list[int],
+    params: "SamplingParams",
+    model: ImageModel,
+    max_model_len: int,
+    *,
+    text: bool = True,
 ) -> None:
     """Check a generation request and fix its length; ``params`` is the request's own copy.
 

@@ -132,7 +132,10 @@ class RequestRows:
         if not self._dirty:
             return
         self._dirty = False
-        scale, prefix = torch.empty_like(self.scale, device="cpu"), torch.empty_like(self.prefix, device="cpu")
+        scale, prefix = (
+            torch.empty_like(self.scale, device="cpu"),
+            torch.empty_like(self.prefix, device="cpu"),
+        )
         scale.fill_(self.model.guidance_scale)
         prefix.fill_(NO_IMAGE)
         for row, facts in self._rows.items():

@@ -14,7 +14,7 @@ def register() -> None:
         return
     _registered = True
 
-    from vllm_kvcompress import patches
+    from vllm_kvcompress import bench, patches
     from vllm_kvcompress.models.tokenizer import register_tokenizer_fix
 
     _register_models()
@@ -23,6 +23,7 @@ def register() -> None:
     _register_worker_methods()
     _prepare_cpu()
     patches.apply()
+    bench.register_if_benchmarking()
 
 
 def _register_models() -> None:

@@ -22,7 +22,9 @@ class JanusModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
-        facts = RequestFacts.read(new_req_data.sampling_params, new_req_data.prompt_token_ids, self.rows.model)
+        facts = RequestFacts.read(
+            new_req_data.sampling_params, new_req_data.prompt_token_ids, self.rows.model
+        )
         self._slots[req_index] = facts
         self._slot_of[new_req_data.req_id] = req_index
 
@@ -34,6 +36,10 @@ class JanusModelState(DefaultModelState):
         self, input_batch: InputBatch, req_states: RequestState
     ) -> dict[str, torch.Tensor | None]:
         self.rows.replace(
-            {row: self._slots[slot] for row, slot in enumerate(input_batch.idx_mapping_np) if slot in self._slots}
+            {
+                row: self._slots[slot]
+                for row, slot in enumerate(input_batch.idx_mapping_np)
+                if slot in self._slots
+            }
         )
         return super().prepare_inputs(input_batch, req_states)

@@ -68,9 +68,7 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
         prefix, length = self.rows.prefix[: m.num_reqs], m.seq_lens[: m.num_reqs].to(torch.int32)
         table = m.block_table_tensor[: m.num_reqs]
         if m.max_query_len == 1:
-            return StepPlan(
-                m.query_start_loc, table, None, None, Plan(prefix, length), [], prefix, length
-            )
+            return StepPlan(m.query_start_loc, table, None, None, Plan(prefix, length), [], prefix, length)
         starts = m.query_start_loc_cpu[: m.num_reqs + 1]
         lengths = starts.diff()
         single = torch.nonzero(lengths == 1).flatten()

@@ -33,7 +33,9 @@ def use(kernels: Kernels, device_type: str) -> str:
     global decode, select_victims
     if kernels == "cpu" and (device_type != "cpu" or cpu.isa() is None):
         reason = "the cache is on " + device_type if device_type != "cpu" else "they were not built"
-        raise ValueError(f"additional_config.kvcompress.kernels: cpu kernels can't be used, {reason}; set auto")
+        raise ValueError(
+            f"additional_config.kvcompress.kernels: cpu kernels can't be used, {reason}; set auto"
+        )
     compiled = kernels != "torch" and device_type == "cpu" and cpu.isa() is not None
     module: ModuleType = cpu if compiled else reference
     decode = module.decode

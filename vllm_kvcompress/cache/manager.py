@@ -77,4 +77,3 @@ class BoundedManager(FullAttentionManager):
 
     def add_local_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
         """There are none: the groups are not prefix-cacheable."""
-

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 
 from vllm_kvcompress.attention import kernels
@@ -12,13 +11,14 @@ from vllm_kvcompress.cache.paging import plan_paging
 from vllm_kvcompress.cache.store import BRANCHES, CacheLayout
 from vllm_kvcompress.config import CompressionConfig, parse_config
 from vllm_kvcompress.heads.provide import provide_profile
+from vllm_kvcompress.log import logger_for
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_kvcompress.models.janus import JanusForImageGeneration
 
-logger = init_logger(__name__)
+logger = logger_for(__name__)
 
 TYPICAL_PREFIX = 20  # tokens of a short prompt, for the figures in the log
 
@@ -95,7 +95,11 @@ def plan_layout(vllm_config: "VllmConfig", model: "JanusForImageGeneration") -> 
 
 
 def _head_types(
-    config: CompressionConfig, vllm_config: "VllmConfig", model: "JanusForImageGeneration", layers: int, heads: int
+    config: CompressionConfig,
+    vllm_config: "VllmConfig",
+    model: "JanusForImageGeneration",
+    layers: int,
+    heads: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(``[layers, kv_heads]`` bool, True for spatial; the scores behind it, distance to the threshold)."""
     if config.policy.types != "profile":

@@ -150,7 +150,9 @@ class CompressedCache(nn.Module):
             (kv_cache.stride(0) * kv_cache.element_size(), 1),
             kv_cache.storage_offset() * kv_cache.element_size(),
         )
-        pages = pages_from_bytes(raw, layout.total(kind), layout.page_tokens(kind), layout.head_size, layout.dtype)
+        pages = pages_from_bytes(
+            raw, layout.total(kind), layout.page_tokens(kind), layout.head_size, layout.dtype
+        )
         rule = layout.rules[kind]
         assert rule is not None
         empty = torch.zeros(0, 0, dtype=torch.int32, device=kv_cache.device)
@@ -242,4 +244,3 @@ class CompressedCache(nn.Module):
 def _bytes_of(tensor: Tensor) -> Tensor:
     """The storage of ``tensor`` as int8, from its beginning."""
     return torch.empty(0, dtype=torch.int8, device=tensor.device).set_(tensor.untyped_storage())
-

@@ -4,13 +4,12 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 from vllm import envs
-from vllm.logger import init_logger
 
 from vllm_kvcompress.heads.calibrate import PROMPTS, locality_scores
 from vllm_kvcompress.heads.profile import HeadProfile
+from vllm_kvcompress.log import logger_for
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from vllm_kvcompress.config import CompressionConfig
     from vllm_kvcompress.models.janus import JanusForImageGeneration
 
-logger = init_logger(__name__)
+logger = logger_for(__name__)
 
 METRIC = "attention mass outside the neighbourhood"
 AUTO = "auto"
@@ -28,19 +27,6 @@ _NEIGHBOURHOOD_LINES = 2  # what a spatial head keeps by default
 def cache_directory() -> Path:
     """Where profiles made at start-up are kept, below vLLM's own cache directory."""
     return Path(envs.VLLM_CACHE_ROOT) / "kvcompress" / "head_profiles"
-
-
-def fingerprint(model: "JanusForImageGeneration") -> str:
-    """16 hex digits of the query, key and value weights of the first and the last layer.
-
-    Taken in bfloat16, so that serving one checkpoint in another dtype changes nothing.
-    """
-    digest = hashlib.sha256()
-    layers = model.language_model.layers
-    for layer in (layers[0], layers[len(layers) - 1]):
-        weight = layer.self_attn.qkv_proj.weight.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(weight.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def provide_profile(
@@ -55,7 +41,7 @@ def provide_profile(
     """
     text = model.config.get_text_config()
     name = Path(vllm_config.model_config.model).name
-    mark = fingerprint(model)
+    mark = model.fingerprint
     geometry = (text.num_hidden_layers, text.num_key_value_heads)
     if config.head_profile != AUTO:
         profile = HeadProfile.load(config.head_profile)

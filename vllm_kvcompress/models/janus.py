@@ -122,6 +122,7 @@ class JanusForImageGeneration(nn.Module):
         self.image = image_model_of(config)
         self.hidden_size = text.hidden_size
         self.dtype = vllm_config.model_config.dtype
+        self.fingerprint = ""  # of the weights, set when they are loaded
         self.compressed = (
             CompressedCache(vllm_config, lambda config: plan_layout(config, self))
             if is_compressed(vllm_config)
@@ -135,7 +136,9 @@ class JanusForImageGeneration(nn.Module):
             prefix=maybe_prefix(prefix, "language_model"),
             layer_type=_branched_layer,
         )
-        self.lm_head = ParallelLMHead(text.vocab_size, text.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))
+        self.lm_head = ParallelLMHead(
+            text.vocab_size, text.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+        )
         # gen_aligner(gen_embed(code)) for every code: one look-up instead of two matrix products.
         self.image_embedding = VocabParallelEmbedding(self.image.codes, text.hidden_size)
         self.gen_head_proj = ReplicatedLinear(text.hidden_size, text.hidden_size, return_bias=False)

@@ -35,7 +35,9 @@ def image_model_of(hf_config: "PreTrainedConfig") -> ImageModel:
     """The description of a configuration that ``store_special_ids`` has completed."""
     ids = getattr(hf_config, _SPECIAL_IDS, None)
     if ids is None:
-        raise RuntimeError("the model's special token ids were never resolved: is the kvcompress plugin loaded?")
+        raise RuntimeError(
+            "the model's special token ids were never resolved: is the kvcompress plugin loaded?"
+        )
     bos, pad, boi = ids
     return ImageModel(
         raster=raster_of(hf_config),

@@ -2,20 +2,21 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from vllm_kvcompress import patches
 from vllm_kvcompress.config import is_compressed, parse_config
-from vllm_kvcompress.models.registry import image_model, store_special_ids, text_vocab_size
+from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.config import raster_of
+from vllm_kvcompress.models.registry import image_model, store_special_ids, text_vocab_size
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-logger = init_logger(__name__)
+logger = logger_for(__name__)
 
+SCHEDULER = "vllm_kvcompress.scheduler.ImageScheduler"
 REQUEST_TRACKER = "vllm_kvcompress.requests_v1:RequestTracker"
 
 
@@ -39,7 +40,9 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
         model_config = vllm_config.model_config
         resolve_tokens(model_config)
         if vllm_config.speculative_config is not None:
-            raise ValueError("speculative decoding does not work with image models: drop --speculative-config")
+            raise ValueError(
+                "speculative decoding does not work with image models: drop --speculative-config"
+            )
         if is_compressed(vllm_config):
             check_conflicts(vllm_config)
         if vllm_config.cache_config.enable_prefix_caching:
@@ -49,6 +52,8 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
         processors = list(model_config.logits_processors or ())
         if REQUEST_TRACKER not in processors:
             model_config.logits_processors = [*processors, REQUEST_TRACKER]
+        if vllm_config.scheduler_config.scheduler_cls is None:
+            vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         image = image_model(model_config)
         width, height = image.raster.pixel_size
         logger.info(
@@ -88,7 +93,10 @@ def check_conflicts(vllm_config: "VllmConfig") -> None:
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set --pipeline-parallel-size 1"),
         (parallel.decode_context_parallel_size > 1, "context parallelism"),
         (vllm_config.kv_transfer_config is not None, "KV connectors: drop --kv-transfer-config"),
-        (cache.cache_dtype not in ("auto", "bfloat16", "float16"), "a quantised KV cache: set --kv-cache-dtype auto"),
+        (
+            cache.cache_dtype not in ("auto", "bfloat16", "float16"),
+            "a quantised KV cache: set --kv-cache-dtype auto",
+        ),
         (vllm_config.lora_config is not None, "LoRA: drop --enable-lora"),
         (
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
@@ -98,6 +106,7 @@ def check_conflicts(vllm_config: "VllmConfig") -> None:
     for clash, mend in refused:
         if clash:
             raise ValueError(f"--attention-backend kvcompress does not work with {mend}")
+
 
 def resolve_tokens(model_config: "ModelConfig") -> None:
     """Find begin-of-sentence, padding and begin-of-image by name in the checkpoint's tokenizer."""

@@ -4,6 +4,7 @@ Every tensor is loaded, knowingly skipped, or named in an error; a missing one o
 clear line. Names: transformers' convert_janus_weights_to_hf.py, read in both directions.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -96,9 +97,13 @@ def fold_image_embedding(tensors: dict[str, Tensor]) -> Tensor:
     Folded before the cast to the served dtype, so rounding happens once.
     """
     x = tensors["gen_embed.weight"].float()
-    x = nn.functional.linear(x, tensors["gen_aligner.0.weight"].float(), tensors["gen_aligner.0.bias"].float())
+    x = nn.functional.linear(
+        x, tensors["gen_aligner.0.weight"].float(), tensors["gen_aligner.0.bias"].float()
+    )
     x = nn.functional.gelu(x)
-    return nn.functional.linear(x, tensors["gen_aligner.2.weight"].float(), tensors["gen_aligner.2.bias"].float())
+    return nn.functional.linear(
+        x, tensors["gen_aligner.2.weight"].float(), tensors["gen_aligner.2.bias"].float()
+    )
 
 
 def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -118,6 +123,9 @@ def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, 
     small: dict[str, Tensor] = {}  # what is folded or renamed rather than streamed
     vq: list[tuple[str, Tensor]] = []
     seen: set[str] = set()
+    digest = hashlib.sha256()
+    last = model.config.get_text_config().num_hidden_layers - 1
+    marks = {f"language_model.layers.{i}.self_attn.{x}_proj.weight" for i in (0, last) for x in "qkv"}
 
     def language() -> Iterator[tuple[str, Tensor]]:
         for original, tensor in weights:
@@ -133,12 +141,16 @@ def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, 
                 vq.append((name, tensor))
                 continue
             if name not in shapes:
-                raise CheckpointError(f"unknown tensor {original}: not part of a Janus or Janus-Pro checkpoint")
+                raise CheckpointError(
+                    f"unknown tensor {original}: not part of a Janus or Janus-Pro checkpoint"
+                )
             if tuple(tensor.shape) != shapes[name]:
                 raise CheckpointError(
                     f"tensor {original} has shape {tuple(tensor.shape)}, but config.json asks for {shapes[name]}"
                 )
             seen.add(name)
+            if name in marks:
+                digest.update(name.encode() + _bytes(tensor))
             if name.startswith("language_model."):
                 yield name.removeprefix("language_model."), tensor
             else:
@@ -162,7 +174,13 @@ def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, 
             loader(parameter, small[name])
         loaded.add(name)
     loaded |= {f"vq.{name}" for name in model.vq.load_weights(vq)}
+    model.fingerprint = digest.hexdigest()[:16]
     return loaded
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """In bfloat16, so that a checkpoint stored in float32 is still the same model."""
+    return tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _copy(parameter: nn.Parameter, tensor: Tensor) -> None:
