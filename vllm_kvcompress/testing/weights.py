@@ -5,9 +5,12 @@ formats, hold the same weights.
 """
 
 import json
+import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod, sqrt
 from pathlib import Path
@@ -17,7 +20,7 @@ from torch import Tensor
 from transformers import JanusConfig, JanusForConditionalGeneration
 
 GAIN = 1.5  # of fan-in scaled matrices; with transformers' initial values greedy output is one token
-_CHUNK = 1 << 22  # values drawn at a time; part of what a seed means, as is the order of chunks
+_CHUNK = 1 << 22  # values drawn at a time; part of what a seed means
 _SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 # transformers name -> original name; janus notes section 3, transformers convert_janus_weights_to_hf.py.
@@ -121,16 +124,27 @@ def _mean_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, GAIN / sqrt(prod(shape[1:]))
 
 
-def chunks(spec: TensorSpec, seed: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The tensor's values, flat, at most 4 Mi at a time."""
-    for name, shape in spec.parts:
-        mean, std = _mean_std(name, shape)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-        left = prod(shape)
-        while left:
-            size = min(left, _CHUNK)
-            yield torch.empty(size).normal_(mean, std, generator=generator).to(dtype)
-            left -= size
+def _draw(name: str, shape: tuple[int, ...], chunk: int, seed: int, dtype: torch.dtype) -> Tensor:
+    mean, std = _mean_std(name, shape)
+    size = min(_CHUNK, prod(shape) - chunk * _CHUNK)
+    # A generator per chunk, so that chunks can be drawn in any order.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}:{chunk}".encode()))
+    return torch.empty(size).normal_(mean, std, generator=generator).to(dtype)
+
+
+def chunks(specs: Iterable[TensorSpec], seed: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The tensors' values, flat, one tensor after the other, at most 4 Mi values at a time."""
+    workers = os.cpu_count() or 1
+    pending: deque[Future[Tensor]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for spec in specs:
+            for name, shape in spec.parts:
+                for chunk in range(-(-prod(shape) // _CHUNK)):
+                    pending.append(pool.submit(_draw, name, shape, chunk, seed, dtype))
+                    if len(pending) > 2 * workers:
+                        yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def write_safetensors(path: Path, specs: list[TensorSpec], seed: int, dtype: torch.dtype) -> None:
@@ -149,12 +163,11 @@ def write_safetensors(path: Path, specs: list[TensorSpec], seed: int, dtype: tor
     text += b" " * (-len(text) % 8)  # data aligned, as the format recommends
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for spec in specs:
-            for chunk in chunks(spec, seed, dtype):
-                file.write(chunk.view(torch.uint8).numpy().data)
+        for chunk in chunks(specs, seed, dtype):
+            file.write(chunk.view(torch.uint8).numpy().data)
 
 
 def write_bin(path: Path, specs: list[TensorSpec], seed: int, dtype: torch.dtype) -> None:
     """Write a pickled state dict (``pytorch_model.bin``); needs memory for all of it."""
-    state = {spec.name: torch.cat(list(chunks(spec, seed, dtype))).view(spec.shape) for spec in specs}
+    state = {spec.name: torch.cat(list(chunks([spec], seed, dtype))).view(spec.shape) for spec in specs}
     torch.save(state, path)
