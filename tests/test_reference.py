@@ -125,6 +125,20 @@ def test_stratified_choice_takes_one_of_each_column_first() -> None:
     assert order[0, 0].tolist() == [0, 4, 5, 3, 2, 1, 6]
 
 
+def test_smoothing_reads_no_slot_that_holds_nothing() -> None:
+    raw = torch.zeros(3, page_bytes(1, 4, 4, torch.float32), dtype=torch.int8)
+    pages = pages_from_bytes(raw, 1, 4, 4, torch.float32)
+    pages.score.fill_(1e9)
+    pages.score[1, 0] = torch.tensor([0.1, 0.2, 5.0, 5.0])
+    pages.token[1, 0] = torch.arange(4)
+    rule = HeadRule(5, 2, 8, smooth_row=True)
+    kind = HeadType(pages, rule, torch.arange(1), torch.tensor([[1, 2]], dtype=torch.int32))
+    pages.victim.fill_(-7)
+    select_victims(kind, Plan(torch.tensor([0]), torch.tensor([4])))
+    assert pages.victim[1, 0].tolist() == [0, -7, -7, -7]  # one slot is free, one victim is due
+    assert pages.score[1, 0].tolist() == [0.0] * 4
+
+
 def poison(run: Run, row: int) -> None:
     """NaN into every slot that the row's next token must not see: free ones, and the one it lands in."""
     drawn = run.length[row] - run.prefix[row]
