@@ -31,7 +31,9 @@ class BuildKernels(build_ext):
         objects: list[str] = []
         for source in ext.sources:
             flags = COMMON + SOURCES[source.removeprefix("csrc/").removesuffix(".cpp")]
-            objects += self.compiler.compile([source], self.build_temp, extra_postargs=flags, depends=ext.depends)
+            objects += self.compiler.compile(
+                [source], self.build_temp, extra_postargs=flags, depends=ext.depends
+            )
         path = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, path, extra_postargs=["-fopenmp"], target_lang="c++")
 

@@ -42,7 +42,7 @@ struct Step {
 using DecodeFn = void (*)(const Step&, const HeadType&, int32_t row, int32_t first, int32_t last,
                           float* scratch);
 
-// A tile is a page, or this many slots of a longer one.
+// A tile is as many whole pages as fit, or a part of a long page.
 constexpr int32_t kTile = 32;
 
 inline int64_t padded(int64_t count) { return (count + kTile - 1) / kTile * kTile; }

@@ -1,10 +1,10 @@
 // The decode kernel, compiled once per instruction set (see simd.inl).
 //
-// A page holds its heads side by side, so a chunk of heads is walked page by page: what is read is long
-// runs in memory order, which the hardware's prefetcher follows; head by head it would be scattered pieces
-// of a few KiB, at two thirds of the bandwidth. The price is a softmax that is taken a tile (a page, or
-// part of a long one) at a time, with a running maximum, and K dots and V sums of one tile. Logits are
-// kept, so that the final probabilities can be added to the scores.
+// A page holds its heads side by side, so a chunk of heads is walked tile by tile (a few pages), all heads of
+// a tile in turn: what is read is long runs in memory order. Each head's arithmetic also touches the same
+// bytes of the next head, spread evenly, because memory is what this waits for. The price is a softmax taken
+// a tile at a time with a running maximum. Logits are kept, so that the final probabilities can be added to
+// the scores.
 
 // logits[g, s] = q[g] . k[s] for G queries and S slots.
 template <class T, int G, int S>
@@ -31,41 +31,53 @@ KVC_INLINE void dots(const typename T::raw* k, int64_t stride, const float* q, i
   }
 }
 
+KVC_INLINE void touch(const char*& ahead, int64_t bytes) {
+  if (!ahead) return;
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+  ahead += bytes;
+}
+
 template <class T, int G, int S>
 KVC_APART void dots_of_run(const typename T::raw* k, int32_t count, int64_t stride, const float* q,
-                           int64_t q_stride, float* logits, int64_t logit_stride, int32_t dim) {
-  for (; count >= S; count -= S, k += S * stride, logits += S)
+                           int64_t q_stride, float* logits, int64_t logit_stride, int32_t dim, const char* ahead) {
+  for (; count >= S; count -= S, k += S * stride, logits += S) {
+    touch(ahead, S * dim * sizeof(*k));
     dots<T, G, S>(k, stride, q, q_stride, logits, logit_stride, dim);
-  for (; count > 0; count--, k += stride, logits++)
+  }
+  for (; count > 0; count--, k += stride, logits++) {
+    touch(ahead, dim * sizeof(*k));
     dots<T, G, 1>(k, stride, q, q_stride, logits, logit_stride, dim);
+  }
 }
 
 // acc[g, 0:V vectors] += sum over the tile's slots of weight[g, s] * v[s].
 template <class T, int G, int V>
 KVC_INLINE void add_part(const typename T::raw* v, int32_t count, int64_t stride, const float* weight, float* acc,
-                         int64_t acc_stride) {
+                         int64_t acc_stride, const char* ahead, int64_t bytes) {
   vf part[G][V];
   for (int g = 0; g < G; g++)
     for (int i = 0; i < V; i++) part[g][i] = load_raw<vf>(acc + g * acc_stride + i * kLanes);
-  for (; count > 0; count--, v += stride, weight++)
+  for (; count > 0; count--, v += stride, weight++) {
+    touch(ahead, bytes);
     for (int i = 0; i < V; i++) {
       const vf x = T::load(v + i * kLanes);
       for (int g = 0; g < G; g++) part[g][i] += x * weight[g * kTile];
     }
+  }
   for (int g = 0; g < G; g++)
     for (int i = 0; i < V; i++) store_raw(acc + g * acc_stride + i * kLanes, part[g][i]);
 }
 
 template <class T, int G>
 KVC_APART void add_values(const typename T::raw* v, int32_t count, int64_t stride, const float* weight, float* acc,
-                          int64_t acc_stride, int32_t dim) {
+                          int64_t acc_stride, int32_t dim, const char* ahead) {
   constexpr int kWide = KVC_WIDE / G;
   int32_t d = 0;
   for (; d + kWide * kLanes <= dim; d += kWide * kLanes)
-    add_part<T, G, kWide>(v + d, count, stride, weight, acc + d, acc_stride);
+    add_part<T, G, kWide>(v + d, count, stride, weight, acc + d, acc_stride, ahead, d ? 0 : dim * sizeof(*v));
   for (; d + 2 * kLanes <= dim; d += 2 * kLanes)
-    add_part<T, G, 2>(v + d, count, stride, weight, acc + d, acc_stride);
-  for (; d + kLanes <= dim; d += kLanes) add_part<T, G, 1>(v + d, count, stride, weight, acc + d, acc_stride);
+    add_part<T, G, 2>(v + d, count, stride, weight, acc + d, acc_stride, ahead, d ? 0 : dim * sizeof(*v));
+  for (; d + kLanes <= dim; d += kLanes) add_part<T, G, 1>(v + d, count, stride, weight, acc + d, acc_stride, ahead, d ? 0 : dim * sizeof(*v));
   for (; d < dim; d++)
     for (int32_t s = 0; s < count; s++)
       for (int g = 0; g < G; g++)
@@ -121,10 +133,11 @@ struct Chunk {
   KVC_INLINE float* score_at(int32_t slot, int32_t head) const {
     return type.score + blocks[slot / page] * type.score_block + head * type.score_head + slot % page;
   }
+  KVC_INLINE int32_t least(int32_t a, int32_t b) const { return a < b ? a : b; }
+  KVC_INLINE int32_t run_end(int32_t slot, int32_t end) const { return least(slot + page - slot % page, end); }
   KVC_INLINE int32_t tile_end(int32_t slot) const {
-    int32_t end = slot + page - slot % page;
-    end = end < slot + kTile ? end : slot + kTile;
-    return end < phase.resident ? end : phase.resident;
+    const int32_t end = page < kTile ? slot + kTile / page * page : least(slot + kTile, slot + page - slot % page);
+    return least(end, phase.resident);
   }
 
   // This step's K and V into their slot, its query to float32.
@@ -155,26 +168,44 @@ struct Chunk {
     }
   }
 
-  // One head over the slots [slot, end) of one page.
-  KVC_INLINE void tile(int32_t head, int32_t slot, int32_t end) const {
-    const int32_t count = end - slot, lanes = (count + kLanes - 1) / kLanes * kLanes;
-    const raw* k = slot_at(slot, head);
-    const int64_t at = int64_t(head - first) * group;
+  // One head over the slots [first_slot, end), touching those of head `next` from slot `next_slot` on.
+  KVC_INLINE void tile(int32_t head, int32_t first_slot, int32_t end, int32_t next, int32_t next_slot) const {
+    const int32_t count = end - first_slot, lanes = (count + kLanes - 1) / kLanes * kLanes;
+    const int32_t skip = next_slot - first_slot, limit = phase.resident - 1;
+    const int64_t at = int64_t(head - first) * group, half = dim * int64_t(sizeof(raw));
     const float* mine = q + at * wide;
-    float *sums = acc + at * wide, *to = logits + at * logit_stride + slot;
+    float *sums = acc + at * wide, *tile_logits = logits + at * logit_stride + first_slot;
     int32_t g = 0;
-    for (; g + 4 <= group; g += 4)
-      dots_of_run<T, 4, 1>(k, count, stride, mine + g * wide, wide, to + g * logit_stride, logit_stride, dim);
-    for (; g + 2 <= group; g += 2)
-      dots_of_run<T, 2, 2>(k, count, stride, mine + g * wide, wide, to + g * logit_stride, logit_stride, dim);
-    if (g < group)
-      dots_of_run<T, 1, 4>(k, count, stride, mine + g * wide, wide, to + g * logit_stride, logit_stride, dim);
+    for (int32_t slot = first_slot, to; slot < end; slot = to) {
+      to = run_end(slot, end);
+      const raw* k = slot_at(slot, head);
+      const char* ahead = reinterpret_cast<const char*>(slot_at(least(slot + skip, limit), next));
+      float* here = tile_logits + (slot - first_slot);
+      for (g = 0; g + 4 <= group; g += 4)
+        dots_of_run<T, 4, 1>(k, to - slot, stride, mine + g * wide, wide, here + g * logit_stride, logit_stride,
+                             dim, g ? nullptr : ahead);
+      for (; g + 2 <= group; g += 2)
+        dots_of_run<T, 2, 2>(k, to - slot, stride, mine + g * wide, wide, here + g * logit_stride, logit_stride,
+                             dim, g ? nullptr : ahead);
+      if (g < group)
+        dots_of_run<T, 1, 4>(k, to - slot, stride, mine + g * wide, wide, here + g * logit_stride, logit_stride,
+                             dim, g ? nullptr : ahead);
+      if (scores) __builtin_prefetch(score_at(slot, head), 1, 2);
+    }
     for (g = 0; g < group; g++)
-      soften(to + g * logit_stride, count, lanes, weight + g * kTile, sums + g * wide, dim, best[at + g],
+      soften(tile_logits + g * logit_stride, count, lanes, weight + g * kTile, sums + g * wide, dim, best[at + g],
              total[at + g]);
-    for (g = 0; g + 2 <= group; g += 2)
-      add_values<T, 2>(k + dim, count, stride, weight + g * kTile, sums + g * wide, wide, dim);
-    if (g < group) add_values<T, 1>(k + dim, count, stride, weight + g * kTile, sums + g * wide, wide, dim);
+    for (int32_t slot = first_slot, to; slot < end; slot = to) {
+      to = run_end(slot, end);
+      const raw* v = slot_at(slot, head) + dim;
+      const char* ahead = reinterpret_cast<const char*>(slot_at(least(slot + skip, limit), next));
+      ahead += (to - slot) * half;
+      const float* by = weight + (slot - first_slot);
+      for (g = 0; g + 2 <= group; g += 2)
+        add_values<T, 2>(v, to - slot, stride, by + g * kTile, sums + g * wide, wide, dim, g ? nullptr : ahead);
+      if (g < group)
+        add_values<T, 1>(v, to - slot, stride, by + g * kTile, sums + g * wide, wide, dim, g ? nullptr : ahead);
+    }
   }
 
   void finish(int32_t head) const {
@@ -196,37 +227,18 @@ struct Chunk {
       store_raw(mass + s, x);
     }
     for (int32_t s = prefix, end; s < phase.resident; s = end) {
-      end = tile_end(s);
+      end = run_end(s, phase.resident);
       float* to = score_at(s, head);
       for (int32_t i = 0; i < end - s; i++) to[i] += mass[s + i];
     }
-  }
-
-  // Touches the first lines of what comes `kAhead` bytes later, to start the hardware's prefetcher there:
-  // it stops at every 4 KiB, and fetching all lines by instruction is slower than what it does.
-  KVC_INLINE void kick(int32_t head, int32_t slot, int32_t end) const {
-    const int64_t run = (end - slot) * stride * int64_t(sizeof(raw));
-    int32_t to = head + int32_t(run < KVC_AHEAD ? KVC_AHEAD / run : 1);
-    if (to >= last) {
-      if (end >= phase.resident) return;
-      to = to - last + first;
-      if (to >= last) to = last - 1;
-      slot = end;
-    }
-    const char* p = reinterpret_cast<const char*>(slot_at(slot, to));
-    for (int64_t at = 0; at < run; at += 4096)
-      for (int line = 0; line < KVC_KICK; line++) __builtin_prefetch(p + at + 64 * line, 0, 2);
-    if (scores) __builtin_prefetch(score_at(slot, to), 1, 2);
   }
 
   void run() const {
     for (int32_t head = first; head < last; head++) begin(head);
     for (int32_t slot = 0, end; slot < phase.resident; slot = end) {
       end = tile_end(slot);
-      for (int32_t head = first; head < last; head++) {
-        kick(head, slot, end);
-        tile(head, slot, end);
-      }
+      for (int32_t head = first; head < last - 1; head++) tile(head, slot, end, head + 1, slot);
+      tile(last - 1, slot, end, first, end);
     }
     for (int32_t head = first; head < last; head++) finish(head);
   }

@@ -2,12 +2,6 @@
 #include <immintrin.h>
 #define KVC_LANES 8
 #define KVC_WIDE 8
-#ifndef KVC_AHEAD
-#define KVC_AHEAD 8192
-#endif
-#ifndef KVC_KICK
-#define KVC_KICK 4
-#endif
 
 namespace {
 #include "simd.inl"

@@ -62,7 +62,7 @@ class Scene:
             blocks = -(-(max(self.prefix) + rule.capacity) // self.page)
             size = (page_bytes(n, self.page, self.dim, self.dtype) + 3) // 4 * 4 + self.tail * 4
             raw = torch.full((rows * blocks + 1, size), 0xFF, dtype=torch.uint8)
-            table = torch.full((rows, blocks + 2), 2**30, dtype=torch.int32)  # beyond the end: must not follow
+            table = torch.full((rows, blocks + 2), 2**30, dtype=torch.int32)  # must not be followed
             table[:, :blocks] = torch.randperm(rows * blocks + 1)[: rows * blocks].view(rows, blocks)
             made.append((pages_from_bytes(raw, n, self.page, self.dim, self.dtype), table))
         return made

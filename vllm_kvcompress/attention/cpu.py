@@ -27,13 +27,14 @@ logger = logging.getLogger(__name__)
 LIBRARY = Path(__file__).with_name("_kernels.so")
 ISAS = ("portable", "avx2", "avx512")
 _ABI = 1
+_PAGED = ("kv", "score", "token", "victim")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _HeadType(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("kv", "score", "token", "victim", "head_index", "block_table")),
-        *((f"{name}_{axis}", c_int64) for name in ("kv", "score", "token", "victim") for axis in ("block", "head")),
+        *((name, c_void_p) for name in (*_PAGED, "head_index", "block_table")),
+        *((f"{name}_{axis}", c_int64) for name in _PAGED for axis in ("block", "head")),
         ("table_row", c_int64),
         *((name, c_int32) for name in ("heads", "page", "capacity", "line", "image", "anchors", "recent")),
         *((name, c_int32) for name in ("ring", "accumulate", "evicts")),
@@ -91,7 +92,7 @@ class _Native:
         self.struct = struct = _HeadType()
         self.address = ctypes.addressof(struct)
         self.dtype = pages.kv.dtype
-        for name in ("kv", "score", "token", "victim"):
+        for name in _PAGED:
             tensor = getattr(pages, name)
             setattr(struct, name, tensor.data_ptr())
             setattr(struct, f"{name}_block", tensor.stride(0))
@@ -107,9 +108,8 @@ class _Native:
             and pages.kv.stride()[2:] == (2 * pages.head_size, 1)
             and [t.dtype for t in side] == [torch.float32, torch.int16, torch.int16]
             and all(t.stride(2) == 1 for t in side)
-            and head_index.dtype == torch.int32
-            and head_index.stride() == (1,)
         )
+        self.indexed = head_index.dtype == torch.int32 and head_index.stride() == (1,)
 
 
 def _native(kind: HeadType) -> _Native | None:
@@ -149,17 +149,17 @@ def decode(
     dtype = q.dtype
     if (
         library is None
-        or None in natives
         or not _plain(plan)
         or not (dtype == k.dtype == v.dtype == out.dtype)
-        or any(native is not None and native.dtype != dtype for native in natives)
+        or any(native is None or not native.indexed or native.dtype != dtype for native in natives)
         or any(stride[2] != 1 for stride in strides)
     ):
         reference.decode(q, k, v, types, plan, scale, out)
         return
     rows, heads, dim = q.shape
     step = _Step(
-        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), plan.prefix.data_ptr(), plan.length.data_ptr()),
+        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()),
+        *(plan.prefix.data_ptr(), plan.length.data_ptr()),
         *(stride[axis] for stride in strides for axis in (0, 1)),
         *(rows, heads // k.shape[1], dim, _DTYPES[dtype], torch.get_num_threads(), scale),
     )
@@ -181,6 +181,5 @@ def select_victims(type_all_layers: HeadType, plan: Plan) -> None:
     if library is None or native is None or rule.value_norm or rule.smooth_row or rule.stratify:
         torch_select.select_victims(type_all_layers, plan)
         return
-    library.kvc_select(
-        native.address, plan.prefix.data_ptr(), plan.length.data_ptr(), len(plan.length), torch.get_num_threads()
-    )
+    rows, threads = len(plan.length), torch.get_num_threads()
+    library.kvc_select(native.address, plan.prefix.data_ptr(), plan.length.data_ptr(), rows, threads)
