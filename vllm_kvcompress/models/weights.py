@@ -123,7 +123,7 @@ def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, 
     small: dict[str, Tensor] = {}  # what is folded or renamed rather than streamed
     vq: list[tuple[str, Tensor]] = []
     seen: set[str] = set()
-    digest = hashlib.sha256()
+    digests: dict[str, bytes] = {}
     last = model.config.get_text_config().num_hidden_layers - 1
     marks = {f"language_model.layers.{i}.self_attn.{x}_proj.weight" for i in (0, last) for x in "qkv"}
 
@@ -150,7 +150,7 @@ def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, 
                 )
             seen.add(name)
             if name in marks:
-                digest.update(name.encode() + _bytes(tensor))
+                digests[name] = hashlib.sha256(_bytes(tensor)).digest()
             if name.startswith("language_model."):
                 yield name.removeprefix("language_model."), tensor
             else:
@@ -174,8 +174,15 @@ def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, 
             loader(parameter, small[name])
         loaded.add(name)
     loaded |= {f"vq.{name}" for name in model.vq.load_weights(vq)}
-    model.fingerprint = digest.hexdigest()[:16]
+    model.fingerprint = _fingerprint(digests)
     return loaded
+
+
+def _fingerprint(digests: dict[str, bytes]) -> str:
+    """Of the tensors' digests, in whatever order the files held them."""
+    return hashlib.sha256(b"".join(name.encode() + digests[name] for name in sorted(digests))).hexdigest()[
+        :16
+    ]
 
 
 def _bytes(tensor: Tensor) -> bytes:
