@@ -189,8 +189,8 @@ def test_a_missing_shard_is_counted(config, stored):
 
 @pytest.mark.parametrize(
     "canonical",
-    ["language_model.embed_tokens.weight", "language_model.layers.0.self_attn.k_proj.weight", "lm_head.weight",
-     "gen_embed.weight", "gen_aligner.0.weight", "gen_head.weight"],
+    ["language_model.embed_tokens.weight", "language_model.layers.0.self_attn.k_proj.weight",
+     "lm_head.weight", "gen_embed.weight", "gen_aligner.0.weight", "gen_head.weight"],
 )  # fmt: skip
 def test_wrong_shape(config, stored, canonical):
     name = stored_name(stored, canonical)
@@ -259,7 +259,7 @@ def test_janusflow_weights(config, stored, name):
 def test_janusflow_configuration():
     fields = {"model_type": "multi_modality", "architectures": ["MultiModalityCausalLM"],
               "language_config": {"vocab_size": 102400}, "vision_gen_enc_config": {}}  # fmt: skip
-    with pytest.raises(ValueError, match="JanusFlow draws by rectified flow, .* is not supported") as raised:
+    with pytest.raises(ValueError, match=r"JanusFlow draws by rectified flow, .* is not supported") as raised:
         MultiModalityConfig(**fields)
     assert "\n" not in str(raised.value)
 

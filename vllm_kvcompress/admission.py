@@ -25,14 +25,13 @@ def drawn_in_prompt(prompt_ids: list[int], model: ImageModel) -> int | None:
     start = end
     while start > 0 and prompt_ids[start - 1] >= model.text_vocab:
         start -= 1
-    if start > 0 and prompt_ids[start - 1] == model.boi:
-        return end - start
-    if start != end or any(i >= model.text_vocab for i in prompt_ids):
+    begun = start > 0 and prompt_ids[start - 1] == model.boi
+    if (start < end and not begun) or any(i >= model.text_vocab for i in prompt_ids[:start]):
         raise VLLMValidationError(
             f"image tokens must follow begin-of-image (id {model.boi}) without a gap, at the prompt's end",
             parameter="prompt",
         )
-    return None
+    return end - start if begun else None
 
 
 def admit(
@@ -78,6 +77,11 @@ def admit(
         )
     if params.structured_outputs is not None:
         raise VLLMValidationError("a picture can't follow a text grammar", parameter="structured_outputs")
+    if any(i < model.text_vocab for i in params.allowed_token_ids or ()):
+        raise VLLMValidationError(
+            f"the tokens allowed in a picture must be image tokens, ids from {model.text_vocab}",
+            parameter="allowed_token_ids",
+        )
     try:
         guidance = GuidanceParams.read(params.extra_args, model.guidance_scale)
     except ValueError as error:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 GUIDANCE_SCALE = "guidance_scale"
 NEGATIVE_IDS = "negative_prompt_token_ids"
+MAX_SCALE = 100.0  # far beyond use; a bound, because an overflow in the engine would end it
 NO_IMAGE = 2**30  # a prefix that no sequence reaches
 TEXT_ROW = -1.0  # stands for the guidance scale in rows whose next token is text
 
@@ -48,12 +49,12 @@ class GuidanceParams:
         """Read and check ``extra_args``. Raises ValueError naming the argument."""
         args = extra_args or {}
         scale = args.get(GUIDANCE_SCALE, default_scale)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
-            raise ValueError(f"{GUIDANCE_SCALE} must be a finite number of at least 0, got {scale!r}")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= MAX_SCALE:
+            raise ValueError(f"{GUIDANCE_SCALE} must be a number from 0 to {MAX_SCALE:g}, got {scale!r:.40}")
         negative = args.get(NEGATIVE_IDS)
         if negative is None:
             return cls(float(scale))
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in negative):
+        if not isinstance(negative, (list, tuple)) or not all(type(i) is int for i in negative):
             raise ValueError(f"{NEGATIVE_IDS} must be a list of token ids")
         return cls(float(scale), tuple(negative))
 
@@ -77,12 +78,14 @@ class RequestFacts:
         cls, params: "SamplingParams | None", prompt_ids: Sequence[int] | None, model: ImageModel
     ) -> "RequestFacts":
         """From what the runner is given with a new request."""
-        guidance = GuidanceParams.read(getattr(params, "extra_args", None), model.guidance_scale)
         ids = list(prompt_ids or ())
         end = len(ids)
         while end and ids[end - 1] >= model.text_vocab:
             end -= 1
-        return cls(guidance, end if end and ids[end - 1] == model.boi else NO_IMAGE)
+        if not end or ids[end - 1] != model.boi:
+            # Admission has not looked at a text request's arguments, and they mean nothing here.
+            return cls(GuidanceParams(model.guidance_scale), NO_IMAGE)
+        return cls(GuidanceParams.read(getattr(params, "extra_args", None), model.guidance_scale), end)
 
 
 class RequestRows:

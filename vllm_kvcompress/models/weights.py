@@ -146,7 +146,8 @@ def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, 
                 )
             if tuple(tensor.shape) != shapes[name]:
                 raise CheckpointError(
-                    f"tensor {original} has shape {tuple(tensor.shape)}, but config.json asks for {shapes[name]}"
+                    f"tensor {original} has shape {tuple(tensor.shape)}, "
+                    f"but config.json asks for {shapes[name]}"
                 )
             seen.add(name)
             if name in marks:
