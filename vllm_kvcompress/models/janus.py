@@ -106,6 +106,38 @@ class BranchedAttention(nn.Module):
         return output
 
 
+class BranchedLlama(LlamaModel):
+    """vLLM's LlamaModel, seen from outside with one row a token.
+
+    The rows double inside the compiled region, so that vLLM's compile ranges and CUDA graph sizes,
+    which count tokens, are right as they are.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=_branched_layer)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: Tensor | None = None,
+        **extra: Any,
+    ) -> Tensor | IntermediateTensors:
+        """``positions`` ``[tokens]``, ``inputs_embeds`` ``[tokens, 2 * hidden]`` -> ``[tokens, 2 * hidden]``.
+
+        Between pipeline stages the rows stay ``[2 * tokens, hidden]``.
+        """
+        if inputs_embeds is not None:
+            inputs_embeds = inputs_embeds.view(-1, self.config.hidden_size)
+        hidden = super().forward(
+            input_ids, positions.repeat_interleave(BRANCHES), intermediate_tensors, inputs_embeds, **extra
+        )
+        if isinstance(hidden, IntermediateTensors):
+            return hidden
+        return hidden.view(positions.shape[0], -1)
+
+
 class JanusForImageGeneration(nn.Module):
     """Text in, image tokens (or text) out; both published layouts.
 
@@ -131,10 +163,9 @@ class JanusForImageGeneration(nn.Module):
         self.rows = request_rows(vllm_config)
         self.rows.to(vllm_config.device_config.device)
 
-        self.language_model = LlamaModel(
+        self.language_model = BranchedLlama(
             vllm_config=vllm_config.with_hf_config(text, architectures=["LlamaForCausalLM"]),
             prefix=maybe_prefix(prefix, "language_model"),
-            layer_type=_branched_layer,
         )
         self.lm_head = ParallelLMHead(
             text.vocab_size, text.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
@@ -147,6 +178,12 @@ class JanusForImageGeneration(nn.Module):
         )
         self.text_logits = LogitsProcessor(text.vocab_size)
         self.image_logits = LogitsProcessor(self.image.codes)
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self._embeds = (
+            torch.zeros(tokens, BRANCHES * text.hidden_size, dtype=self.dtype)
+            if vllm_config.compilation_config.cudagraph_mode.has_piecewise_cudagraphs()
+            else None
+        )
         self.vq = VQDecoder(config.vq_config, self.image.raster)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
@@ -172,7 +209,6 @@ class JanusForImageGeneration(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
         """Both branches of every token. ``input_ids``, ``positions``: ``[tokens]``."""
-        branch_positions = positions.repeat_interleave(BRANCHES)
         token_rows = self._token_rows(input_ids)
         embeds = None
         if get_pp_group().is_first_rank:
@@ -180,12 +216,20 @@ class JanusForImageGeneration(nn.Module):
             if negatives := self.rows.negatives:
                 uncond = splice_negatives(uncond, input_ids, positions, token_rows, negatives, self.image)
             embeds = self.embed_input_ids(torch.stack([input_ids, uncond], 1).flatten())
-        hidden = self.language_model(None, branch_positions, intermediate_tensors, embeds)
+            embeds = self._in_place(embeds.view(input_ids.shape[0], -1))
+        hidden = self.language_model(None, positions, intermediate_tensors, embeds)
         if not get_pp_group().is_last_rank:
             return hidden
         draws = (input_ids == self.image.boi) | (input_ids >= self.image.text_vocab)
         scale = torch.where(draws, self.rows.scale[token_rows], TEXT_ROW)
-        return torch.cat([hidden.view(input_ids.shape[0], -1), pack_scale(scale, hidden.dtype)], dim=-1)
+        return torch.cat([hidden, pack_scale(scale, hidden.dtype)], dim=-1)
+
+    def _in_place(self, embeds: Tensor) -> Tensor:
+        """The same values where piecewise CUDA graphs expect their input: always at one address."""
+        if self._embeds is None:
+            return embeds
+        held = self._embeds[: embeds.shape[0]]
+        return held.copy_(embeds)
 
     def _token_rows(self, input_ids: Tensor) -> Tensor:
         """``[tokens]`` int64: the batch row of each token."""

@@ -24,9 +24,10 @@ def apply() -> None:
     def load_endpoint_plugins(supported_tasks: tuple[Any, ...] | None = None) -> list[Any]:
         loaded = original(supported_tasks)
         if _served and supported_tasks is not None and "generate" in supported_tasks:
+            from vllm_kvcompress.serving.cache_usage import cache_usage
             from vllm_kvcompress.serving.images import ImagesEndpoint
 
-            loaded = [*loaded, ImagesEndpoint()]
+            loaded = [*loaded, ImagesEndpoint(usage_extra=cache_usage)]
         return loaded
 
     load_endpoint_plugins._kvcompress = True  # type: ignore[attr-defined]
