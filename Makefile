@@ -11,8 +11,10 @@ PY := .venv/bin/python
 	@echo "Setting up .venv (about two minutes, once)"
 	@tools/setup_venv.sh
 
+COMPRESSED ?=
+
 demo: .venv/.ready
-	@$(PY) examples/demo.py --prompt "$(PROMPT)" --seed $(SEED) --n $(N)
+	@$(PY) examples/demo.py --prompt "$(PROMPT)" --seed $(SEED) --n $(N) $(if $(COMPRESSED),--compressed)
 
 test: .venv/.ready
 	@$(PY) -m pytest tests
