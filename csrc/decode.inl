@@ -226,10 +226,17 @@ struct Chunk {
         x += exp_negative(load_raw<vf>(mass + g * logit_stride + s) - best[at + g]) * (1 / total[at + g]);
       store_raw(mass + s, x);
     }
-    for (int32_t s = prefix, end; s < phase.resident; s = end) {
-      end = run_end(s, phase.resident);
-      float* to = score_at(s, head);
-      for (int32_t i = 0; i < end - s; i++) to[i] += mass[s + i];
+  }
+
+  // Adds what `finish` left in place of the logits. Page by page: a page's scores are neighbours in memory.
+  void add_scores() const {
+    for (int32_t slot = prefix, end; slot < phase.resident; slot = end) {
+      end = run_end(slot, phase.resident);
+      for (int32_t head = first; head < last; head++) {
+        const float* mass = logits + int64_t(head - first) * group * logit_stride;
+        float* to = score_at(slot, head);
+        for (int32_t s = slot; s < end; s++) to[s - slot] += mass[s];
+      }
     }
   }
 
@@ -241,6 +248,7 @@ struct Chunk {
       tile(last - 1, slot, end, first, end);
     }
     for (int32_t head = first; head < last; head++) finish(head);
+    if (scores) add_scores();
   }
 
   static void decode(const Step& step, const HeadType& type, int32_t row, int32_t first, int32_t last,

@@ -277,3 +277,10 @@ def test_shares_torch_threads():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert len(done.stdout.split()) == 1, done.stdout
+
+
+def test_huge_pages_keep_the_contents():
+    memory = torch.arange(5 * 2**18, dtype=torch.int64)  # 10 MiB
+    cpu.use_huge_pages(memory)
+    assert torch.equal(memory, torch.arange(5 * 2**18, dtype=torch.int64))
+    assert not cpu.use_huge_pages(torch.zeros(8))

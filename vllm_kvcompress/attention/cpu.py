@@ -7,8 +7,9 @@ kernels need it, the torch reference does the work: slower, same results. docs/c
 
 import ctypes
 import logging
+import sys
 from collections.abc import Sequence
-from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, byref, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from vllm_kvcompress.attention import select as torch_select
 from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan
 from vllm_kvcompress.policy import HeadRule
 
-__all__ = ["decode", "isa", "select_victims", "set_isa"]
+__all__ = ["decode", "isa", "select_victims", "set_isa", "use_huge_pages"]
 
 logger = logging.getLogger(__name__)
 
@@ -183,3 +184,29 @@ def select_victims(type_all_layers: HeadType, plan: Plan) -> None:
         return
     rows, threads = len(plan.length), torch.get_num_threads()
     library.kvc_select(native.address, plan.prefix.data_ptr(), plan.length.data_ptr(), rows, threads)
+
+
+def use_huge_pages(memory: Tensor) -> bool:
+    """Ask Linux to back the cache with 2 MiB pages, once, after it was allocated.
+
+    A step reads far more memory than the processor's address cache covers with 4 KiB pages: a tenth
+    faster. Contents stay. About a second per GiB, at start-up.
+
+    Parameters
+    ----------
+    memory : Tensor
+        A contiguous CPU tensor; its whole 2 MiB stretches are affected.
+
+    Returns
+    -------
+    bool
+        Whether the kernel did it; False where it cannot, which costs only speed.
+    """
+    advise_huge, collapse, huge = 14, 25, 2**21  # MADV_HUGEPAGE, MADV_COLLAPSE (Linux 6.1)
+    first = -(-memory.data_ptr() // huge) * huge
+    size = (memory.data_ptr() + memory.nbytes - first) // huge * huge
+    if sys.platform != "linux" or not memory.is_cpu or size <= 0:
+        return False
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (c_void_p, c_size_t, c_int)
+    return madvise(first, size, advise_huge) == 0 and madvise(first, size, collapse) == 0
