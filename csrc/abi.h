@@ -11,12 +11,12 @@ enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // All heads of one type in one layer (decode) or in all layers (select). Strides count elements.
 struct HeadType {
-  char* kv;                     // [blocks, heads, page, 2 * D], K then V; [page, 2 * D] is contiguous
-  float* score;                 // [blocks, heads, page]
-  int16_t* token;               // [blocks, heads, page]; -1 for the prefix
-  int16_t* victim;              // [blocks, heads, page]; at a row's logical slot j: its j-th victim
-  const int32_t* head_index;    // [heads]: position on the 2 * Hkv axis of k and v (decode only)
-  const int32_t* block_table;   // [rows, max_blocks]
+  char* kv;                    // [blocks, heads, page, 2 * D], K then V; [page, 2 * D] is contiguous
+  float* score;                // [blocks, heads, page]
+  int16_t* token;              // [blocks, heads, page]; -1 for the prefix
+  int16_t* victim;             // [blocks, heads, page]; at a row's logical slot j: its j-th victim
+  const int32_t* head_index;   // [heads]: position on the 2 * Hkv axis of k and v (decode only)
+  const int32_t* block_table;  // [rows, max_blocks]
   int64_t kv_block, kv_head;
   int64_t score_block, score_head;
   int64_t token_block, token_head;
@@ -29,8 +29,8 @@ struct HeadType {
 
 // One step's rows. Query head g of cache head c is head_index[c] * group + g.
 struct Step {
-  const char *q, *k, *v;        // [rows, 2 * Hq, D], [rows, 2 * Hkv, D] twice; D is contiguous
-  char* out;                    // [rows, 2 * Hq, D]
+  const char *q, *k, *v;           // [rows, 2 * Hq, D], [rows, 2 * Hkv, D] twice; D is contiguous
+  char* out;                       // [rows, 2 * Hq, D]
   const int32_t *prefix, *length;  // [rows]; length 0 is a padding row
   int64_t q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head;
   int32_t rows, group, dim, dtype;
@@ -58,9 +58,9 @@ inline int64_t scratch_floats(int64_t slots, int64_t heads, int64_t group, int64
 
 // Where a row stands: arithmetic on (prefix, length) only, the same for both branches and all layers.
 struct Phase {
-  int32_t token;      // image-token index of this step's token; -1 for a prefix token
-  int32_t resident;   // slots to attend over
-  int32_t slot;       // where this step's token goes, or -1: victim number `nth` of each head
+  int32_t token;     // image-token index of this step's token; -1 for a prefix token
+  int32_t resident;  // slots to attend over
+  int32_t slot;      // where this step's token goes, or -1: victim number `nth` of each head
   int32_t nth;
 };
 

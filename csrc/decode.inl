@@ -6,10 +6,12 @@
 // a tile at a time with a running maximum. Logits are kept, so that the final probabilities can be added to
 // the scores.
 
+#include "simd.inl"
+
 // logits[g, s] = q[g] . k[s] for G queries and S slots.
 template <class T, int G, int S>
-KVC_INLINE void dots(const typename T::raw* k, int64_t stride, const float* q, int64_t q_stride, float* logits,
-                     int64_t logit_stride, int32_t dim) {
+KVC_INLINE void dots(const typename T::raw* k, int64_t stride, const float* q, int64_t q_stride,
+                     float* logits, int64_t logit_stride, int32_t dim) {
   vf acc[G][S] = {};
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) {
@@ -20,15 +22,17 @@ KVC_INLINE void dots(const typename T::raw* k, int64_t stride, const float* q, i
       for (int s = 0; s < S; s++) acc[g][s] += x[s] * y;
     }
   }
-  for (int g = 0; g < G; g++) {
-    float* to = logits + g * logit_stride;
-    if (S == 4)
-      sum4(acc[g], to);
-    else
-      for (int s = 0; s < S; s++) to[s] = sum(acc[g][s]);
-    for (int64_t e = d; e < dim; e++)
-      for (int s = 0; s < S; s++) to[s] += load_one<T>(k + s * stride + e) * q[g * q_stride + e];
-  }
+  float dot[G][S];
+  if (G * S == 4)
+    sum4(&acc[0][0], &dot[0][0]);
+  else
+    for (int g = 0; g < G; g++)
+      for (int s = 0; s < S; s++) dot[g][s] = sum(acc[g][s]);
+  for (int64_t e = d; e < dim; e++)
+    for (int g = 0; g < G; g++)
+      for (int s = 0; s < S; s++) dot[g][s] += load_one<T>(k + s * stride + e) * q[g * q_stride + e];
+  for (int g = 0; g < G; g++)
+    for (int s = 0; s < S; s++) logits[g * logit_stride + s] = dot[g][s];
 }
 
 KVC_INLINE void touch(const char*& ahead, int64_t bytes) {
@@ -39,7 +43,8 @@ KVC_INLINE void touch(const char*& ahead, int64_t bytes) {
 
 template <class T, int G, int S>
 KVC_APART void dots_of_run(const typename T::raw* k, int32_t count, int64_t stride, const float* q,
-                           int64_t q_stride, float* logits, int64_t logit_stride, int32_t dim, const char* ahead) {
+                           int64_t q_stride, float* logits, int64_t logit_stride, int32_t dim,
+                           const char* ahead) {
   for (; count >= S; count -= S, k += S * stride, logits += S) {
     touch(ahead, S * dim * sizeof(*k));
     dots<T, G, S>(k, stride, q, q_stride, logits, logit_stride, dim);
@@ -52,8 +57,8 @@ KVC_APART void dots_of_run(const typename T::raw* k, int32_t count, int64_t stri
 
 // acc[g, 0:V vectors] += sum over the tile's slots of weight[g, s] * v[s].
 template <class T, int G, int V>
-KVC_INLINE void add_part(const typename T::raw* v, int32_t count, int64_t stride, const float* weight, float* acc,
-                         int64_t acc_stride, const char* ahead, int64_t bytes) {
+KVC_INLINE void add_part(const typename T::raw* v, int32_t count, int64_t stride, const float* weight,
+                         float* acc, int64_t acc_stride, const char* ahead, int64_t bytes) {
   vf part[G][V];
   for (int g = 0; g < G; g++)
     for (int i = 0; i < V; i++) part[g][i] = load_raw<vf>(acc + g * acc_stride + i * kLanes);
@@ -69,15 +74,16 @@ KVC_INLINE void add_part(const typename T::raw* v, int32_t count, int64_t stride
 }
 
 template <class T, int G>
-KVC_APART void add_values(const typename T::raw* v, int32_t count, int64_t stride, const float* weight, float* acc,
-                          int64_t acc_stride, int32_t dim, const char* ahead) {
+KVC_APART void add_values(const typename T::raw* v, int32_t count, int64_t stride, const float* weight,
+                          float* acc, int64_t acc_stride, int32_t dim, const char* ahead) {
   constexpr int kWide = KVC_WIDE / G;
   int32_t d = 0;
   for (; d + kWide * kLanes <= dim; d += kWide * kLanes)
     add_part<T, G, kWide>(v + d, count, stride, weight, acc + d, acc_stride, ahead, d ? 0 : dim * sizeof(*v));
   for (; d + 2 * kLanes <= dim; d += 2 * kLanes)
     add_part<T, G, 2>(v + d, count, stride, weight, acc + d, acc_stride, ahead, d ? 0 : dim * sizeof(*v));
-  for (; d + kLanes <= dim; d += kLanes) add_part<T, G, 1>(v + d, count, stride, weight, acc + d, acc_stride, ahead, d ? 0 : dim * sizeof(*v));
+  for (; d + kLanes <= dim; d += kLanes)
+    add_part<T, G, 1>(v + d, count, stride, weight, acc + d, acc_stride, ahead, d ? 0 : dim * sizeof(*v));
   for (; d < dim; d++)
     for (int32_t s = 0; s < count; s++)
       for (int g = 0; g < G; g++)
@@ -121,7 +127,8 @@ struct Chunk {
   const int64_t stride = 2 * dim, wide = padded(dim), logit_stride = logits_of(phase.resident);
   const int64_t queries = int64_t(last - first) * group;
   float *const logits, *const q = logits + queries * logit_stride, *const acc = q + queries * wide;
-  float *const weight = acc + queries * wide, *const best = weight + group * kTile, *const total = best + queries;
+  float *const weight = acc + queries * wide, *const best = weight + group * kTile,
+               *const total = best + queries;
 
   Chunk(const Step& step, const HeadType& type, int32_t row, int32_t first, int32_t last, float* scratch)
       : step(step), type(type), row(row), first(first), last(last), logits(scratch) {}
@@ -134,9 +141,12 @@ struct Chunk {
     return type.score + blocks[slot / page] * type.score_block + head * type.score_head + slot % page;
   }
   KVC_INLINE int32_t least(int32_t a, int32_t b) const { return a < b ? a : b; }
-  KVC_INLINE int32_t run_end(int32_t slot, int32_t end) const { return least(slot + page - slot % page, end); }
+  KVC_INLINE int32_t run_end(int32_t slot, int32_t end) const {
+    return least(slot + page - slot % page, end);
+  }
   KVC_INLINE int32_t tile_end(int32_t slot) const {
-    const int32_t end = page < kTile ? slot + kTile / page * page : least(slot + kTile, slot + page - slot % page);
+    const int32_t end =
+        page < kTile ? slot + kTile / page * page : least(slot + kTile, slot + page - slot % page);
     return least(end, phase.resident);
   }
 
@@ -149,7 +159,8 @@ struct Chunk {
                                   phase.nth % page];
     }
     raw* mine = slot_at(slot, head);
-    __builtin_memcpy(mine, step.k + (row * step.k_row + source * step.k_head) * sizeof(raw), dim * sizeof(raw));
+    __builtin_memcpy(mine, step.k + (row * step.k_row + source * step.k_head) * sizeof(raw),
+                     dim * sizeof(raw));
     __builtin_memcpy(mine + dim, step.v + (row * step.v_row + source * step.v_head) * sizeof(raw),
                      dim * sizeof(raw));
     type.token[blocks[slot / page] * type.token_block + head * type.token_head + slot % page] = phase.token;
@@ -157,7 +168,8 @@ struct Chunk {
 
     const int64_t at = int64_t(head - first) * group;
     for (int32_t g = 0; g < group; g++) {
-      const raw* from = reinterpret_cast<const raw*>(step.q) + row * step.q_row + (source * group + g) * step.q_head;
+      const raw* from =
+          reinterpret_cast<const raw*>(step.q) + row * step.q_row + (source * group + g) * step.q_head;
       float* to = q + (at + g) * wide;
       int32_t d = 0;
       for (; d + kLanes <= dim; d += kLanes) store_raw(to + d, T::load(from + d) * step.scale);
@@ -182,29 +194,34 @@ struct Chunk {
       const char* ahead = reinterpret_cast<const char*>(slot_at(least(slot + skip, limit), next));
       float* here = tile_logits + (slot - first_slot);
       for (g = 0; g + 4 <= group; g += 4)
-        dots_of_run<T, 4, 1>(k, to - slot, stride, mine + g * wide, wide, here + g * logit_stride, logit_stride,
-                             dim, g ? nullptr : ahead);
+        dots_of_run<T, 4, 1>(k, to - slot, stride, mine + g * wide, wide, here + g * logit_stride,
+                             logit_stride, dim, g ? nullptr : ahead);
       for (; g + 2 <= group; g += 2)
-        dots_of_run<T, 2, 2>(k, to - slot, stride, mine + g * wide, wide, here + g * logit_stride, logit_stride,
-                             dim, g ? nullptr : ahead);
+        dots_of_run<T, 2, 2>(k, to - slot, stride, mine + g * wide, wide, here + g * logit_stride,
+                             logit_stride, dim, g ? nullptr : ahead);
       if (g < group)
-        dots_of_run<T, 1, 4>(k, to - slot, stride, mine + g * wide, wide, here + g * logit_stride, logit_stride,
-                             dim, g ? nullptr : ahead);
+        dots_of_run<T, 1, 4>(k, to - slot, stride, mine + g * wide, wide, here + g * logit_stride,
+                             logit_stride, dim, g ? nullptr : ahead);
       if (scores) __builtin_prefetch(score_at(slot, head), 1, 2);
     }
     for (g = 0; g < group; g++)
-      soften(tile_logits + g * logit_stride, count, lanes, weight + g * kTile, sums + g * wide, dim, best[at + g],
-             total[at + g]);
+      soften(tile_logits + g * logit_stride, count, lanes, weight + g * kTile, sums + g * wide, dim,
+             best[at + g], total[at + g]);
     for (int32_t slot = first_slot, to; slot < end; slot = to) {
       to = run_end(slot, end);
       const raw* v = slot_at(slot, head) + dim;
       const char* ahead = reinterpret_cast<const char*>(slot_at(least(slot + skip, limit), next));
       ahead += (to - slot) * half;
       const float* by = weight + (slot - first_slot);
-      for (g = 0; g + 2 <= group; g += 2)
-        add_values<T, 2>(v, to - slot, stride, by + g * kTile, sums + g * wide, wide, dim, g ? nullptr : ahead);
+      for (g = 0; g + 4 <= group; g += 4)
+        add_values<T, 4>(v, to - slot, stride, by + g * kTile, sums + g * wide, wide, dim,
+                         g ? nullptr : ahead);
+      for (; g + 2 <= group; g += 2)
+        add_values<T, 2>(v, to - slot, stride, by + g * kTile, sums + g * wide, wide, dim,
+                         g ? nullptr : ahead);
       if (g < group)
-        add_values<T, 1>(v, to - slot, stride, by + g * kTile, sums + g * wide, wide, dim, g ? nullptr : ahead);
+        add_values<T, 1>(v, to - slot, stride, by + g * kTile, sums + g * wide, wide, dim,
+                         g ? nullptr : ahead);
     }
   }
 
@@ -265,10 +282,14 @@ struct Chunk {
   }
 };
 
-void decode_any(const Step& step, const HeadType& type, int32_t row, int32_t first, int32_t last, float* scratch) {
+void decode_any(const Step& step, const HeadType& type, int32_t row, int32_t first, int32_t last,
+                float* scratch) {
   switch (step.dtype) {
-    case kBFloat16: return Chunk<BF16>::decode(step, type, row, first, last, scratch);
-    case kFloat16: return Chunk<F16>::decode(step, type, row, first, last, scratch);
-    default: return Chunk<F32>::decode(step, type, row, first, last, scratch);
+    case kBFloat16:
+      return Chunk<BF16>::decode(step, type, row, first, last, scratch);
+    case kFloat16:
+      return Chunk<F16>::decode(step, type, row, first, last, scratch);
+    default:
+      return Chunk<F32>::decode(step, type, row, first, last, scratch);
   }
 }

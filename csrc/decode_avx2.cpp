@@ -1,11 +1,11 @@
-#include "abi.h"
 #include <immintrin.h>
+
+#include "abi.h"
+
 #define KVC_LANES 8
 #define KVC_WIDE 8
 
 namespace {
-#include "simd.inl"
-
 #include "decode.inl"
 }  // namespace
 

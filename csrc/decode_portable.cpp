@@ -4,8 +4,6 @@
 #define KVC_WIDE 8
 
 namespace {
-#include "simd.inl"
-
 #include "decode.inl"
 }  // namespace
 

@@ -82,7 +82,8 @@ int32_t kvc_decode(const HeadType* const* types, int32_t n_types, const Step* st
   const int32_t chunk = std::clamp<int64_t>(all / (4 * threads), 1, most);
   int32_t per_row = 0;
   for (int32_t i = 0; i < n_types; i++) per_row += (types[i]->heads + chunk - 1) / chunk;
-  const int64_t floats = scratch_floats(slots, chunk, step->group, step->dim), n = int64_t(per_row) * step->rows;
+  const int64_t floats = scratch_floats(slots, chunk, step->group, step->dim),
+                n = int64_t(per_row) * step->rows;
   int32_t failed = 0;
 #pragma omp parallel num_threads(std::min(threads, n)) reduction(| : failed) if (n > 1 && threads > 1)
   {

@@ -24,7 +24,8 @@ struct Chooser {
     return uint64_t(bits) << 16 | uint16_t(token);
   }
 
-  void run(const HeadType& type, const int32_t* blocks, int32_t head, int32_t prefix, int32_t drawn, int32_t due) {
+  void run(const HeadType& type, const int32_t* blocks, int32_t head, int32_t prefix, int32_t drawn,
+           int32_t due) {
     slots.clear();
     const int32_t resident = std::min(drawn, type.capacity), page = type.page, newest = drawn - type.recent;
     for (int32_t s = prefix; s < prefix + resident;) {
@@ -60,7 +61,8 @@ int32_t kvc_select(const HeadType* type, const int32_t* prefix, const int32_t* l
     if (length[row] > 0 && drawn > 0 && drawn % type->line == 0) due.push_back(row);
   }
   const int64_t per_row = (type->heads + kChunk - 1) / kChunk, n = per_row * due.size();
-#pragma omp parallel num_threads(std::clamp<int64_t>(threads, 1, std::max<int64_t>(n, 1))) if (n > 1 && threads > 1)
+#pragma omp parallel num_threads( \
+        std::clamp<int64_t>(threads, 1, std::max<int64_t>(n, 1))) if (n > 1 && threads > 1)
   {
     Chooser chooser;
     chooser.slots.reserve(type->capacity);
