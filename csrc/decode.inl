@@ -22,17 +22,16 @@ KVC_INLINE void dots(const typename T::raw* k, int64_t stride, const float* q, i
       for (int s = 0; s < S; s++) acc[g][s] += x[s] * y;
     }
   }
-  float dot[G][S];
+  float apart[G * S];
+  float* dot = G == 1 ? logits : apart;
   if (G * S == 4)
-    sum4(&acc[0][0], &dot[0][0]);
+    sum4(&acc[0][0], dot);
   else
-    for (int g = 0; g < G; g++)
-      for (int s = 0; s < S; s++) dot[g][s] = sum(acc[g][s]);
+    for (int i = 0; i < G * S; i++) dot[i] = sum(acc[i / S][i % S]);
   for (int64_t e = d; e < dim; e++)
-    for (int g = 0; g < G; g++)
-      for (int s = 0; s < S; s++) dot[g][s] += load_one<T>(k + s * stride + e) * q[g * q_stride + e];
-  for (int g = 0; g < G; g++)
-    for (int s = 0; s < S; s++) logits[g * logit_stride + s] = dot[g][s];
+    for (int i = 0; i < G * S; i++) dot[i] += load_one<T>(k + i % S * stride + e) * q[i / S * q_stride + e];
+  if (G > 1)
+    for (int i = 0; i < G * S; i++) logits[i / S * logit_stride + i % S] = dot[i];
 }
 
 KVC_INLINE void touch(const char*& ahead, int64_t bytes) {
@@ -76,7 +75,7 @@ KVC_INLINE void add_part(const typename T::raw* v, int32_t count, int64_t stride
 template <class T, int G>
 KVC_APART void add_values(const typename T::raw* v, int32_t count, int64_t stride, const float* weight,
                           float* acc, int64_t acc_stride, int32_t dim, const char* ahead) {
-  constexpr int kWide = KVC_WIDE / G;
+  constexpr int kWide = KVC_WIDE / G < 8 ? KVC_WIDE / G : 8;  // accumulators that fit the registers
   int32_t d = 0;
   for (; d + kWide * kLanes <= dim; d += kWide * kLanes)
     add_part<T, G, kWide>(v + d, count, stride, weight, acc + d, acc_stride, ahead, d ? 0 : dim * sizeof(*v));
