@@ -3,6 +3,7 @@
 PROMPT ?= a big red circle left of a small blue square on a striped yellow ground
 SEED ?= 0
 N ?= 1
+COMPRESSED ?=
 PY := .venv/bin/python
 
 .PHONY: demo test lint clean
@@ -11,7 +12,6 @@ PY := .venv/bin/python
 	@echo "Setting up .venv (about two minutes, once)"
 	@tools/setup_venv.sh
 
-COMPRESSED ?=
 
 demo: .venv/.ready
 	@$(PY) examples/demo.py --prompt "$(PROMPT)" --seed $(SEED) --n $(N) $(if $(COMPRESSED),--compressed)

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from vllm_kvcompress import patches
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 logger = logger_for(__name__)
 
+ATTENTION_OP = "vllm::kvcompress_attend"
 SCHEDULER = "vllm_kvcompress.scheduler.ImageScheduler"
 REQUEST_TRACKER = "vllm_kvcompress.requests_v1:RequestTracker"
 
@@ -45,6 +47,10 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
             )
         if is_compressed(vllm_config):
             check_conflicts(vllm_config)
+            compilation = vllm_config.compilation_config
+            if current_platform.is_cuda_alike() and compilation.splitting_ops is None:
+                # Piecewise CUDA graphs must not swallow the cache's bookkeeping.
+                compilation.splitting_ops = [ATTENTION_OP]
         if vllm_config.cache_config.enable_prefix_caching:
             # The unconditional branch of a cached block depends on the request's negative prompt.
             vllm_config.cache_config.enable_prefix_caching = False
