@@ -1,9 +1,14 @@
 """Fixtures that modules share: small checkpoints, made once a session."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.testing.server import Server
 
 # Tests must not depend on, nor leave anything in, the user's cache directory.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
@@ -33,3 +38,20 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ):
         made[name] = make_checkpoint(root / name, layout=layout, geometry=geometry, seed=0)
     return made
+
+
+@pytest.fixture(scope="session")
+def image_server(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> "Iterator[Server]":
+    """``vllm serve`` of ``small-hf`` as a user starts it; needs no VLLM_PLUGINS."""
+    from vllm_kvcompress.testing.server import Server
+
+    assert "VLLM_PLUGINS" not in os.environ
+    args = (
+        "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16",
+        "--kv-cache-memory-bytes", str(2**29), "--enforce-eager",
+    )  # fmt: skip
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with Server(checkpoints["small-hf"], log, args) as server:
+        yield server

