@@ -3,7 +3,7 @@
 import difflib
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_kvcompress.policy import Policy
 
@@ -27,7 +27,7 @@ class CompressionConfig(BaseModel):
         Path of a head profile, or ``auto``: the user's cache directory, calibrated at start-up if the
         profile isn't there yet. Used by presets that tell spatial from semantic heads.
     threshold : float, optional
-        Locality threshold above which a head is semantic; None takes the profile's.
+        Locality threshold, in [0, 1], above which a head is semantic; None takes the profile's.
     recalibrate : bool
         With ``head_profile: auto``, measure the heads again even if a profile is there.
     kernels : str
@@ -47,7 +47,7 @@ class CompressionConfig(BaseModel):
     smooth_row: bool | None = None
     stratify: bool | None = None
     head_profile: str = "auto"
-    threshold: float | None = None
+    threshold: float | None = Field(default=None, ge=0, le=1)
     recalibrate: bool = False
     kernels: Kernels = "auto"
 

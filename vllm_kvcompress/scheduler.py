@@ -6,6 +6,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request
 
+from vllm_kvcompress.cache.manager import BoundedManager
 from vllm_kvcompress.cache.spec import HeadTypeSpec, SpatialSpec
 
 REPORT = "kv_cache"  # key in RequestOutput.kv_transfer_params
@@ -32,10 +33,26 @@ class CacheReport:
 
 
 class ImageScheduler(AsyncScheduler):
-    """Adds a ``CacheReport`` to a finished request's outputs; schedules as vLLM does."""
+    """Adds a ``CacheReport`` to a finished request's outputs; schedules as vLLM does.
+
+    It also tells the block managers where each prompt's text ends: vLLM's own call knows how long a prompt
+    is, but not that a picture to continue or to score holds image tokens already.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._prefixes: dict[str, int] = {}
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, BoundedManager):
+                manager.prefixes = self._prefixes
+
+    def add_request(self, request: Request) -> None:
+        self._prefixes[request.request_id] = self._prefix(request)
+        super().add_request(request)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         report = self._report(request)
+        self._prefixes.pop(request.request_id, None)
         kv_params, ec_params = super()._free_request(request, delay_free_blocks)
         return {**(kv_params or {}), REPORT: asdict(report)}, ec_params
 

@@ -6,7 +6,7 @@ a full server queues instead. The nearest relatives in vLLM are CircularBufferMa
 (v1/core/single_type_kv_cache_manager.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -16,17 +16,25 @@ from vllm_kvcompress.cache.spec import HeadTypeSpec
 
 
 class BoundedManager(FullAttentionManager):
-    """One head type's blocks of every request."""
+    """One head type's blocks of every request.
+
+    ``prefixes`` says how many tokens come before a request's first image token, where that is known (the
+    scheduler fills it in); otherwise the whole prompt counts, which is never too little.
+    """
 
     supports_fine_grained_hash_lookup: ClassVar[bool] = False
     kv_cache_spec: HeadTypeSpec
 
     def __init__(self, kv_cache_spec: HeadTypeSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
+        self.prefixes: Mapping[str, int] = {}
         self._prompt_tokens: dict[str, int] = {}
 
     def _needed(self, request_id: str, prompt_tokens: int) -> int:
-        return self.kv_cache_spec.blocks_for(self._prompt_tokens.get(request_id, prompt_tokens))
+        prefix = self.prefixes.get(request_id)
+        if prefix is None:
+            prefix = self._prompt_tokens.get(request_id, prompt_tokens)
+        return self.kv_cache_spec.blocks_for(prefix)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None

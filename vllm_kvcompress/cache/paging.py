@@ -7,10 +7,11 @@ tokens per page with little waste and, where none exists, moves the least decide
 type until one does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
 
+Capacities = Callable[[int, int], tuple[int, int]]
 MAX_WASTE = 0.03  # of a request's bytes, lost to unequal pages
 # Few tokens a page round a request up by little; many make fewer, longer runs of memory for the
 # kernels. 4 rows of K and V are 2 KiB at head size 128 in bfloat16.
@@ -48,17 +49,16 @@ class Paging:
         return max(self.spatial_heads * self.spatial_tokens, self.semantic_heads * self.semantic_tokens)
 
 
-def plan_paging(
-    spatial: int, semantic: int, spatial_capacity: int, semantic_capacity: int, step: int = 1
-) -> Paging:
+def plan_paging(spatial: int, semantic: int, capacities: Capacities, step: int = 1) -> Paging:
     """Choose tokens per page, with at most 3% of waste.
 
     Parameters
     ----------
     spatial, semantic : int
         Heads of each type.
-    spatial_capacity, semantic_capacity : int
-        Image slots of each type.
+    capacities : callable
+        (spatial heads, semantic heads) -> image slots of a head of each type: where heads move, the others
+        share the budget anew. 0 for a type without heads; ValueError for a split that can't work.
     step : int
         Heads move in multiples of this (the branches of a KV head move together).
 
@@ -67,13 +67,19 @@ def plan_paging(
     ValueError
         If no split within reach allows 3%; the message has the numbers.
     """
+    asked = capacities(spatial, semantic)
     for moved in _moves(spatial, semantic, step):
-        best = _best(spatial - moved, semantic + moved, spatial_capacity, semantic_capacity, moved)
+        try:
+            slots = capacities(spatial - moved, semantic + moved)
+        except ValueError:
+            continue
+        best = _best(spatial - moved, semantic + moved, *slots, moved)
         if best is not None and best.waste <= MAX_WASTE:
             return best
     raise ValueError(
-        f"no page size fits {spatial} spatial heads of {spatial_capacity} slots and {semantic} semantic heads "
-        f"of {semantic_capacity} with at most {MAX_WASTE:.0%} waste: change spatial_tokens or the head profile"
+        f"no page size fits {spatial} spatial heads of {asked[0]} slots and {semantic} semantic "
+        f"heads of {asked[1]} with at most {MAX_WASTE:.0%} waste: change spatial_tokens or the head "
+        "profile"
     )
 
 

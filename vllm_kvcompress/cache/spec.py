@@ -44,13 +44,12 @@ class HeadTypeSpec(AttentionSpec):
     def uses_slot_mapping(self) -> bool:
         return False
 
-    def blocks_for(self, prompt_tokens: int) -> int:
-        """Pages that a request holds for its whole life.
+    def blocks_for(self, prefix: int) -> int:
+        """Pages that a request of ``prefix`` tokens before the picture holds for its whole life.
 
-        A prompt may hold image tokens already (a picture to continue or to score), so its length is an
-        upper bound of the prefix; and no request has more resident tokens than the context.
+        No request has more resident tokens than the context.
         """
-        return cdiv(min(prompt_tokens + self.capacity, self.context), self.block_size)
+        return cdiv(min(prefix + self.capacity, self.context), self.block_size)
 
     def max_num_blocks_per_req(self, vllm_config: "VllmConfig", max_len: int) -> int:
         return cdiv(self.context, self.block_size)

@@ -1,6 +1,5 @@
 """The compressed cache of one engine: head types, pages, and what every decoder layer does with them."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,71 +9,16 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_kvcompress.attention import kernels
 from vllm_kvcompress.attention.backend import KVCompressBackend, StepPlan
-from vllm_kvcompress.attention.pages import SIDE_BYTES, HeadType, page_bytes, pages_from_bytes
+from vllm_kvcompress.attention.pages import HeadType, pages_from_bytes
 from vllm_kvcompress.attention.prefill import prefill
-from vllm_kvcompress.cache.paging import Paging
+from vllm_kvcompress.cache.layout import BRANCHES, CacheLayout, at_once
 from vllm_kvcompress.cache.spec import HeadTypeSpec, SemanticSpec, SpatialSpec
-from vllm_kvcompress.policy import HeadRule
+from vllm_kvcompress.log import logger_for
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-BRANCHES = 2
-_ALIGNMENT = 64  # bytes; a cache line
-
-
-@dataclass(frozen=True)
-class CacheLayout:
-    """How the heads of a model are split over the two caches.
-
-    Parameters
-    ----------
-    spatial : tuple of tuple of int
-        Per layer, the KV heads that are spatial; the others are semantic.
-    kv_heads, head_size : int
-        KV heads of a layer (one branch), numbers per key.
-    rules : (HeadRule or None, HeadRule or None)
-        Of the spatial and the semantic heads.
-    paging : Paging
-        Tokens per page of each.
-    dtype : torch.dtype
-        Of K and V.
-    """
-
-    spatial: tuple[tuple[int, ...], ...]
-    kv_heads: int
-    head_size: int
-    rules: tuple[HeadRule | None, HeadRule | None]
-    paging: Paging
-    dtype: torch.dtype
-
-    def heads(self, kind: int, layer: int) -> list[int]:
-        """KV heads of type ``kind`` (0 spatial, 1 semantic) in ``layer``."""
-        spatial = self.spatial[layer]
-        return list(spatial) if kind == 0 else [h for h in range(self.kv_heads) if h not in spatial]
-
-    def total(self, kind: int) -> int:
-        """Cache heads of a type over all layers and branches."""
-        return BRANCHES * sum(len(self.heads(kind, layer)) for layer in range(len(self.spatial)))
-
-    def page_tokens(self, kind: int) -> int:
-        """Tokens a page of this type holds."""
-        return (self.paging.spatial_tokens, self.paging.semantic_tokens)[kind]
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of a page of either type, side state included."""
-        need = max(
-            page_bytes(self.total(kind), self.page_tokens(kind), self.head_size, self.dtype)
-            for kind in (0, 1)
-            if self.total(kind)
-        )
-        return -(-need // _ALIGNMENT) * _ALIGNMENT
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one slot of one head."""
-        return 2 * self.head_size * self.dtype.itemsize + SIDE_BYTES
+logger = logger_for(__name__)
 
 
 class HeadTypeCache(nn.Module, AttentionLayerBase):
@@ -169,6 +113,8 @@ class CompressedCache(nn.Module):
         all_index = torch.tensor(every, dtype=torch.int32, device=kv_cache.device)
         self._all_layers[kind] = HeadType(pages, rule, all_index, empty)
         self._step = ()
+        if all((kind in self._types) == (rule is not None) for kind, rule in enumerate(layout.rules)):
+            logger.info("%s; %s", layout.summary, at_once(layout, kv_cache.shape[0]))
 
     def _plans(self) -> dict[int, StepPlan]:
         """This step's plans, with block tables handed to the head types once per step."""

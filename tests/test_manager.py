@@ -1,0 +1,255 @@
+"""Block managers against a model: vLLM's own pool and coordinator, requests that come and go at random."""
+
+from math import ceil, lcm
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from vllm import SamplingParams
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_kvcompress.cache.manager import BoundedManager
+from vllm_kvcompress.cache.spec import HeadTypeSpec, SemanticSpec, SpatialSpec
+
+IMAGE = 64
+CONTEXT = 120
+
+
+def spec(kind: type[HeadTypeSpec], page: int, capacity: int) -> HeadTypeSpec:
+    return kind(
+        block_size=page,
+        num_kv_heads=4,
+        head_size=8,
+        dtype=torch.float32,
+        page_size_padded=1 << 14,
+        capacity=capacity,
+        image_tokens=IMAGE,
+        context=CONTEXT,
+    )
+
+
+def manager_of(specs: list[HeadTypeSpec], blocks: int) -> KVCacheManager:
+    groups = [KVCacheGroupSpec([f"kvcompress.{n}"], one) for n, one in enumerate(specs)]
+    size = lcm(*(one.block_size for one in specs))
+    return KVCacheManager(
+        KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups),
+        max_model_len=CONTEXT,
+        scheduler_block_size=size,
+        hash_block_size=size,
+        enable_caching=False,
+    )
+
+
+def request_of(name: str, prompt: int) -> Request:
+    return Request(name, [5] * prompt, SamplingParams(max_tokens=IMAGE), None)
+
+
+def needed(specs: list[HeadTypeSpec], prompt: int) -> list[int]:
+    return [ceil((prompt + one.capacity) / one.block_size) for one in specs]
+
+
+class Pool(RuleBasedStateMachine):
+    """Admit, step, finish, abort and preempt; the machine checks who owns what after each."""
+
+    @initialize(
+        kinds=st.sampled_from([(SpatialSpec, SemanticSpec), (SpatialSpec,), (SemanticSpec,)]),
+        pages=st.tuples(st.integers(1, 16), st.integers(1, 16)),
+        capacities=st.tuples(st.integers(8, IMAGE), st.integers(8, IMAGE)),
+        images=st.floats(1.0, 5.0),
+    )
+    def start(self, kinds: tuple, pages: tuple[int, int], capacities: tuple[int, int], images: float) -> None:
+        self.specs = [spec(*args) for args in zip(kinds, pages, capacities, strict=False)]
+        blocks = 1 + int(images * sum(needed(self.specs, CONTEXT - IMAGE)))  # one is vLLM's null block
+        self.manager = manager_of(self.specs, blocks)
+        self.start_free = self.free
+        self.running: dict[str, Request] = {}
+        self.held: dict[str, tuple[list[int], ...]] = {}
+        self.waiting: list[Request] = []
+        self.count = 0
+
+    @property
+    def free(self) -> int:
+        return self.manager.block_pool.get_num_free_blocks()
+
+    def allocate(self, request: Request, tokens: int, gate: bool = False) -> bool:
+        """What the scheduler does for a request that is about to run ``tokens`` more."""
+        self.manager.new_step_starts()
+        got = self.manager.allocate_slots(
+            request, tokens, full_sequence_must_fit=gate, has_scheduled_reqs=bool(self.running)
+        )
+        if got is None:
+            return False
+        request.num_computed_tokens += tokens
+        if request.num_computed_tokens == request.num_tokens and request.num_output_tokens < IMAGE:
+            request.append_output_token_ids(7)
+        return True
+
+    def admit(self, request: Request, chunk: int, gate: bool) -> None:
+        before, need = self.free, sum(needed(self.specs, request.num_prompt_tokens))
+        tokens = min(chunk, request.num_tokens)
+        admitted = self.allocate(request, tokens, gate)
+        assert admitted == (need <= before), "admitted exactly when the whole request fits"
+        assert self.free == before - need * admitted, "all blocks at once, or none"
+        if admitted:
+            request.status = RequestStatus.RUNNING
+            self.running[request.request_id] = request
+            self.held[request.request_id] = self.manager.get_block_ids(request.request_id)
+        else:
+            self.waiting.append(request)
+
+    @rule(prompt=st.integers(1, CONTEXT - IMAGE), chunk=st.integers(1, CONTEXT), gate=st.booleans())
+    def arrive(self, prompt: int, chunk: int, gate: bool) -> None:
+        self.count += 1
+        self.admit(request_of(f"r{self.count}", prompt), chunk, gate)
+
+    @precondition(lambda self: self.waiting)
+    @rule(chunk=st.integers(1, CONTEXT), gate=st.booleans())
+    def try_again(self, chunk: int, gate: bool) -> None:
+        self.admit(self.waiting.pop(0), chunk, gate)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), tokens=st.integers(1, 40))
+    def step(self, data: st.DataObject, tokens: int) -> None:
+        """A chunk of the prompt, or one drawn token; nothing more is ever taken."""
+        request, before = self.pick(data), self.free
+        assert self.allocate(request, min(tokens, request.num_tokens - request.num_computed_tokens))
+        assert self.free == before
+
+    def pick(self, data: st.DataObject) -> Request:
+        return self.running[data.draw(st.sampled_from(sorted(self.running)))]
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def draw_to_the_end(self, data: st.DataObject) -> None:
+        request, before = self.pick(data), self.free
+        while request.num_output_tokens < IMAGE:
+            assert self.allocate(request, request.num_tokens - request.num_computed_tokens)
+        assert self.free == before
+        self.leave(request)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.leave(self.pick(data))
+
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def abort_waiting(self) -> None:
+        before = self.free
+        self.manager.free(self.waiting.pop())
+        assert self.free == before
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def free_twice(self, data: st.DataObject) -> None:
+        """An abort that races with the end of a request must not give its blocks back again."""
+        request = self.pick(data)
+        self.leave(request)
+        before = self.free
+        self.manager.free(request)
+        assert self.free == before
+
+    def leave(self, request: Request) -> None:
+        before = self.free
+        blocks = self.held.pop(request.request_id)
+        del self.running[request.request_id]
+        self.manager.free(request)
+        assert self.free == before + sum(map(len, blocks))
+
+    @invariant()
+    def every_block_has_one_owner(self) -> None:
+        if not hasattr(self, "manager"):
+            return
+        pool = self.manager.block_pool
+        owned = [block for groups in self.held.values() for ids in groups for block in ids]
+        free = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
+        assert len(set(owned)) == len(owned), "a block has two owners"
+        assert len(free) == len(set(free)) == self.free
+        assert sorted(owned + free) == sorted(set(range(len(pool.blocks))) - {pool.null_block.block_id})
+        assert all(pool.blocks[block].ref_cnt == 1 for block in owned)
+        assert all(pool.blocks[block].ref_cnt == 0 for block in free)
+
+    @invariant()
+    def a_request_keeps_what_it_got(self) -> None:
+        for name, request in getattr(self, "running", {}).items():
+            assert self.manager.get_block_ids(name) == self.held[name]
+            need = needed(self.specs, request.num_prompt_tokens)
+            assert [len(ids) for ids in self.held[name]] == need
+
+    def teardown(self) -> None:
+        if not hasattr(self, "manager"):
+            return
+        for request in [*self.running.values()]:
+            self.leave(request)
+        for request in self.waiting:
+            self.manager.free(request)
+        assert self.free == self.start_free
+        for one in self.manager.coordinator.single_type_managers:
+            assert isinstance(one, BoundedManager)
+            assert not any(one.req_to_blocks.values())
+            assert not one._prompt_tokens, "nothing is remembered of requests that left"
+
+
+TestPool = Pool.TestCase
+TestPool.settings = settings(
+    max_examples=40,
+    stateful_step_count=30,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+BOTH = [spec(SpatialSpec, 16, 24), spec(SemanticSpec, 5, 40)]
+
+
+def test_a_full_pool_queues_and_later_serves() -> None:
+    manager = manager_of(BOTH, 1 + 2 * sum(needed(BOTH, 10)))
+    first, second, third = (request_of(name, 10) for name in "abc")
+    for request in (first, second):
+        assert manager.allocate_slots(request, 10) is not None
+        request.num_computed_tokens = 10
+    assert manager.block_pool.get_num_free_blocks() == 0
+    assert manager.allocate_slots(third, 10, full_sequence_must_fit=True) is None
+    assert manager.allocate_slots(third, 10) is None
+    for _ in range(IMAGE):  # those that run need nothing from the empty pool
+        first.append_output_token_ids(7)
+        assert manager.allocate_slots(first, 1) is not None
+        first.num_computed_tokens += 1
+    manager.free(first)
+    assert manager.allocate_slots(third, 10, full_sequence_must_fit=True) is not None
+    assert manager.block_pool.get_num_free_blocks() == 0
+
+
+def test_chunks_of_a_prompt_take_everything_with_the_first() -> None:
+    manager = manager_of(BOTH, 100)
+    request = request_of("a", 50)
+    manager.allocate_slots(request, 3)
+    taken = manager.get_block_ids("a")
+    assert [len(ids) for ids in taken] == needed(BOTH, 50)
+    for chunk in (20, 20, 7):
+        request.num_computed_tokens += chunk
+        manager.allocate_slots(request, chunk)
+        assert manager.get_block_ids("a") == taken
+
+
+@pytest.mark.parametrize("kind", [SpatialSpec, SemanticSpec])
+def test_no_request_holds_more_than_the_context(kind: type[HeadTypeSpec]) -> None:
+    one = spec(kind, 8, 30)
+    assert one.blocks_for(CONTEXT) == CONTEXT // 8
+    assert one.blocks_for(20) == ceil(50 / 8)
+    assert not one.prefix_cacheable
+    assert not one.uses_slot_mapping
+    assert one.page_size_bytes == 1 << 14
+
+
+def test_blocks_are_never_shared_between_equal_prompts() -> None:
+    manager = manager_of(BOTH, 100)
+    for name in "ab":
+        manager.allocate_slots(request_of(name, 30), 30)
+    a, b = (manager.get_block_ids(name) for name in "ab")
+    assert not {x for ids in a for x in ids} & {x for ids in b for x in ids}
+    assert manager.get_computed_blocks(request_of("c", 30))[1] == 0
