@@ -45,14 +45,15 @@ using DecodeFn = void (*)(const Step&, const HeadType&, int32_t row, int32_t fir
 // A tile is as many whole pages as fit, or a part of a long page.
 constexpr int32_t kTile = 32;
 
-inline int64_t padded(int64_t count) { return (count + kTile - 1) / kTile * kTile; }
+// What follows is static, not just inline: the linker must never share a copy compiled for AVX-512.
+static inline int64_t padded(int64_t count) { return (count + kTile - 1) / kTile * kTile; }
 
 // Room for one query's logits: a tile is padded to whole vectors and may start anywhere.
-inline int64_t logits_of(int64_t slots) { return padded(slots) + kTile; }
+static inline int64_t logits_of(int64_t slots) { return padded(slots) + kTile; }
 
 // For every query of a chunk: logits, query, accumulator, running maximum and sum; and one tile's weights for
 // the queries of a group.
-inline int64_t scratch_floats(int64_t slots, int64_t heads, int64_t group, int64_t dim) {
+static inline int64_t scratch_floats(int64_t slots, int64_t heads, int64_t group, int64_t dim) {
   return heads * group * (logits_of(slots) + 2 * padded(dim) + 2) + group * kTile;
 }
 
@@ -64,7 +65,7 @@ struct Phase {
   int32_t nth;
 };
 
-inline Phase phase_of(const HeadType& type, int32_t prefix, int32_t length) {
+static inline Phase phase_of(const HeadType& type, int32_t prefix, int32_t length) {
   const int32_t t = length - 1 - prefix;
   if (t < type.capacity) return {t < 0 ? -1 : t, length, length - 1, 0};
   const int32_t resident = prefix + type.capacity;

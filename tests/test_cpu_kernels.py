@@ -267,6 +267,21 @@ def test_without_the_library(monkeypatch, tmp_path, caplog):
 
 
 @needs_kernels
+def test_unreadable_inputs(caplog):
+    """A float32 query on a bfloat16 cache: one warning, and the reference does the work."""
+    scene = Scene([HeadRule(4, 2, 8)], [[0, 1]], 1, 1, 16, 4, torch.bfloat16, [2], [0], 0, 0)
+    kind = scene.types(scene.caches(), 0)[0]
+    cpu._warn_layout.cache_clear()
+    with caplog.at_level(logging.WARNING, "vllm_kvcompress"):
+        for step in range(3):
+            q, k, v = torch.randn(3, 1, 2, 16).unbind()
+            out = torch.full_like(q, torch.nan)
+            cpu.decode(q, k, v, [kind], scene.plan(step), 0.25, out)
+            assert out.isfinite().all()
+    assert len(caplog.records) == 1
+
+
+@needs_kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_shares_torch_threads():
     """One OpenMP runtime in the process: torch's."""

@@ -70,6 +70,14 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+@cache
+def _warn_layout() -> None:
+    logger.warning(
+        "kvcompress: inputs that the CPU kernels can't read (they need one dtype for q, k, v, out and cache, "
+        "contiguous last dimensions, int32 tables and plan); decode steps run in plain torch, many times slower."
+    )
+
+
 def isa() -> str | None:
     """Instruction set that the kernels run with, one of `ISAS`; None where there are no kernels."""
     library = _library()
@@ -155,6 +163,8 @@ def decode(
         or any(native is None or not native.indexed or native.dtype != dtype for native in natives)
         or any(stride[2] != 1 for stride in strides)
     ):
+        if library is not None:
+            _warn_layout()
         reference.decode(q, k, v, types, plan, scale, out)
         return
     rows, heads, dim = q.shape
