@@ -190,9 +190,8 @@ def test_long_rows_and_extremes(isa, dtype, dim):
     theirs[0][1].copy_(mine[0][1])
     for pages, _ in (mine[0], theirs[0]):
         generator = torch.Generator().manual_seed(1)
-        values = 10 ** (8 * torch.rand(pages.kv.shape, generator=generator) - 7)
         sign = torch.randn(pages.kv.shape, generator=generator).sign()
-        pages.kv.copy_(values * sign)
+        pages.kv.copy_(sign * 10 ** (8 * torch.rand(pages.kv.shape, generator=generator) - 7))
         pages.kv[..., :dim] = torch.randn(pages.kv[..., :dim].shape, generator=generator).to(dtype)
         pages.score.zero_()
         pages.token.copy_(torch.arange(8, dtype=torch.int16))
@@ -260,8 +259,7 @@ def test_without_the_library(monkeypatch, tmp_path, caplog):
             scene = Scene([HeadRule(4, 2, 8)], [[0, 1]], 1, 2, 16, 4, torch.bfloat16, [2], [0], 0, 0)
             play(scene)
             assert cpu.isa() is None
-        assert len(caplog.records) == 1
-        assert "compiler" in caplog.text
+        assert [("compiler" in record.message) for record in caplog.records] == [True]
     finally:
         cpu._library.cache_clear()
 
