@@ -74,7 +74,7 @@ def _library() -> ctypes.CDLL | None:
 def _warn_layout() -> None:
     logger.warning(
         "kvcompress: inputs that the CPU kernels can't read (they need one dtype for q, k, v, out and cache, "
-        "contiguous last dimensions, int32 tables and plan); the decode step runs in torch, many times slower."
+        "contiguous last dimensions, int32 tables and plan); the step runs in torch, many times slower."
     )
 
 
