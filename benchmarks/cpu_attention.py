@@ -62,7 +62,7 @@ def build(args: argparse.Namespace) -> Model:
         n, per_row = len(both) * args.layers, -(-(args.prefix + args.slots) // args.page)
         size = page_bytes(n, args.page, args.head_size, dtype)
         raw = torch.zeros(args.rows * per_row + 1, -(-size // 512) * 512, dtype=torch.uint8)
-        if args.huge_pages and not cpu.use_huge_pages(raw):
+        if args.huge_pages and not cpu.use_huge_pages(raw, collapse=True):
             raise SystemExit("--huge-pages: this kernel does not give them (transparent_hugepage, Linux 6.1)")
         pages = pages_from_bytes(raw, n, args.page, args.head_size, dtype)
         pages.kv.copy_(torch.randn(1, n, args.page, 2 * args.head_size).to(dtype))

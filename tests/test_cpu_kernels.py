@@ -294,6 +294,6 @@ def test_shares_torch_threads():
 
 def test_huge_pages_keep_the_contents():
     memory = torch.arange(5 * 2**18, dtype=torch.int64)  # 10 MiB
-    cpu.use_huge_pages(memory)
+    cpu.use_huge_pages(memory, collapse=True)
     assert torch.equal(memory, torch.arange(5 * 2**18, dtype=torch.int64))
     assert not cpu.use_huge_pages(torch.zeros(8))

@@ -9,6 +9,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_kvcompress.attention import kernels
 from vllm_kvcompress.attention.backend import KVCompressBackend, StepPlan
+from vllm_kvcompress.attention.cpu import use_huge_pages
 from vllm_kvcompress.attention.pages import HeadType, pages_from_bytes
 from vllm_kvcompress.attention.prefill import prefill
 from vllm_kvcompress.cache.layout import BRANCHES, CacheLayout, at_once
@@ -94,6 +95,8 @@ class CompressedCache(nn.Module):
             (kv_cache.stride(0) * kv_cache.element_size(), 1),
             kv_cache.storage_offset() * kv_cache.element_size(),
         )
+        if raw.is_cpu:
+            use_huge_pages(_bytes_of(kv_cache))
         pages = pages_from_bytes(
             raw, layout.total(kind), layout.page_tokens(kind), layout.head_size, layout.dtype
         )
