@@ -13,6 +13,7 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Logit
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
 from vllm_kvcompress.guidance import RequestFacts, request_rows
+from vllm_kvcompress.patches import seeds
 
 
 class RequestTracker(V1LogitsProcessor, V2LogitsProcessor):
@@ -24,6 +25,8 @@ class RequestTracker(V1LogitsProcessor, V2LogitsProcessor):
 
     def __init__(self, vllm_config: Any, *runner_specific: Any) -> None:
         self.rows = request_rows(vllm_config)
+        if vllm_config.device_config.device_type == "cpu":
+            seeds.apply()
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:

@@ -1,0 +1,370 @@
+"""Every seam of vLLM that the plugin uses is where it was; a failing test's name says which one moved.
+
+vLLM promises no stability for them, and a renamed hook is worse than a missing one: it is never called,
+and nothing fails. Names are read from the package's own imports; hooks are listed here.
+"""
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vllm_kvcompress
+from vllm_kvcompress import plugin
+
+SOURCES = sorted(Path(vllm_kvcompress.__file__).parent.rglob("*.py"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    plugin.register()
+
+
+def imported_names() -> Iterator[str]:
+    """``module:name`` of everything that the package imports from vLLM, for type checking too."""
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+                yield from (f"{node.module}:{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("name", sorted(set(imported_names())))
+def test_imported_name_is_there(name: str) -> None:
+    module, attribute = name.split(":")
+    loaded = importlib.import_module(module)
+    if not hasattr(loaded, attribute):
+        importlib.import_module(f"{module}.{attribute}")
+
+
+# --- Hooks: methods that vLLM calls on our classes ---
+
+HOOKS = {
+    "vllm_kvcompress.cache.manager:BoundedManager": (
+        "remove_skipped_blocks get_num_skipped_tokens get_num_blocks_to_allocate allocate_new_blocks "
+        "pop_blocks_for_free find_longest_cache_hit cache_blocks add_local_computed_blocks "
+        "supports_fine_grained_hash_lookup"
+    ),
+    "vllm_kvcompress.cache.spec:HeadTypeSpec": (
+        "prefix_cacheable block_table_token_alignment uses_slot_mapping max_num_blocks_per_req "
+        "max_memory_usage_bytes page_size_padded page_size_bytes dcp_sharded"
+    ),
+    "vllm_kvcompress.cache.store:HeadTypeCache": "get_attn_backend get_kv_cache_spec bind_kv_cache",
+    "vllm_kvcompress.attention.backend:KVCompressBackend": (
+        "get_name get_impl_cls get_builder_cls supported_kv_cache_layouts supported_dtypes"
+    ),
+    "vllm_kvcompress.attention.backend:StepPlanner": "__init__ build _cudagraph_support",
+    "vllm_kvcompress.scheduler:ImageScheduler": "_free_request add_request",
+    "vllm_kvcompress.requests_v2:JanusModelState": "__init__ add_request remove_request prepare_inputs",
+    "vllm_kvcompress.requests_v1:RequestTracker": (
+        "__init__ validate_params is_argmax_invariant update_state apply add_request"
+    ),
+    "vllm_kvcompress.models.vllm_config:JanusArchConvertor": "get_vocab_size",
+    "vllm_kvcompress.models.vllm_config:JanusConfigCheck": (
+        "verify_and_update_config verify_and_update_model_config"
+    ),
+}
+
+
+def resolve(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def of_vllm(owner: type, name: str) -> Any:
+    """What ``owner`` inherits under this name from vLLM; raises AssertionError if there is nothing."""
+    for base in owner.__mro__[1:]:
+        if base.__module__.startswith("vllm."):
+            if name in vars(base):
+                return inspect.getattr_static(base, name)
+            if name in getattr(base, "__annotations__", {}):
+                return None
+    raise AssertionError(f"vLLM has no {name} any more for {owner.__name__} to override")
+
+
+def function(attribute: Any) -> Callable | None:
+    """The function behind a method of any kind."""
+    return getattr(attribute, "__func__", attribute if inspect.isfunction(attribute) else None)
+
+
+def assert_callable_like(ours: Callable, theirs: Callable, where: str) -> None:
+    """Whatever call ``theirs`` takes, ours takes too."""
+    mine, needed = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
+    kinds = {parameter.kind for parameter in mine.values()}
+    any_keyword, any_position = (
+        inspect.Parameter.VAR_KEYWORD in kinds,
+        inspect.Parameter.VAR_POSITIONAL in kinds,
+    )
+    for name, parameter in needed.items():
+        if parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
+            continue
+        assert name in mine or any_keyword, f"{where} is called with {name}, which ours does not take"
+    named = [name for name, p in mine.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    places = [name for name, p in needed.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    for ours_name, theirs_name in zip(named, places, strict=False):
+        assert ours_name == theirs_name, f"{where}: {theirs_name} is where ours has {ours_name}"
+    assert len(named) >= len(places) or any_position or any_keyword, where
+    for name, parameter in mine.items():
+        if parameter.default is inspect.Parameter.empty and parameter.kind in (
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            inspect.Parameter.KEYWORD_ONLY,
+        ):
+            assert name in needed, f"{where} is not called with {name}, which ours needs"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(owner, name) for owner, names in HOOKS.items() for name in names.split()]
+)
+def test_hook_is_still_called_that_way(owner: str, name: str) -> None:
+    ours, theirs = resolve(owner), of_vllm(resolve(owner), name)
+    mine, needed = function(inspect.getattr_static(ours, name)), function(theirs)
+    # Constructors differ: (*args, **kwargs) is what ours leave open.
+    if mine is not None and needed is not None and name != "__init__":
+        assert_callable_like(mine, needed, f"{owner.split(':')[1]}.{name}")
+
+
+@pytest.mark.parametrize("owner", HOOKS)
+def test_every_override_is_listed(owner: str) -> None:
+    """An override that this module does not know of would go unchecked."""
+    ours = resolve(owner)
+    inherited = {
+        name for base in ours.__mro__[1:] if base.__module__.startswith("vllm.") for name in vars(base)
+    }
+    machinery = {name for name in vars(ours) if name.startswith("__")} | {"_abc_impl"}
+    assert set(vars(ours)) & inherited - machinery <= set(HOOKS[owner].split())
+
+
+# --- Attributes that the hooks read ---
+
+FIELDS = {
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "num_reqs seq_lens block_table_tensor max_query_len query_start_loc query_start_loc_cpu"
+    ),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping_np",
+    "vllm.v1.core.sched.output:NewRequestData": "req_id sampling_params prompt_token_ids",
+    "vllm.v1.sample.logits_processor.interface:BatchUpdate": "removed added moved",
+    "vllm.config:VllmConfig": (
+        "additional_config attention_config cache_config compilation_config device_config kv_transfer_config "
+        "lora_config model_config parallel_config scheduler_config speculative_config"
+    ),
+    "vllm.config:AttentionConfig": "backend",
+    "vllm.config:ModelConfig": "model tokenizer tokenizer_mode logits_processors max_model_len dtype",
+    "vllm.config:SchedulerConfig": "max_num_seqs scheduler_cls disable_hybrid_kv_cache_manager",
+    "vllm.config:CacheConfig": "enable_prefix_caching cache_dtype",
+    "vllm.config:CompilationConfig": "static_forward_context",
+    "vllm.config:ParallelConfig": (
+        "tensor_parallel_size pipeline_parallel_size decode_context_parallel_size"
+    ),
+    "vllm.forward_context:ForwardContext": "attn_metadata no_compile_layers",
+    "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups num_blocks",
+    "vllm.v1.kv_cache_interface:KVCacheGroupSpec": "kv_cache_spec layer_names",
+    "vllm:SamplingParams": (
+        "extra_args max_tokens min_tokens ignore_eos stop stop_token_ids detokenize structured_outputs "
+        "prompt_logprobs _eos_token_id _all_stop_token_ids"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(owner, name) for owner, names in FIELDS.items() for name in names.split()]
+)
+def test_field_is_there(owner: str, name: str) -> None:
+    ours = resolve(owner)
+    declared = {field for base in ours.__mro__ for field in getattr(base, "__annotations__", {})}
+    assert name in declared or hasattr(ours, name) or name in getattr(ours, "__struct_fields__", ())
+
+
+# --- Registration ---
+
+
+def test_entry_points() -> None:
+    from vllm.plugins import DEFAULT_PLUGINS_GROUP
+
+    assert DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
+    points = importlib.metadata.entry_points(group=DEFAULT_PLUGINS_GROUP, name="kvcompress")
+    assert [point.load() for point in points] == [plugin.register]
+
+
+def test_backend_name_parses_and_crosses_processes() -> None:
+    import pickle
+
+    from vllm.config import AttentionConfig
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    backend = AttentionConfig(backend="kvcompress").backend
+    assert backend is AttentionBackendEnum.CUSTOM
+    # The engine process reads its configuration before it loads plugins.
+    assert pickle.loads(pickle.dumps(backend)) is backend
+    assert b"KVCOMPRESS" not in pickle.dumps(backend)
+    assert backend.get_path() == "vllm_kvcompress.attention.backend.KVCompressBackend"
+
+
+def test_block_managers_are_registered() -> None:
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_kvcompress.cache import manager, spec
+
+    assert issubclass(manager.BoundedManager, SingleTypeKVCacheManager)
+    for kind in (spec.SpatialSpec, spec.SemanticSpec):
+        one = kind(
+            block_size=16, num_kv_heads=2, head_size=8, dtype=None, capacity=8, image_tokens=64, context=128,
+            page_size_padded=4096,
+        )  # fmt: skip
+        assert KVCacheSpecRegistry.get_manager_class(one) is manager.BoundedManager
+        assert one.page_size_bytes == 4096
+
+
+def test_model_tables() -> None:
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
+
+    from vllm_kvcompress.models.vllm_config import JanusArchConvertor, JanusConfigCheck
+
+    for architecture in ("MultiModalityCausalLM", "JanusForConditionalGeneration"):
+        assert architecture in ModelRegistry.get_supported_archs()
+        assert MODELS_CONFIG_MAP[architecture] is JanusConfigCheck
+    for model_type in ("multi_modality", "janus"):
+        assert MODEL_ARCH_CONFIG_CONVERTORS[model_type] is JanusArchConvertor
+    assert _CONFIG_REGISTRY["multi_modality"].model_type == "multi_modality"
+
+
+def test_chat_template_registry() -> None:
+    from vllm.transformers_utils.chat_templates import registry
+
+    path = registry.get_chat_template_fallback_path("multi_modality", "any-name")
+    assert path is not None
+    assert path.exists()
+
+
+def test_worker_methods_are_found_by_name() -> None:
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from vllm_kvcompress import worker
+
+    for method in worker.METHODS:
+        assert getattr(WorkerBase, method.__name__) is method
+
+
+# --- Patched functions ---
+
+
+def test_admission_wraps_the_one_way_in() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    signature = inspect.signature(InputProcessor.process_inputs)
+    assert InputProcessor.process_inputs._kvcompress
+    assert list(signature.parameters)[:4] == ["self", "request_id", "prompt", "params"]
+    assert "EngineCoreRequest" in str(signature.return_annotation)
+    for front_end in (LLMEngine.add_request, AsyncLLM.add_request):
+        assert "input_processor.process_inputs(" in inspect.getsource(front_end)
+
+
+def test_engine_core_request_is_what_admission_changes() -> None:
+    from vllm.v1.engine import EngineCoreRequest
+
+    assert {"sampling_params", "prompt_token_ids"} <= set(EngineCoreRequest.__struct_fields__)
+
+
+def test_cpu_runner_rewinds_generators_it_finds_in_the_batch() -> None:
+    from vllm.v1.worker import cpu_model_runner, gpu_model_runner
+
+    from vllm_kvcompress.patches import seeds
+
+    seeds.apply()
+    assert cpu_model_runner.CPUModelRunner.sample_tokens._kvcompress
+    assert not hasattr(gpu_model_runner.GPUModelRunner.sample_tokens, "_kvcompress")
+    rewind = inspect.getsource(gpu_model_runner.GPUModelRunner._bookkeeping_sync)
+    assert "self.discard_request_mask.np[:num_reqs]" in rewind
+    assert "self.input_batch.generators.get(int(i))" in rewind
+
+
+def test_route_loader_is_looked_up_when_the_server_starts() -> None:
+    import vllm.plugins as plugins
+    from vllm.plugins.endpoint_plugins import interface
+
+    assert plugins.load_endpoint_plugins._kvcompress
+    assert list(inspect.signature(plugins.load_endpoint_plugins).parameters) == ["supported_tasks"]
+    # Imported at its top, that module would hold the function as it was before the patch.
+    assert not hasattr(interface, "load_endpoint_plugins")
+
+
+def test_images_endpoint_is_an_endpoint_plugin() -> None:
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+    from vllm_kvcompress.serving.images import ImagesEndpoint
+
+    assert isinstance(ImagesEndpoint(), EndpointPlugin)
+    for name in ("attach_router", "init_state"):
+        assert_callable_like(
+            getattr(ImagesEndpoint, name), getattr(EndpointPlugin, name), f"EndpointPlugin.{name}"
+        )
+
+
+# --- Runners, model, benchmark client ---
+
+
+def test_request_tracker_is_a_logits_processor_of_both_runners() -> None:
+    from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2
+
+    from vllm_kvcompress.requests_v1 import RequestTracker
+
+    assert issubclass(RequestTracker, V1)
+    assert issubclass(RequestTracker, V2)
+    assert not inspect.isabstract(RequestTracker)
+    assert list(inspect.signature(V1.__init__).parameters) == [
+        "self",
+        "vllm_config",
+        "device",
+        "is_pin_memory",
+    ]
+    assert next(iter(list(inspect.signature(V2.__init__).parameters)[1:])) == "vllm_config"
+
+
+def test_v2_runner_asks_the_model_for_its_state() -> None:
+    from vllm.v1.worker.gpu import model_states
+
+    from vllm_kvcompress.models.janus import JanusForImageGeneration
+    from vllm_kvcompress.requests_v2 import JanusModelState
+
+    assert "get_model_state_cls" in inspect.getsource(model_states)
+    assert JanusForImageGeneration.get_model_state_cls() is JanusModelState
+
+
+def test_llama_takes_another_attention() -> None:
+    from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
+
+    from vllm_kvcompress.models.janus import BranchedAttention
+
+    assert "attn_layer_type" in inspect.signature(LlamaDecoderLayer.__init__).parameters
+    # Its constructor hides behind the decorator for torch.compile.
+    assert "layer_type: type" in inspect.getsource(LlamaModel)
+    assert_callable_like(BranchedAttention.__init__, LlamaAttention.__init__, "LlamaAttention")
+    assert_callable_like(BranchedAttention.forward, LlamaAttention.forward, "LlamaAttention.forward")
+
+
+def test_benchmark_client_is_a_table() -> None:
+    from vllm.benchmarks.lib import endpoint_request_func as client
+
+    assert isinstance(client.ASYNC_REQUEST_FUNCS, dict)
+    assert isinstance(client.OPENAI_COMPATIBLE_BACKENDS, list)
+    known = client.ASYNC_REQUEST_FUNCS["openai"]
+    from vllm_kvcompress.bench import async_request_openai_images
+
+    assert_callable_like(async_request_openai_images, known, "a benchmark client function")
+
+
+def test_triton_backends_are_entry_points() -> None:
+    """How the tests of the V2 runner bring a backend for the CPU (``tests/triton_cpu``)."""
+    import triton.backends
+
+    assert 'group="triton.backends"' in inspect.getsource(triton.backends)
