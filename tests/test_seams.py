@@ -59,7 +59,9 @@ HOOKS = {
     ),
     "vllm_kvcompress.attention.backend:StepPlanner": "__init__ build _cudagraph_support",
     "vllm_kvcompress.scheduler:ImageScheduler": "_free_request add_request",
-    "vllm_kvcompress.requests_v2:JanusModelState": "__init__ add_request remove_request prepare_inputs",
+    "vllm_kvcompress.requests_v2:JanusModelState": (
+        "__init__ add_request remove_request prepare_attn prepare_inputs"
+    ),
     "vllm_kvcompress.requests_v1:RequestTracker": (
         "__init__ validate_params is_argmax_invariant update_state apply add_request"
     ),

@@ -32,9 +32,18 @@ class JanusModelState(DefaultModelState):
         super().remove_request(req_id)
         self._slots.pop(self._slot_of.pop(req_id, -1), None)
 
+    def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # Comes before prepare_inputs, and the attention's plan reads the rows.
+        self._bring_in_order(input_batch)
+        return super().prepare_attn(input_batch, *args, **kwargs)
+
     def prepare_inputs(
         self, input_batch: InputBatch, req_states: RequestState
     ) -> dict[str, torch.Tensor | None]:
+        self._bring_in_order(input_batch)
+        return super().prepare_inputs(input_batch, req_states)
+
+    def _bring_in_order(self, input_batch: InputBatch) -> None:
         self.rows.replace(
             {
                 row: self._slots[slot]
@@ -42,4 +51,3 @@ class JanusModelState(DefaultModelState):
                 if slot in self._slots
             }
         )
-        return super().prepare_inputs(input_batch, req_states)

@@ -13,12 +13,12 @@ def apply() -> None:
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    original = CPUModelRunner.sample_tokens
+    original: Any = CPUModelRunner.sample_tokens
     if getattr(original, "_kvcompress", False):
         return
 
     @functools.wraps(original)
-    def sample_tokens(self: CPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         generators = self.input_batch.generators
         unread = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
         held = {row: generators.pop(row) for row in unread if row in generators}
@@ -28,4 +28,4 @@ def apply() -> None:
             generators.update(held)
 
     sample_tokens._kvcompress = True  # type: ignore[attr-defined]
-    CPUModelRunner.sample_tokens = sample_tokens  # type: ignore[method-assign]
+    CPUModelRunner.sample_tokens = sample_tokens  # type: ignore[method-assign, assignment]
