@@ -8,7 +8,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_kvcompress.guidance import RequestFacts
+from vllm_kvcompress.guidance import RequestFacts, RequestRows
 
 
 class JanusModelState(DefaultModelState):
@@ -16,7 +16,8 @@ class JanusModelState(DefaultModelState):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rows = self.model.rows
+        model: Any = self.model
+        self.rows: RequestRows = model.rows
         self._slots: dict[int, RequestFacts] = {}
         self._slot_of: dict[str, int] = {}
 

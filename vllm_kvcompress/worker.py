@@ -27,4 +27,19 @@ def kvcompress_decode_image(self: Any, codes: list[int]) -> tuple[int, int, byte
     return width, height, pixels.numpy().tobytes()
 
 
-METHODS = (kvcompress_decode_image,)
+def kvcompress_head_profile(self: Any) -> str | None:
+    """The head profile that the cache was planned with, as JSON; None if the preset needs none.
+
+    It is read where start-up took it from, or left it.
+    """
+    from vllm_kvcompress.config import parse_config
+    from vllm_kvcompress.heads.provide import provide_profile
+
+    config = parse_config(self.vllm_config.additional_config)
+    if config.policy.types != "profile":
+        return None
+    config = config.model_copy(update={"recalibrate": False})
+    return provide_profile(config, self.vllm_config, self.model_runner.get_model()).model_dump_json()
+
+
+METHODS = (kvcompress_decode_image, kvcompress_head_profile)

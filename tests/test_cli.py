@@ -1,0 +1,187 @@
+"""The ``vllm-kvcompress`` command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from vllm_kvcompress import cli
+from vllm_kvcompress.heads.plot import draw_profile
+from vllm_kvcompress.heads.profile import HeadProfile
+from vllm_kvcompress.testing.checkpoints import TINY
+
+SCORES = [[0.1, 0.2, 0.9], [0.3, 0.75, 0.8]]
+
+
+def profile(**changes: object) -> HeadProfile:
+    """Two layers of three heads, half of them spatial."""
+    fields = {
+        "model": "painter [1B]",
+        "model_hash": "ab",
+        "metric": "mass outside",
+        "threshold": 0.5,
+        "prompts_hash": "cd",
+        "neighbourhood": 16,
+        "layers": 2,
+        "kv_heads": 3,
+        "scores": SCORES,
+    }
+    return HeadProfile(**{**fields, **changes})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    profile().save(tmp_path / "profile.json")
+    return tmp_path / "profile.json"
+
+
+def invoke(*arguments: object) -> Result:
+    """The command in this process; nothing but ``SystemExit`` may come out of it."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def one_line(result: Result) -> str:
+    """The error message of a failed command."""
+    assert result.exit_code == 1, result.output
+    [line] = result.stderr.splitlines()
+    return line
+
+
+def test_summary_counts_heads_of_each_type(saved: Path) -> None:
+    result = invoke("inspect", saved)
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.stdout.replace("│", " ").replace("┃", " ").splitlines()]
+    assert ["0", "2", "1", "0.400", "··█"] in rows
+    assert ["1", "1", "2", "0.617", "·██"] in rows
+    assert ["all", "3", "3", "0.508"] in rows
+    assert "painter [1B]: mass outside" in result.stdout
+    assert "threshold: 0.500" in result.stdout
+    assert "16 image tokens" in result.stdout
+
+
+def test_another_threshold(saved: Path) -> None:
+    result = invoke("inspect", saved, "--threshold", "0.75")
+    assert "threshold: 0.750" in result.stdout
+    rows = [line.split() for line in result.stdout.replace("│", " ").splitlines()]
+    assert ["1", "2", "1", "0.617", "··█"] in rows  # a score at the threshold is spatial
+
+
+def test_many_heads_keep_to_one_row_each(tmp_path: Path) -> None:
+    wide = profile(layers=1, kv_heads=32, scores=[[0.9] * 31 + [0.1]])
+    wide.save(tmp_path / "wide.json")
+    assert "█" * 31 + "·" in invoke("inspect", tmp_path / "wide.json").stdout
+
+
+def test_picture_has_both_types_in_their_places(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "heads.png"
+    result = invoke("inspect", saved, "-o", path)
+    assert result.exit_code == 0
+    assert str(path) in result.stdout.replace("\n", "")
+    pixels = np.array(Image.open(path).convert("RGB")).astype(int)
+    left = pixels[:, : pixels.shape[1] // 2]
+    blue = (left[..., 2] - left[..., 0]) > 40
+    orange = (left[..., 0] - left[..., 2]) > 40
+    share = blue.sum() / (blue.sum() + orange.sum())
+    assert 0.45 < share < 0.55
+    # Layer 0 is at the top, its one semantic head on the right.
+    rows, columns = np.nonzero(orange)
+    top = rows < (rows.min() + rows.max()) / 2
+    assert columns[top].min() > np.nonzero(blue)[1].mean()
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 1.0, 0.9])
+@pytest.mark.parametrize("scores", [SCORES, [[0.4] * 3] * 2, [[0.0] * 3, [1.0] * 3]], ids=str)
+def test_any_profile_can_be_drawn(tmp_path: Path, scores: list[list[float]], threshold: float | None) -> None:
+    draw_profile(profile(scores=scores), tmp_path / "heads.svg", threshold)
+    assert "<svg" in (tmp_path / "heads.svg").read_text()
+
+
+def test_histogram_counts_every_head_once_on_its_side_of_the_threshold() -> None:
+    from matplotlib.figure import Figure
+
+    from vllm_kvcompress.heads import plot
+
+    scores = np.random.default_rng(0).random((12, 8)).round(1)  # many of them exactly at the threshold
+    many = profile(layers=12, kv_heads=8, scores=scores.tolist())
+    axes = Figure().subplots()
+    plot._draw_histogram(axes, many, 0.5)
+    spatial, semantic = axes.containers
+    assert sum(bar.get_height() for bar in spatial) == (scores <= 0.5).sum()
+    assert sum(bar.get_height() for bar in semantic) == (scores > 0.5).sum()
+    assert max(bar.get_x() + bar.get_width() for bar in spatial if bar.get_height()) <= 0.5 + 1e-9
+    assert min(bar.get_x() for bar in semantic if bar.get_height()) >= 0.5 - 1e-9
+
+
+def test_profiles_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "cannot read" in one_line(invoke("inspect", tmp_path / "none.json"))
+    (tmp_path / "bad.json").write_text('{"model": 3}')
+    assert "bad.json" in one_line(invoke("inspect", tmp_path / "bad.json"))
+    assert "cannot read" in one_line(invoke("inspect", tmp_path))
+
+
+def test_pictures_that_cannot_be_written(saved: Path, tmp_path: Path) -> None:
+    assert "xyz" in one_line(invoke("inspect", saved, "-o", tmp_path / "heads.xyz"))
+    assert "nowhere" in one_line(invoke("inspect", saved, "-o", tmp_path / "nowhere" / "heads.png"))
+
+
+def test_no_matplotlib(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "vllm-kvcompress[plot]" in one_line(invoke("inspect", saved, "-o", tmp_path / "heads.png"))
+    assert invoke("inspect", saved).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect",),
+        ("inspect", "p.json", "--threshold", "2"),
+        ("calibrate", "model"),
+        ("calibrate", "model", "-o", "."),
+        ("calibrate", "model", "-o", "/proc/profile.json"),
+        ("paint",),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_status_2(arguments: tuple[str, ...]) -> None:
+    assert invoke(*arguments).exit_code == 2
+
+
+def calibrate(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    """The installed command, in a process of its own: it starts an engine."""
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("vllm-kvcompress")), "calibrate", *map(str, arguments)],
+        capture_output=True, text=True, timeout=400,
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
+    )  # fmt: skip
+
+
+def test_calibrate_then_inspect(checkpoints: dict[str, Path], private_cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made" / "profile.json"
+    done = calibrate(checkpoints["tiny-hf"], "-o", out, "--dtype", "float32", "--force")
+    assert done.returncode == 0, done.stderr
+    made = HeadProfile.load(out)
+    assert (made.layers, made.kv_heads) == (TINY.layers, TINY.kv_heads)
+    assert made.neighbourhood == 2 * TINY.lines
+    assert "Calibrating attention heads" in done.stderr
+    assert f"{out}: 2 spatial and 2 semantic heads" in done.stdout
+    [kept] = (private_cache / "kvcompress" / "head_profiles").glob(f"*{made.model_hash}.json")
+    assert HeadProfile.load(kept) == made
+    assert invoke("inspect", out, "-o", tmp_path / "heads.png").exit_code == 0
+
+
+def test_a_model_that_cannot_be_calibrated_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "janus", "architectures": ["X"]}')
+    done = calibrate(tmp_path, "-o", tmp_path / "profile.json")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("vllm-kvcompress: ")
+    assert not (tmp_path / "profile.json").exists()
