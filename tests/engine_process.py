@@ -1,0 +1,143 @@
+"""Engines in a process of their own, for tests that compare engines started differently.
+
+``python tests/engine_process.py JOB.json`` reads a job and writes what was drawn to the job's ``out``;
+``start`` and ``finish`` do that from a test. Requests enter at given steps of the engine, so that
+batches are the same in every run.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+LIMIT_S = 900
+# One thread wherever there is room: processes that run at once must not be bound to the same core.
+_ALONE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+V1 = {**_ALONE, "VLLM_USE_V2_MODEL_RUNNER": "0"}
+# vLLM's V2 model runner on the CPU, its Triton kernels in Triton's interpreter.
+V2 = {
+    **_ALONE,
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "TRITON_INTERPRET": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE / "triton_cpu"), os.environ.get("PYTHONPATH")])),
+}
+
+
+class EngineProcess:
+    """A process that starts engines one after another and draws with them.
+
+    Parameters
+    ----------
+    folder : Path
+        For the job, its answer and its log.
+    env : mapping
+        Environment variables beside this process's own.
+    engines : sequence of mapping
+        Each: ``name``; ``args`` of ``vllm.LLM``; ``waves``, lists of requests, each wave drawn to its end
+        before the next. A request: ``ids`` (prompt), ``params`` (of ``SamplingParams``), ``at`` (step of
+        the wave at which it enters, default 0), ``abort`` (step at which it is given up, default never).
+    """
+
+    def __init__(self, folder: Path, env: Mapping[str, str], engines: Sequence[Mapping[str, Any]]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._out, self._log = folder / "out.json", folder / "log.txt"
+        job = folder / "job.json"
+        job.write_text(json.dumps({"engines": list(engines), "out": str(self._out)}))
+        with self._log.open("wb") as stream:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__)), str(job)],
+                stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **env},
+            )  # fmt: skip
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """Wait for the answer.
+
+        Returns
+        -------
+        dict
+            By engine: ``waves``, for each a list of token ids per request (None if given up); ``runner``,
+            the module of its model runner; ``preempted``, how often a request lost its blocks.
+        """
+        try:
+            code = self._process.wait(LIMIT_S)
+        finally:
+            self._process.kill()
+        if code:
+            tail = "\n".join(self.log.splitlines()[-40:])
+            raise AssertionError(f"the engines' process ended with {code}:\n{tail}")
+        return json.loads(self._out.read_text())
+
+    @property
+    def log(self) -> str:
+        """What the process has printed."""
+        return self._log.read_text(errors="replace")
+
+
+def draw(engine: Any, requests: Sequence[Mapping[str, Any]], wave: int) -> list[list[int] | None]:
+    """Feed the requests to a running engine, step it until all are done."""
+    from vllm import SamplingParams
+
+    drawn: dict[str, list[int]] = {}
+    names = [f"{wave}-{number}" for number in range(len(requests))]
+    step, entered = 0, set()
+    while len(entered) < len(requests) or engine.has_unfinished_requests():
+        for name, request in zip(names, requests, strict=True):
+            if name not in entered and request.get("at", 0) <= step:
+                entered.add(name)
+                params = SamplingParams(detokenize=False, **request["params"])
+                engine.add_request(name, {"prompt_token_ids": request["ids"]}, params)
+            if request.get("abort") == step:
+                engine.abort_request([name])
+        for output in engine.step():
+            if output.finished:
+                drawn[output.request_id] = list(output.outputs[0].token_ids)
+        step += 1
+    return [drawn.get(name) for name in names]
+
+
+def run(engines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """All engines of a job, in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    answers = {}
+    for job in engines:
+        engine = LLM(**job["args"]).llm_engine
+        scheduler = engine.engine_core.engine_core.scheduler
+        preempted = _count(scheduler, "_preempt_request")
+        answers[job["name"]] = {
+            "waves": [draw(engine, requests, wave) for wave, requests in enumerate(job["waves"])],
+            "runner": engine.collective_rpc(_runner)[0],
+            "preempted": len(preempted),
+        }
+        engine.engine_core.shutdown()
+        del engine, scheduler
+        cleanup_dist_env_and_memory()
+    return answers
+
+
+def _count(owner: Any, method: str) -> list[None]:
+    """A list that grows with every call of ``owner.method``."""
+    calls: list[None] = []
+    original = getattr(owner, method)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    setattr(owner, method, counted)
+    return calls
+
+
+def _runner(worker: Any) -> str:
+    return type(worker.model_runner).__module__
+
+
+if __name__ == "__main__":
+    given = json.loads(Path(sys.argv[1]).read_text())
+    Path(given["out"]).write_text(json.dumps(run(given["engines"])))

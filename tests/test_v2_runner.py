@@ -1,0 +1,187 @@
+"""The V2 model runner, on the CPU through Triton's interpreter: what it draws is what the V1 runner draws.
+
+V2 is what runs on GPUs: requests keep their arrival order in the batch (V1 moves the last one into a gap),
+and tell the model about themselves through ``JanusModelState``. Both runners get the same requests at
+the same steps, in float32, and must draw the same tokens.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_process import V1, V2, EngineProcess
+from tokenizers import Tokenizer
+
+from vllm_kvcompress.testing.checkpoints import TINY
+from vllm_kvcompress.testing.tokenizer import BOI, BOS
+
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+ENGINES = ("stock", "tight", "full", "decoupled", "torch kernels")
+PICTURE, TEXT = TINY.image_tokens, 12  # tokens drawn
+TEXT_REQUEST = 6  # comes after the pictures
+# K and V of one token, all layers, both branches, float32.
+TOKEN_BYTES = 2 * TINY.layers * 2 * TINY.kv_heads * (TINY.hidden // TINY.heads) * 4
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4,
+    "max_num_batched_tokens": 24, "kv_cache_memory_bytes": 2**24,
+}  # fmt: skip
+
+
+class Prompts:
+    """Random token prompts of a checkpoint that ask for a picture."""
+
+    def __init__(self, model: Path) -> None:
+        vocab = Tokenizer.from_file(str(model / "tokenizer.json")).get_vocab()
+        self._bos, self._boi = vocab[BOS], vocab[BOI]
+        self._random = random.Random(0)
+
+    def text(self, tokens: int) -> list[int]:
+        """Begin-of-sentence and ``tokens - 1`` others."""
+        return [self._bos, *(self._random.randrange(20, 250) for _ in range(tokens - 1))]
+
+    def picture(self, tokens: int) -> list[int]:
+        """``tokens`` ids, begin-of-image last."""
+        return [*self.text(tokens - 1), self._boi]
+
+
+def mixed_requests(prompts: Prompts) -> list[dict[str, Any]]:
+    """Six greedy pictures, four at once: lengths, guidance, a negative prompt, arrivals, one given up.
+
+    The longest prompts are longer than a step's token budget, so they come in chunks while others draw.
+    """
+
+    def request(tokens: int, at: int, **extra: Any) -> dict[str, Any]:
+        params = {**GREEDY, "extra_args": extra} if extra else GREEDY
+        return {"ids": prompts.picture(tokens), "params": params, "at": at}
+
+    negative = prompts.picture(11)
+    return [
+        request(5, 0),
+        request(30, 0, guidance_scale=1.0),
+        request(11, 3, guidance_scale=3.5, negative_prompt_token_ids=negative),
+        {**request(8, 4, guidance_scale=2.0), "abort": 20},
+        request(40, 5, guidance_scale=7.25),
+        request(6, 25),
+    ]
+
+
+GIVEN_UP = 3
+
+
+def seeded_requests(prompts: Prompts, company: dict[str, Any]) -> list[dict[str, Any]]:
+    """Sampled pictures: the last two differ by their seed alone."""
+
+    def request(ids: list[int], seed: int, at: int, **extra: Any) -> dict[str, Any]:
+        return {"ids": ids, "params": {"temperature": 1.0, "seed": seed, "extra_args": extra}, "at": at}
+
+    ids = prompts.picture(9)
+    return [
+        request(prompts.picture(4), 8, 0),
+        company,
+        request(ids, 9, 4, guidance_scale=3.0),
+        request(ids, 7, 6, guidance_scale=3.0),
+    ]
+
+
+def jobs(model: Path) -> list[dict[str, Any]]:
+    """What both runners draw."""
+    prompts = Prompts(model)
+    mixed = mixed_requests(prompts)
+    crowd = seeded_requests(prompts, mixed[4])
+    alone = [{**crowd[-1], "at": 0}]
+    text = {"ids": prompts.text(7), "params": {**GREEDY, "max_tokens": TEXT, "ignore_eos": True}, "at": 2}
+    # Room for the prompts and a little, not for four pictures.
+    tight = {"block_size": 32, "kv_cache_memory_bytes": 8 * 32 * TOKEN_BYTES}
+
+    def engine(name: str, waves: list[list[dict[str, Any]]], **args: Any) -> dict[str, Any]:
+        return {"name": name, "args": {**SETTINGS, "model": str(model), **args}, "waves": waves}
+
+    def compressed(name: str, waves: list[list[dict[str, Any]]], **section: Any) -> dict[str, Any]:
+        config = {"kvcompress": section}
+        return engine(name, waves, attention_backend="kvcompress", additional_config=config)
+
+    return [
+        engine("stock", [[*mixed, text], crowd, alone]),
+        engine("tight", [mixed], **tight),
+        compressed("full", [mixed], preset="full"),
+        compressed("decoupled", [mixed, crowd, alone], preset="decoupled", budget=0.5),
+        compressed("torch kernels", [mixed], preset="line_ar", budget=0.5, kernels="torch"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def drawn(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """By runner, then by engine; the runners' processes run at once."""
+    folder = tmp_path_factory.mktemp("runners")
+    engines = jobs(checkpoints["tiny-hf"])
+    processes = {name: EngineProcess(folder / name, env, engines) for name, env in (("v1", V1), ("v2", V2))}
+    return {name: process.finish() for name, process in processes.items()}
+
+
+Drawn = dict[str, dict[str, dict[str, Any]]]
+
+
+def test_each_process_ran_its_runner(drawn: Drawn) -> None:
+    for runner, module in (
+        ("v1", "vllm.v1.worker.cpu_model_runner"),
+        ("v2", "vllm.v1.worker.cpu.model_runner"),
+    ):
+        assert {engine["runner"] for engine in drawn[runner].values()} == {module}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_greedy_pictures_are_those_of_the_v1_runner(drawn: Drawn, engine: str) -> None:
+    v1, v2 = (drawn[runner][engine]["waves"][0] for runner in ("v1", "v2"))
+    for number, tokens in enumerate(v2):
+        if number == GIVEN_UP:
+            assert tokens is None
+        else:
+            assert tokens == v1[number], f"request {number}"
+            assert len(tokens) == (PICTURE if number < TEXT_REQUEST else TEXT)
+    pictures = [tuple(tokens) for tokens in v2[:TEXT_REQUEST] if tokens is not None]
+    assert len(set(pictures)) == len(pictures)
+    assert all(token >= TINY.text_vocab for tokens in pictures for token in tokens)
+
+
+def test_text_beside_pictures(drawn: Drawn) -> None:
+    text = drawn["v2"]["stock"]["waves"][0][TEXT_REQUEST]
+    assert len(text) == TEXT
+    assert max(text) < TINY.text_vocab
+
+
+def test_full_cache_draws_what_the_stock_backend_draws(drawn: Drawn) -> None:
+    stock, full = (drawn["v2"][engine]["waves"][0][:TEXT_REQUEST] for engine in ("stock", "full"))
+    assert full == stock
+
+
+def test_small_budgets_change_pictures(drawn: Drawn) -> None:
+    """Or the equality of the runners would say nothing about eviction."""
+    stock = drawn["v2"]["stock"]["waves"][0]
+    for engine in ("decoupled", "torch kernels"):
+        pictures = drawn["v2"][engine]["waves"][0]
+        assert all(pictures[i] != stock[i] for i in range(TEXT_REQUEST) if i != GIVEN_UP), engine
+
+
+def test_preempted_pictures_go_on_as_they_began(drawn: Drawn) -> None:
+    assert drawn["v2"]["tight"]["preempted"] > 0
+    assert drawn["v2"]["tight"]["waves"][0] == drawn["v2"]["stock"]["waves"][0][:TEXT_REQUEST]
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "tight"])
+def test_nothing_is_preempted_where_memory_suffices(drawn: Drawn, engine: str) -> None:
+    assert drawn["v2"][engine]["preempted"] == 0
+
+
+@pytest.mark.parametrize("engine", ["stock", "decoupled"])
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_seed_draws_the_same_picture_alone_and_in_company(drawn: Drawn, runner: str, engine: str) -> None:
+    """In company its prompt is read in two steps."""
+    greedy, crowd, [alone] = drawn[runner][engine]["waves"]
+    assert len(alone) == PICTURE
+    assert crowd[-1] == alone
+    assert crowd[-2] != alone
+    # The greedy picture in their midst is the one drawn among greedy pictures.
+    assert crowd[1] == greedy[4]
