@@ -1,9 +1,10 @@
 """vLLM's scheduler, which also says what each request held when it ended."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.request import Request
 
 from vllm_kvcompress.cache.manager import BoundedManager
@@ -65,7 +66,7 @@ class ImageScheduler(AsyncScheduler):
         tokens = request.num_tokens - 1
         prefix = self._prefix(request)
         for group, ids in zip(config.kv_cache_groups, blocks, strict=True):
-            spec = group.kv_cache_spec
+            spec = cast(AttentionSpec, group.kv_cache_spec)
             layers = len(group.layer_names)
             resident += len(ids) * spec.page_size_bytes * layers
             full += tokens * spec.num_kv_heads * 2 * spec.head_size * spec.dtype.itemsize * layers

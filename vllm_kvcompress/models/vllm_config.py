@@ -97,11 +97,14 @@ def check_conflicts(vllm_config: "VllmConfig") -> None:
     refused = (
         (parallel.tensor_parallel_size > 1, "tensor parallelism: set --tensor-parallel-size 1"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set --pipeline-parallel-size 1"),
-        (parallel.decode_context_parallel_size > 1, "context parallelism"),
+        (
+            max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
+            "context parallelism: set both context-parallel sizes to 1",
+        ),
         (vllm_config.kv_transfer_config is not None, "KV connectors: drop --kv-transfer-config"),
         (
-            cache.cache_dtype not in ("auto", "bfloat16", "float16"),
-            "a quantised KV cache: set --kv-cache-dtype auto",
+            cache.cache_dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")),
+            "a quantised or converted KV cache: set --kv-cache-dtype auto",
         ),
         (vllm_config.lora_config is not None, "LoRA: drop --enable-lora"),
         (

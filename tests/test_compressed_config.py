@@ -1,0 +1,266 @@
+"""Settings and combinations that can't work: one line at start-up that names the field and the mend."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from inprocess import Engine, in_process  # noqa: F401
+
+from vllm_kvcompress.attention import kernels
+from vllm_kvcompress.cache.plan import plan_layout
+from vllm_kvcompress.config import CompressionConfig, parse_config
+from vllm_kvcompress.models.vllm_config import check_conflicts
+from vllm_kvcompress.policy import PRESETS
+from vllm_kvcompress.raster import Raster
+
+
+def parsed(**section: Any) -> CompressionConfig:
+    return parse_config({"kvcompress": section})
+
+
+def test_every_setting_has_a_default() -> None:
+    for nothing in ({}, None, {"kvcompress": {}}, {"another_plugin": {"x": 1}}):
+        config = parse_config(nothing)
+        assert (config.preset, config.budget, config.head_profile) == ("decoupled", 0.2, "auto")
+    assert parsed(preset="line_ar", budget=0.1667, anchor_tokens=24).policy.anchor_tokens == 24
+    assert all(parsed(preset=preset).policy.preset == preset for preset in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("section", "match"),
+    [
+        ({"bugdet": 0.2}, r"^additional_config.kvcompress has no setting 'bugdet'; did you mean budget\?$"),
+        ({"zzz": 1}, r"no setting 'zzz'; known: preset, budget, spatial_tokens, .*kernels$"),
+        ({"budget": "a fifth"}, r"^additional_config.kvcompress.budget: .*valid number, got 'a fifth'$"),
+        ({"budget": 0}, r"^budget: 0.* is not a share of the image; need 0 < budget <= 1$"),
+        ({"budget": 1.5}, r"^budget: 1.5 is not a share"),
+        ({"budget": float("nan")}, r"^budget: nan is not a share"),
+        ({"preset": "ful"}, r"^preset: unknown 'ful'; one of full, streaming, h2o, line_ar, ssd, decoupled$"),
+        ({"score": "sum"}, r"kvcompress.score: .*'inter_line' or 'accumulated'.*got 'sum'$"),
+        ({"head_types": "mixed"}, r"kvcompress.head_types: .*got 'mixed'$"),
+        ({"anchor_tokens": -1}, r"^anchor_tokens: -1 is not a number of tokens; need a whole number >= 0$"),
+        ({"anchor_tokens": 2.5}, r"kvcompress.anchor_tokens: .*integer, got 2.5$"),
+        ({"recent_tokens": True}, r"kvcompress.recent_tokens: .*integer, got True$"),
+        ({"stratify": "yes"}, r"kvcompress.stratify: .*boolean, got 'yes'$"),
+        ({"recalibrate": 1}, r"kvcompress.recalibrate: .*boolean, got 1$"),
+        ({"kernels": "gpu"}, r"kvcompress.kernels: .*got 'gpu'$"),
+        ({"threshold": 1.5}, r"threshold: .*less than or equal to 1.*got 1.5$"),
+        ({"threshold": -0.1}, r"threshold: .*greater than or equal to 0.*got -0.1$"),
+        ({"preset": "h2o", "spatial_tokens": 48}, r"^spatial_tokens: all heads are semantic, .*set budget$"),
+        ({"preset": "streaming", "stratify": True}, r"^stratify: spatial heads neither score nor choose"),
+    ],
+)
+def test_a_bad_setting_is_one_line(section: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        parsed(**section)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["small", 3, [1], True])
+def test_the_section_must_be_an_object(section: Any) -> None:
+    with pytest.raises(ValueError, match=r"^additional_config.kvcompress must be an object of settings, got"):
+        parse_config({"kvcompress": section})
+
+
+def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """As much of a VllmConfig as the check reads; ``changes`` are dotted as ``parallel__size``."""
+    vq = SimpleNamespace(num_patches=24, channel_multiplier=[1, 1, 2, 2, 4])
+    config = SimpleNamespace(
+        additional_config={"kvcompress": section or {}},
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(vq_config=vq), dtype=torch.bfloat16),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        device_config=SimpleNamespace(device_type="cpu"),
+        kv_transfer_config=None,
+        lora_config=None,
+    )
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        target = config
+        for part in path:
+            target = getattr(target, part)
+        setattr(target, last, value)
+    return config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_defaults_pass(preset: str) -> None:
+    check_conflicts(vllm_config({"preset": preset}))
+    check_conflicts(vllm_config({"preset": preset}, cache_config__cache_dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"parallel_config__tensor_parallel_size": 2}, r"tensor parallelism: set --tensor-parallel-size 1$"),
+        ({"parallel_config__pipeline_parallel_size": 2}, r"parallelism: set --pipeline-parallel-size 1$"),
+        ({"parallel_config__decode_context_parallel_size": 2}, r"context parallelism: set both .* to 1$"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, r"context parallelism: set both"),
+        ({"kv_transfer_config": object()}, r"KV connectors: drop --kv-transfer-config$"),
+        (
+            {"cache_config__cache_dtype": "fp8"},
+            r"a quantised or converted KV cache: set --kv-cache-dtype auto$",
+        ),
+        ({"cache_config__cache_dtype": "float16"}, r"converted KV cache: set --kv-cache-dtype auto$"),
+        (
+            {"cache_config__cache_dtype": "fp8_e4m3"},
+            r"a quantised or converted KV cache: set --kv-cache-dtype auto$",
+        ),
+        ({"lora_config": object()}, r"LoRA: drop --enable-lora$"),
+        (
+            {"scheduler_config__disable_hybrid_kv_cache_manager": True},
+            r"a single KV-cache group: drop --disable-hybrid-kv-cache-manager$",
+        ),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^--attention-backend kvcompress does not work with .*" + match
+    ) as caught:
+        check_conflicts(vllm_config(**changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "match"),
+    [
+        (
+            {"budget": 0.03},
+            r"^budget: budget 0.03 of 576 tokens is 17 slots per head, .*set budget to",
+        ),
+        ({"recent_tokens": 400}, r"^recent_tokens: .*lower recent_tokens or set budget to at least"),
+        ({"anchor_tokens": 120}, r"^anchor_tokens: .*lower anchor_tokens or set budget to at least"),
+        ({"spatial_tokens": 10}, r"^spatial_tokens: 10, a line of 24 beside 0 anchors needs 24$"),
+        ({"spatial_tokens": 500, "budget": 0.3}, r"^spatial_tokens: .*lower spatial_tokens or set budget"),
+        ({"preset": "line_ar", "budget": 0.1, "recent_tokens": 48}, r"^recent_tokens: "),
+        ({"preset": "streaming", "budget": 0.03}, r"^budget: "),
+    ],
+)
+def test_settings_without_room_for_a_line_of_victims(section: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        check_conflicts(vllm_config(section))
+    assert "\n" not in str(caught.value)
+
+
+def test_unusable_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"cpu kernels can't be used, the cache is on cuda; set auto"):
+        kernels.use("cpu", "cuda")
+    monkeypatch.setattr("vllm_kvcompress.attention.kernels.cpu.isa", lambda: None)
+    with pytest.raises(ValueError, match="they were not built"):
+        kernels.use("cpu", "cpu")
+    assert kernels.use("auto", "cpu") == "torch"
+
+
+def profile_at(path: Path, **changes: Any) -> str:
+    fields = {"model": "x", "model_hash": "", "metric": "made up", "prompts_hash": "", "threshold": 0.5}
+    sizes = {"layers": 2, "kv_heads": 2, "neighbourhood": 16, "scores": [[0.1, 0.9], [0.2, 0.8]]}
+    path.write_text(json.dumps(fields | sizes | changes))
+    return str(path)
+
+
+def model_of(layers: int, kv_heads: int) -> Any:
+    """As much of the served model as ``plan_layout`` reads."""
+    text = SimpleNamespace(
+        num_hidden_layers=layers, num_key_value_heads=kv_heads, head_dim=32, hidden_size=64,
+        num_attention_heads=2,
+    )  # fmt: skip
+    return SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: text),
+        image=SimpleNamespace(raster=Raster(8, 8)),
+        fingerprint="abcd",
+        dtype=torch.float32,
+    )
+
+
+def planned(section: dict[str, Any], model: Any) -> Any:
+    config = vllm_config(section)
+    config.model_config.model = "some/model"
+    config.model_config.max_model_len = 128
+    return plan_layout(config, model)
+
+
+def test_a_profile_decides_the_heads(tmp_path: Path) -> None:
+    layout = planned({"head_profile": profile_at(tmp_path / "p.json")}, model_of(2, 2))
+    assert layout.spatial == ((0,), (0,))
+    layout = planned({"head_profile": profile_at(tmp_path / "p.json"), "threshold": 0.15}, model_of(2, 2))
+    assert layout.spatial == ((0,), ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "match"),
+    [
+        ({}, (3, 2), r"^head_profile: layers is 2, the served model's is 3; calibrate this model, or set"),
+        ({}, (2, 4), r"^head_profile: kv_heads is 2, the served model's is 4; calibrate this model"),
+        (
+            {"model_hash": "beef"},
+            (2, 2),
+            r"^head_profile: model_hash is 'beef', the served .* 'abcd'",
+        ),
+        ({"scores": [[0.1], [0.2]]}, (2, 2), r"^head_profile: .*p.json: scores: .*; calibrate again$"),
+    ],
+)
+def test_a_profile_of_another_model_is_one_line(
+    tmp_path: Path, changes: dict[str, Any], model: tuple[int, int], match: str
+) -> None:
+    path = profile_at(tmp_path / "p.json", **changes)
+    with pytest.raises(ValueError, match=match) as caught:
+        planned({"head_profile": path}, model_of(*model))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_profile_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^head_profile: cannot read .*none.json: No such file"):
+        planned({"head_profile": str(tmp_path / "none.json")}, model_of(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("section", "engine", "match"),
+    [
+        ({"bugdet": 0.2}, {}, r"has no setting 'bugdet'; did you mean budget\?"),
+        ({"budget": 0.1}, {}, r"budget: budget 0.1 of 64 tokens is 6 slots per head, .*at least 0.125"),
+        (
+            {},
+            {"kv_cache_dtype": "fp8"},
+            r"does not work with a quantised or converted KV cache: set --kv-cache-dtype auto",
+        ),
+        ({}, {"disable_hybrid_kv_cache_manager": True}, r"drop --disable-hybrid-kv-cache-manager"),
+        ({}, {"enable_lora": True}, r"does not work with LoRA: drop --enable-lora"),
+        (
+            {},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            r"speculative decoding does not work with image models: drop --speculative-config",
+        ),
+        (
+            {},
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            r"does not work with KV connectors: drop --kv-transfer-config",
+        ),
+        ({}, {"tensor_parallel_size": 2}, r"tensor parallelism: set --tensor-parallel-size 1"),
+    ],
+    ids=["typo", "budget", "fp8", "hybrid", "lora", "speculative", "connector", "tensor-parallel"],
+)
+def test_an_engine_refuses_to_start(
+    checkpoints: dict[str, Path], section: dict[str, Any], engine: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        Engine(checkpoints["tiny-hf"], kvcompress=section, max_model_len=128, **engine)
+
+
+def test_an_engine_refuses_a_profile_of_another_model(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    path = profile_at(tmp_path / "p.json", layers=1, scores=[[0.1, 0.9]])
+    with pytest.raises(ValueError, match=r"^head_profile: layers is 1, the served model's is 2"):
+        Engine(checkpoints["tiny-hf"], kvcompress={"head_profile": path}, max_model_len=128)
+
+
+def test_memory_for_no_picture_is_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"KV cache"):
+        Engine(checkpoints["tiny-hf"], max_model_len=128, kv_cache_memory_bytes=20_000)
