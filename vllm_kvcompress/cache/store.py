@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 logger = logger_for(__name__)
 
 
+# Names of the cache layers, by head type. The runner orders them by the one integer in a name.
+CACHES = ("kvcompress.0.spatial", "kvcompress.1.semantic")
+
+
 class HeadTypeCache(nn.Module, AttentionLayerBase):
     """One head type's pages, as vLLM's "attention layer" that owns a KV-cache group."""
 
@@ -69,10 +73,8 @@ class CompressedCache(nn.Module):
         super().__init__()
         self._make_layout = make_layout
         self._layout: CacheLayout | None = None
-        # The runner orders cache layers by the one integer in their name.
-        names = ("kvcompress.0.spatial", "kvcompress.1.semantic")
         self.caches = nn.ModuleList(
-            HeadTypeCache(name, kind, self, vllm_config) for kind, name in enumerate(names)
+            HeadTypeCache(name, kind, self, vllm_config) for kind, name in enumerate(CACHES)
         )
         self._types: dict[int, list[HeadType]] = {}
         self._all_layers: dict[int, HeadType] = {}
@@ -121,10 +123,10 @@ class CompressedCache(nn.Module):
 
     def _plans(self) -> dict[int, StepPlan]:
         """This step's plans, with block tables handed to the head types once per step."""
-        metadata = get_forward_context().attn_metadata
+        metadata: Any = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):
             return {}
-        plans = {c.kind: metadata[c.name] for c in self.caches if c.name in metadata}
+        plans: dict[int, StepPlan] = {kind: metadata[n] for kind, n in enumerate(CACHES) if n in metadata}
         step = tuple(plans.values())
         if len(step) != len(self._step) or any(a is not b for a, b in zip(step, self._step, strict=True)):
             self._step = step

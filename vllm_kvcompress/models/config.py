@@ -6,9 +6,9 @@ Two layouts exist (facts and traps: the project's notes on Janus-Pro): deepseek-
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import JanusConfig, JanusVQVAEConfig, LlamaConfig, PreTrainedConfig
+from transformers import JanusVQVAEConfig, LlamaConfig, PreTrainedConfig
 
 from vllm_kvcompress.raster import Raster
 
@@ -38,7 +38,7 @@ class MultiModalityConfig(PreTrainedConfig):
     """
 
     model_type = ORIGINAL_LAYOUT
-    sub_configs = {"text_config": LlamaConfig, "vq_config": JanusVQVAEConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": LlamaConfig, "vq_config": JanusVQVAEConfig}
 
     def __init__(self, **kwargs: Any) -> None:
         sections = {
@@ -131,7 +131,7 @@ def text_vocab_size(hf_config: PreTrainedConfig) -> int:
     return hf_config.get_text_config().vocab_size
 
 
-def raster_of(hf_config: JanusConfig | MultiModalityConfig) -> Raster:
-    """The token grid of a checkpoint's pictures. Raises ValueError on an unsupported size."""
+def raster_of(hf_config: PreTrainedConfig) -> Raster:
+    """The token grid of the pictures of a JanusConfig or MultiModalityConfig."""
     vq = hf_config.vq_config
     return Raster(vq.num_patches, vq.num_patches, patch=2 ** (len(vq.channel_multiplier) - 1))

@@ -106,6 +106,13 @@ class BranchedAttention(nn.Module):
         return output
 
 
+class BranchedLayer(LlamaDecoderLayer):
+    """LlamaDecoderLayer with ``BranchedAttention``."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config, prefix=prefix, attn_layer_type=BranchedAttention)
+
+
 class BranchedLlama(LlamaModel):
     """vLLM's LlamaModel, seen from outside with one row a token.
 
@@ -114,7 +121,7 @@ class BranchedLlama(LlamaModel):
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=_branched_layer)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=BranchedLayer)
 
     def forward(
         self,
@@ -130,7 +137,7 @@ class BranchedLlama(LlamaModel):
         """
         if inputs_embeds is not None:
             inputs_embeds = inputs_embeds.view(-1, self.config.hidden_size)
-        hidden = super().forward(
+        hidden: Any = super().forward(
             input_ids, positions.repeat_interleave(BRANCHES), intermediate_tensors, inputs_embeds, **extra
         )
         if isinstance(hidden, IntermediateTensors):
@@ -153,7 +160,7 @@ class JanusForImageGeneration(nn.Module):
         self.config = config
         self.image = image_model_of(config)
         self.hidden_size = text.hidden_size
-        self.dtype = vllm_config.model_config.dtype
+        self.dtype: torch.dtype = torch.get_default_dtype()  # what vLLM loads the model in
         self.fingerprint = ""  # of the weights, set when they are loaded
         self.compressed = (
             CompressedCache(vllm_config, lambda config: plan_layout(config, self))
@@ -161,7 +168,7 @@ class JanusForImageGeneration(nn.Module):
             else None
         )
         self.rows = request_rows(vllm_config)
-        self.rows.to(vllm_config.device_config.device)
+        self.rows.to(torch.get_default_device())
 
         self.language_model = BranchedLlama(
             vllm_config=vllm_config.with_hf_config(text, architectures=["LlamaForCausalLM"]),
@@ -237,7 +244,8 @@ class JanusForImageGeneration(nn.Module):
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict) or not metadata:
             return tokens.clamp_(max=len(self.rows.scale) - 1)
-        starts = next(iter(metadata.values())).query_start_loc
+        any_layer: Any = next(iter(metadata.values()))
+        starts = any_layer.query_start_loc
         # Also right in a pure decode step, where starts is 0, 1, 2, ...
         return torch.searchsorted(starts[1:], tokens, right=True).clamp_(max=len(self.rows.scale) - 1)
 
@@ -271,7 +279,3 @@ class JanusForImageGeneration(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load either layout; see ``vllm_kvcompress.models.weights``."""
         return load_weights(self, weights)
-
-
-def _branched_layer(vllm_config: VllmConfig, prefix: str = "") -> LlamaDecoderLayer:
-    return LlamaDecoderLayer(vllm_config, prefix=prefix, attn_layer_type=BranchedAttention)

@@ -22,7 +22,7 @@ def apply() -> None:
 
     @functools.wraps(original)
     def load_endpoint_plugins(supported_tasks: tuple[Any, ...] | None = None) -> list[Any]:
-        loaded = original(supported_tasks)
+        loaded: list[Any] = original(supported_tasks)
         if _served and supported_tasks is not None and "generate" in supported_tasks:
             from vllm_kvcompress.serving.cache_usage import cache_usage
             from vllm_kvcompress.serving.images import ImagesEndpoint
