@@ -1,0 +1,197 @@
+"""Locality scores against transformers' own attention, and the life of the automatic head profile."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inprocess import Engine, in_process  # noqa: F401
+from parity import load_reference
+
+from vllm_kvcompress.heads.calibrate import PROMPTS, FullCache, locality_scores
+from vllm_kvcompress.heads.profile import HeadProfile
+from vllm_kvcompress.heads.provide import METRIC, cache_directory
+
+SMALL = {"max_model_len": 128}
+
+
+class Lines(logging.Handler):
+    """Messages of the package's loggers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def said(self, text: str) -> list[str]:
+        return [line for line in self.lines if text in line]
+
+
+@pytest.fixture
+def log() -> Iterator[Lines]:
+    handler, logger = Lines(), logging.getLogger("vllm.kvcompress")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
+def locality(attention: torch.Tensor, prefix: int, near: int) -> float:
+    """One head, ``[queries, keys]`` probabilities: mean over image queries, by the definition."""
+    shares = []
+    for query in range(prefix, len(attention)):
+        row = attention[query]
+        image = sum(float(row[key]) for key in range(prefix, query + 1))
+        outside = sum(float(row[key]) for key in range(prefix, query - near))
+        shares.append(outside / image)
+    return sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize("near", [1, 5, 16])
+@pytest.mark.parametrize("group", [1, 2])
+def test_full_cache_measures_the_definition(near: int, group: int) -> None:
+    gen = torch.Generator().manual_seed(near)
+    prefix, image, kv_heads, size = [3, 5], 20, 2, 8
+    steps = max(prefix) + image - 1
+    q = torch.randn(steps, 2, 2 * kv_heads * group, size, generator=gen)
+    k, v = (torch.randn(steps, 2, 2 * kv_heads, size, generator=gen) for _ in range(2))
+    cache = FullCache(1, kv_heads, size, steps, torch.tensor(prefix), image, near, torch.float32)
+    for cache.step in range(steps):
+        out = cache.attend(q[cache.step], k[cache.step], v[cache.step], 0, 0.3)
+    want = torch.zeros(kv_heads, dtype=torch.float64)
+    queries = [min(p + image, steps) - p for p in prefix]
+    for row, (p, n) in enumerate(zip(prefix, queries, strict=True)):
+        for head in range(2 * kv_heads * group):
+            keys = k[: p + n, row, head // group].double()
+            mask = torch.full((p + n, p + n), -torch.inf).triu(1)
+            weights = (q[: p + n, row, head].double() @ keys.T * 0.3 + mask).softmax(-1)
+            want[head // group % kv_heads] += locality(weights, p, near) * n / (2 * group)
+    torch.testing.assert_close(cache.scores[0], want / sum(queries), atol=1e-6, rtol=0)
+    whole = q[-1, 0, :group].double() @ k[:steps, 0, 0].double().T * 0.3
+    torch.testing.assert_close(
+        out[0, :group].double(), whole.softmax(-1) @ v[:, 0, 0].double(), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny-hf", "gqa-hf"])
+def test_scores_equal_those_from_the_attentions_of_transformers(
+    checkpoints: dict[str, Path], name: str
+) -> None:
+    """The pictures that calibration drew, run through transformers with ``output_attentions``."""
+    from vllm.forward_context import set_forward_context
+
+    engine = Engine.get(checkpoints[name], kvcompress={"preset": "h2o"}, **SMALL)
+    model, image = engine.model, engine.image
+    prompts = [engine.prompt(text) for text in ("a red bird", "grass at night by the sea")]
+    drawn: list[list[int]] = [[], []]
+    multinomial = torch.multinomial
+
+    def remembered(*args: Any, **kwargs: Any) -> torch.Tensor:
+        ids = multinomial(*args, **kwargs)
+        for row, token in zip(drawn, ids.flatten().tolist(), strict=True):
+            row.append(token)
+        return ids
+
+    with pytest.MonkeyPatch.context() as patch, set_forward_context(None, engine.core.vllm_config):
+        patch.setattr(torch, "multinomial", remembered)
+        scores = locality_scores(model, prompts, 16)
+
+    reference = load_reference(checkpoints[name])
+    reference.set_attn_implementation("eager")
+    text = reference.model.language_model
+    kv_heads = text.config.num_key_value_heads
+    want = torch.zeros(text.config.num_hidden_layers, kv_heads, dtype=torch.float64)
+    total = 0
+    for prompt, row in zip(prompts, drawn, strict=True):
+        codes = torch.tensor([[t - image.text_vocab for t in row[len(prompt) - 1 :]][: image.raster.tokens]])
+        codes = codes[:, : image.raster.tokens - 1 + (len(prompt) < max(map(len, prompts)))]
+        uncond = [prompt[0], *[image.pad] * (len(prompt) - 2), prompt[-1]]
+        with torch.no_grad():
+            words = text.embed_tokens(torch.tensor([prompt, uncond]))
+            picture = reference.prepare_embeddings_for_image_generation(codes).expand(2, -1, -1)
+            out = text(inputs_embeds=torch.cat([words, picture], 1), output_attentions=True)
+        n = codes.shape[1]
+        total += n
+        for layer, attention in enumerate(out.attentions):  # [branches, heads, queries, keys]
+            group = attention.shape[1] // kv_heads
+            for branch in range(2):
+                for head in range(attention.shape[1]):
+                    share = locality(attention[branch, head], len(prompt), 16)
+                    want[layer, head // group] += share * n / (2 * group)
+    torch.testing.assert_close(scores, want / total, atol=1e-4, rtol=0)
+    assert scores.std() > 0
+
+
+def test_auto_calibrates_once_and_says_where(checkpoints: dict[str, Path], log: Lines) -> None:
+    for old in cache_directory().glob("gqa-hf-*.json"):
+        old.unlink()
+    first = Engine(checkpoints["gqa-hf"], kvcompress={}, **SMALL)
+    (path,) = cache_directory().glob("gqa-hf-*.json")
+    assert log.said(f"Head profile calibrated on {len(PROMPTS)} prompts, kept in {path}")
+    profile = HeadProfile.load(path)
+    assert (profile.metric, profile.layers, profile.kv_heads) == (METRIC, 2, 2)
+    assert profile.neighbourhood == 16
+    assert profile.model_hash == first.model.fingerprint != ""
+    assert len(profile.prompts_hash) == 16
+
+    stamp = path.stat().st_mtime_ns
+    second = Engine.get(checkpoints["gqa-hf"], kvcompress={}, **SMALL)
+    assert log.said(f"Head profile: {path}")
+    assert path.stat().st_mtime_ns == stamp
+    assert second.model.compressed._layout == first.model.compressed._layout
+
+    third = Engine(checkpoints["gqa-hf"], kvcompress={"recalibrate": True}, **SMALL)
+    assert path.stat().st_mtime_ns > stamp
+    assert HeadProfile.load(path) == profile, "the same weights give the same scores"
+    assert len(log.said("Head profile calibrated")) == 2
+    Engine.started |= {"first": first, "third": third}  # stopped with the others
+
+
+def test_an_explicit_profile_is_read_and_the_cache_left_alone(
+    checkpoints: dict[str, Path], tmp_path: Path, log: Lines
+) -> None:
+    fields = {"model": "by hand", "model_hash": "", "metric": "x", "prompts_hash": "", "threshold": 0.5}
+    sizes = {"layers": 2, "kv_heads": 2, "neighbourhood": 16, "scores": [[0.1, 0.9], [0.8, 0.2]]}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(fields | sizes))
+    before = sorted(cache_directory().glob("*"))
+    engine = Engine.get(checkpoints["tiny-hf"], kvcompress={"head_profile": str(path)}, **SMALL)
+    assert engine.model.compressed._layout.spatial == ((0,), (1,))
+    assert sorted(cache_directory().glob("*")) == before
+    assert not log.said("calibrated")
+
+
+@pytest.mark.parametrize("preset", ["full", "h2o", "line_ar", "streaming"])
+def test_presets_without_head_types_do_not_calibrate(
+    checkpoints: dict[str, Path], log: Lines, preset: str
+) -> None:
+    Engine.get(checkpoints["tiny-hf"], kvcompress={"preset": preset}, **SMALL)
+    assert not log.said("rofile")
+
+
+def test_the_start_up_line_says_everything(checkpoints: dict[str, Path], log: Lines) -> None:
+    engine = Engine.get(checkpoints["tiny-hf"], kvcompress={"budget": 0.4}, **SMALL)
+    (line,) = log.said("kvcompress: preset")
+    blocks = engine.scheduler.kv_cache_config.num_blocks - 1
+    layout = engine.model.compressed._layout
+    pages = sum(
+        -(-(20 + rule.capacity) // layout.page_tokens(kind)) for kind, rule in enumerate(layout.rules)
+    )
+    fits = blocks // pages
+    full = (20 + 64) * 4 * 2 * 2 * 32 * 4
+    at_once_full = blocks * layout.page_bytes // full
+    for part in (
+        "preset decoupled, budget 0.4",
+        f"{sum(map(len, layout.spatial))} spatial heads of {layout.rules[0].capacity} slots",
+        f"semantic heads of {layout.rules[1].capacity} slots",
+        f"{layout.page_tokens(0)} tokens a page",
+        "page waste",
+        f"{pages * layout.page_bytes / 2**20:.2f} MiB instead of {full / 2**20:.2f}",
+        f"memory for {fits} pictures at once instead of {at_once_full}",
+        "kernels",
+    ):
+        assert part in line, (part, line)
