@@ -1,0 +1,127 @@
+"""The judge on pictures whose truth is known."""
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+
+from vllm_kvcompress.eval.judge import find_objects, judge
+from vllm_kvcompress.eval.scenes import compose, render, sample_pair
+from vllm_kvcompress.eval.world import (
+    COLOURS,
+    GROUND_COLOURS,
+    PATTERNS,
+    SHAPES,
+    SIZES,
+    Ground,
+    Phrase,
+    Scene,
+    Thing,
+)
+
+GREY = Ground("plain", "grey")
+RED_CIRCLE = Thing("circle", "red", "medium", 24.0, 48.0)
+BLUE_STAR = Thing("star", "blue", "medium", 72.0, 48.0)
+TWO = Scene((RED_CIRCLE, BLUE_STAR), GREY)
+SAYS_TWO = (Phrase(1, "circle", "red"), Phrase(1, "star", "blue"))
+
+
+def test_over_99_percent_on_true_scenes() -> None:
+    number = 400
+    right = 0
+    for index in range(number):
+        scene, prompt = sample_pair((11, index))
+        right += judge(render(scene), prompt).correct
+    assert right / number > 0.99
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_size_colour_and_ground(shape: str, pattern: str) -> None:
+    for size in SIZES:
+        for index, colour in enumerate(COLOURS):
+            ground = Ground(pattern, list(GROUND_COLOURS)[index % len(GROUND_COLOURS)])
+            found = find_objects(render(Scene((Thing(shape, colour, size, 44.0, 52.0),), ground)))
+            assert [(s.shape, s.colour, s.size) for s in found] == [(shape, colour, size)]
+            assert abs(found[0].x - 44) < 2
+            assert abs(found[0].y - 52) < 2
+
+
+def test_survives_blur_and_noise() -> None:
+    rng = np.random.default_rng(0)
+    right = 0
+    for index in range(60):
+        scene, prompt = sample_pair((12, index))
+        noisy = cv2.GaussianBlur(render(scene), (3, 3), 0) + rng.normal(0, 4, (96, 96, 3))
+        right += judge(np.clip(noisy, 0, 255).astype(np.uint8), prompt).correct
+    assert right >= 57
+
+
+def test_empty_ground_has_no_objects() -> None:
+    for colour in GROUND_COLOURS:
+        for pattern in PATTERNS:
+            assert find_objects(render(Scene((), Ground(pattern, colour)))) == []
+
+
+def test_what_is_right() -> None:
+    verdict = judge(render(TWO), compose(SAYS_TWO, "left of"))
+    assert verdict.correct
+    assert verdict.shapes
+    assert verdict.colours
+    assert verdict.count
+    assert verdict.relation
+
+
+def test_swapped_colours_fail_binding_but_not_shapes() -> None:
+    swapped = Scene((replace(RED_CIRCLE, colour="blue"), replace(BLUE_STAR, colour="red")), GREY)
+    verdict = judge(render(swapped), compose(SAYS_TWO))
+    assert verdict.shapes
+    assert not verdict.colours
+    assert not verdict.correct
+
+
+def test_wrong_relation_fails() -> None:
+    verdict = judge(render(TWO), compose(SAYS_TWO, "right of"))
+    assert verdict.objects
+    assert verdict.relation is False
+    assert not verdict.correct
+
+
+def test_relation_between_indistinguishable_objects_holds_either_way() -> None:
+    stars = (Phrase(1, "star", "blue"), Phrase(1, "star", "blue"))
+    scene = Scene((replace(BLUE_STAR, x=24.0), BLUE_STAR), GREY)
+    for relation in ("left of", "right of"):
+        assert judge(render(scene), compose(stars, relation)).correct
+    assert not judge(render(scene), compose(stars, "above")).correct
+
+
+def test_wrong_place_fails() -> None:
+    only = Scene((Thing("circle", "red", "small", 12.0, 12.0),), GREY)
+    says = (Phrase(1, "circle", "red"),)
+    assert judge(render(only), compose(says, place="top left")).correct
+    assert judge(render(only), compose(says, place="bottom right")).place is False
+
+
+def test_one_too_many_fails() -> None:
+    verdict = judge(render(TWO), compose((Phrase(1, "circle", "red"),)))
+    assert not verdict.count
+    assert not verdict.correct
+
+
+def test_wrong_size_fails() -> None:
+    verdict = judge(render(TWO), compose((Phrase(1, "circle", "red", "big"), Phrase(1, "star", "blue"))))
+    assert verdict.colours
+    assert verdict.size is False
+    assert not verdict.correct
+
+
+def test_touching_objects_of_two_colours_are_told_apart() -> None:
+    touching = Scene((replace(RED_CIRCLE, x=36.0), Thing("square", "blue", "medium", 60.0, 48.0)), GREY)
+    found = {(s.shape, s.colour) for s in find_objects(render(touching))}
+    assert found == {("circle", "red"), ("square", "blue")}
+
+
+def test_wrong_array_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected uint8"):
+        find_objects(np.zeros((96, 96, 3), np.float32))
