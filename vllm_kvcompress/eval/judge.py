@@ -56,7 +56,7 @@ class Seen:
 def _lab(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """sRGB uint8 `[..., 3]` -> CIE Lab float32 (L in 0..100)."""
     flat = np.ascontiguousarray(rgb.reshape(1, -1, 3), dtype=np.float32) / 255
-    return cv2.cvtColor(flat, cv2.COLOR_RGB2LAB).reshape(rgb.shape)
+    return np.asarray(cv2.cvtColor(flat, cv2.COLOR_RGB2LAB), np.float32).reshape(rgb.shape)
 
 
 def _ground_palette() -> NDArray[np.float32]:
@@ -114,7 +114,8 @@ def _segment(image: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.ui
 def _reference(shape: str, size: str, blur: int) -> NDArray[np.float64]:
     thing = Thing(shape, "black", size, IMAGE_SIZE / 2, IMAGE_SIZE / 2)
     image = render(Scene((thing,), Ground("plain", "white")))
-    features = _features(_segment(cv2.GaussianBlur(image, (blur, blur), 0))[0])
+    blurred = np.asarray(cv2.GaussianBlur(image, (blur, blur), 0), np.uint8)
+    features = _features(_segment(blurred)[0])
     assert features is not None
     return features
 
@@ -183,7 +184,8 @@ def _split_by_colour(
     kernel = np.ones((2 * UPSAMPLING + 1, 2 * UPSAMPLING + 1), np.uint8)
     cores: list[tuple[NDArray[np.uint8], str]] = []
     for colour in np.flatnonzero(counts >= max(0.15 * area, MIN_AREA * UPSAMPLING**2)):
-        core = cv2.morphologyEx((part & (label == colour)).astype(np.uint8), cv2.MORPH_OPEN, kernel)
+        mask = (part & (label == colour)).astype(np.uint8)
+        core = np.asarray(cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel), np.uint8)
         if core.sum() >= MIN_AREA * UPSAMPLING**2:
             cores.append((core, names[colour]))
     if len(cores) > 1:

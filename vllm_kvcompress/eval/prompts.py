@@ -51,6 +51,7 @@ def all_prompts(category: str) -> list[Prompt]:
     ValueError
         Unknown category.
     """
+    meanings: list[tuple[tuple[Phrase, ...], str | None]]
     if category == "single_object":
         meanings = [((Phrase(1, shape),), None) for shape in SHAPES]
     elif category == "two_object":

@@ -1,0 +1,83 @@
+"""Draw with the full cache and let the judge count: the model card's numbers and its contact sheet.
+
+python examples/shapes/evaluate.py --number 100 --sheet examples/shapes/samples.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import torch
+from common import VALID_STREAM, scene_batch
+from geometry import MODEL_FOLDER, load_tokenizer
+from sampling import GUIDANCE, contact_sheet, draw_codes, to_pictures
+from tqdm import tqdm
+from transformers import JanusForConditionalGeneration
+
+from vllm_kvcompress.eval.judge import judge
+from vllm_kvcompress.eval.prompts import CATEGORIES, prompts
+from vllm_kvcompress.eval.scenes import sample_pair
+
+
+def round_trip(model: JanusForConditionalGeneration, number: int) -> float:
+    """Share of validation scenes that are judged right after encoding and decoding."""
+    right = 0
+    for first in tqdm(range(0, number, 50), desc="round trip"):
+        pixels, _ = scene_batch(VALID_STREAM, first, 50)
+        with torch.inference_mode():
+            codes = model.model.vqmodel.encode(pixels.to(model.dtype)).image_tokens.view(len(pixels), -1)
+        meanings = [sample_pair((VALID_STREAM, index))[1] for index in range(first, first + 50)]
+        right += sum(judge(p, m).correct for p, m in zip(to_pictures(model, codes), meanings, strict=True))
+    return right / number
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=MODEL_FOLDER)
+    parser.add_argument("--number", type=int, default=100, help="pictures a category")
+    parser.add_argument("--round-trip", type=int, default=200, help="validation scenes, a multiple of 50")
+    parser.add_argument("--categories", nargs="+", default=CATEGORIES, choices=CATEGORIES)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sheet", type=Path, help="PNG to write: ten pictures a category")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    model = JanusForConditionalGeneration.from_pretrained(args.model, dtype=torch.bfloat16)
+    tokenizer = load_tokenizer(args.model / "tokenizer.json")
+    report: dict[str, dict[str, float] | float] = {"round_trip": round_trip(model, args.round_trip)}
+    shown = []
+    for category in args.categories:
+        asked = prompts(category, args.number)
+        codes = draw_codes(
+            model,
+            tokenizer,
+            [prompt.text for prompt in asked],
+            guidance=args.guidance,
+            temperature=args.temperature,
+            seed=args.seed,
+        )
+        pictures = to_pictures(model, codes)
+        right: Counter[str] = Counter()
+        for picture, prompt in zip(pictures, asked, strict=True):
+            verdict = judge(picture, prompt)
+            right += Counter(correct=verdict.correct, shapes=verdict.shapes, count=verdict.count)
+        report[category] = {key: right[key] / args.number for key in ("correct", "shapes", "count")}
+        print(category, json.dumps(report[category]), flush=True)
+        shown.append(pictures[:10])
+    print(json.dumps(report))
+    if args.sheet:
+        sheet = contact_sheet(torch.cat([torch.from_numpy(p) for p in shown]).numpy(), columns=10)
+        cv2.imwrite(str(args.sheet), sheet[..., ::-1])
+
+
+if __name__ == "__main__":
+    main()

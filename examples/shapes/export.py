@@ -1,0 +1,65 @@
+"""Write the trained model in the published transformers layout.
+
+python examples/shapes/export.py --vq /tmp/shapes/vq/vq.pt --lm /tmp/shapes/lm/lm.pt
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from geometry import GEOMETRY, MODEL_FOLDER, load_tokenizer
+from safetensors.torch import save_file
+from transformers import JanusForConditionalGeneration
+
+from vllm_kvcompress.testing import tokenizer as janus
+from vllm_kvcompress.testing.configs import transformers_config, transformers_files
+
+DTYPE = "bfloat16"
+
+
+def export(vq: dict[str, torch.Tensor], lm: dict[str, torch.Tensor], tokenizer_file: Path, out: Path) -> None:
+    """Write config, weights (bfloat16), tokenizer and processor files into the folder `out`.
+
+    The understanding tower, which drawing never uses, is there with random weights: the layout asks for it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(tokenizer_file)
+    specials = janus.special_tokens(GEOMETRY.text_vocab)
+    ids = {token: tokenizer.token_to_id(token) for token in specials}
+    config = transformers_config(GEOMETRY, DTYPE, ids[janus.IMAGE])
+    config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    model = JanusForConditionalGeneration(config)
+    model.model.vqmodel.load_state_dict(vq)
+    _, unexpected = model.load_state_dict(lm, strict=False)
+    if unexpected:
+        raise ValueError(f"tensors that the model lacks: {', '.join(unexpected)}")
+    config.save_pretrained(out)
+    state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    for name, content in transformers_files(GEOMETRY, ids).items():
+        text = (
+            content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        )
+        (out / name).write_text(text, encoding="utf-8")
+    tokenizer.save(str(out / "tokenizer.json"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--vq", type=Path, required=True, help="checkpoint of train_vq.py")
+    parser.add_argument("--lm", type=Path, required=True, help="checkpoint of train_lm.py")
+    parser.add_argument("--out", type=Path, default=MODEL_FOLDER)
+    args = parser.parse_args()
+    vq, lm = torch.load(args.vq), torch.load(args.lm)
+    export(vq["model"], lm["master"], args.lm.parent / "tokenizer.json", args.out)
+    print(f"{args.out}: tokenizer of step {vq['step']}, language model of step {lm['step']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Sequences for the language model: a prompt, then 576 image codes, all in one id space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from common import scene_batch
+from geometry import GEOMETRY, chat_prompt
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from patches import nearest, to_patches
+from vllm_kvcompress.testing import tokenizer as janus
+
+IGNORE = -100
+UNCONDITIONAL = 0.1
+"""Share of the training sequences whose caption is blanked, for classifier-free guidance."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`ids [B, T]` int64, image codes offset by the text vocabulary, padded on the right (causal
+    attention never looks there); `codes [B, 576]`; `image [B, T]` and `text [B, T]` bool: where the
+    next id is an image code, and where it is a caption's word."""
+
+    ids: Tensor
+    codes: Tensor
+    image: Tensor
+    text: Tensor
+
+
+def unconditional(prompt: list[int], pad: int) -> list[int]:
+    """The prompt of the guidance branch: every id but BOS and begin-of-image becomes the pad id."""
+    return [prompt[0], *[pad] * (len(prompt) - 2), prompt[-1]]
+
+
+def make_batch(centres: Tensor, tokenizer: Tokenizer, stream: int, first: int, number: int) -> Batch:
+    """Scenes `first .. first + number` of a stream as one padded batch; deterministic."""
+    pixels, captions = scene_batch(stream, first, number)
+    codes = nearest(to_patches(pixels), centres)
+    pad = tokenizer.token_to_id(janus.PAD)
+    prompts = [tokenizer.encode(chat_prompt(caption)).ids for caption in captions]
+    blank = np.random.default_rng((stream, first, number)).random(number) < UNCONDITIONAL
+    length = max(map(len, prompts)) + GEOMETRY.image_tokens - 1
+    ids = torch.full((number, length), pad)
+    image = torch.zeros(number, length, dtype=torch.bool)
+    text = torch.zeros(number, length, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        end = len(prompt)
+        ids[row, :end] = torch.tensor(unconditional(prompt, pad) if blank[row] else prompt)
+        ids[row, end : end + GEOMETRY.image_tokens - 1] = codes[row, :-1] + GEOMETRY.text_vocab
+        image[row, end - 1 : end - 1 + GEOMETRY.image_tokens] = True
+        text[row, : end - 1] = not blank[row]
+    return Batch(ids, codes, image, text)

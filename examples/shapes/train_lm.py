@@ -1,0 +1,158 @@
+"""Stage 2: train the language model on image codes, with classifier-free dropout.
+
+The model is transformers' `JanusForConditionalGeneration`. It computes in bfloat16; the optimizers
+keep float32 weights: Muon for the matrices inside the Llama blocks, AdamW for everything else.
+The rate warms up, stays constant and falls to zero over the last `--decay` steps, so a run stopped
+before its decay is extended by a larger `--steps`.
+
+    python examples/shapes/train_lm.py --codes /tmp/shapes/codes.pt --run /tmp/shapes/lm --steps 20000
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import TRAIN_STREAM, VALID_STREAM, log_record, plot_curves, save_checkpoint, trapezoid
+from geometry import GEOMETRY, load_tokenizer
+from lm_data import Batch, make_batch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import JanusForConditionalGeneration
+
+from patches import code_vectors
+from vllm_kvcompress.testing import tokenizer as janus
+from vllm_kvcompress.testing.configs import transformers_config
+
+TEXT_WEIGHT = 0.05
+"""Weight of the captions' own next-word loss beside the image loss."""
+VALID_BATCH = 32
+
+
+def build_model(vectors: Tensor, image_token_id: int, seed: int) -> JanusForConditionalGeneration:
+    """A fresh float32 model whose code embeddings start from the codes' unit vectors `[K, 8]`."""
+    torch.manual_seed(seed)
+    config = transformers_config(GEOMETRY, "float32", image_token_id)
+    config.tie_word_embeddings = False
+    model = JanusForConditionalGeneration(config)
+    with torch.no_grad():
+        model.model.generation_embeddings.weight.copy_(vectors * vectors.shape[1] ** 0.5)
+        residual_scale = (2 * GEOMETRY.layers) ** -0.5
+        for layer in model.model.language_model.layers:
+            layer.self_attn.o_proj.weight.mul_(residual_scale)
+            layer.mlp.down_proj.weight.mul_(residual_scale)
+        model.model.language_model.embed_tokens.weight.normal_(0, 0.3)
+    return model
+
+
+class Trained:
+    """The trained parts of a model: computed in bfloat16, updated in float32."""
+
+    def __init__(self, model: JanusForConditionalGeneration, rate: float) -> None:
+        self.model = model
+        named = {
+            name: p
+            for name, p in model.named_parameters()
+            if not name.startswith(("model.vqmodel.", "model.vision_model.", "model.aligner."))
+        }
+        self.master = {name: nn.Parameter(p.detach().float().clone()) for name, p in named.items()}
+        model.to(torch.bfloat16)
+        self.low = {name: p for name, p in model.named_parameters() if name in self.master}
+        matrices = [p for name, p in self.master.items() if ".layers." in name and p.ndim == 2]
+        others = [p for name, p in self.master.items() if not (".layers." in name and p.ndim == 2)]
+        self.optimizers = (
+            torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+        )
+
+    def step(self, rate: float) -> None:
+        """Apply the gradients of the bfloat16 weights and round the result back into them."""
+        for name, low in self.low.items():
+            self.master[name].grad = low.grad.float()
+            low.grad = None
+        nn.utils.clip_grad_norm_(self.master.values(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        self.round()
+
+    @torch.no_grad()
+    def round(self) -> None:
+        for name, low in self.low.items():
+            low.copy_(self.master[name])
+
+    def state(self) -> dict:
+        return {"master": self.master, "optimizers": [o.state_dict() for o in self.optimizers]}
+
+    def load(self, state: dict) -> None:
+        with torch.no_grad():
+            for name, p in self.master.items():
+                p.copy_(state["master"][name])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.round()
+
+
+def losses(model: JanusForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy in nats of the image codes, and of the captions' words."""
+    inner = model.model
+    codes = inner.generation_aligner(inner.generation_embeddings.weight)
+    table = torch.cat([inner.language_model.embed_tokens.weight, codes])
+    hidden = inner.language_model(
+        inputs_embeds=F.embedding(batch.ids, table), use_cache=False
+    ).last_hidden_state
+    image = F.cross_entropy(inner.generation_head(hidden[batch.image]).float(), batch.codes.flatten())
+    following = batch.ids.roll(-1, 1)[batch.text]
+    words = F.cross_entropy(model.lm_head(hidden[batch.text]).float(), following)
+    return image, words
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--codes", type=Path, required=True, help="patch centres, from train_vq.py")
+    parser.add_argument("--run", type=Path, required=True, help="folder of all that is written")
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--decay", type=int, default=1500, help="last steps, of falling rate")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    args.run.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = args.run / "lm.pt", args.run / "lm.jsonl"
+    tokenizer = load_tokenizer(args.run / "tokenizer.json")
+    saved = torch.load(checkpoint) if checkpoint.exists() else None
+    centres = torch.load(args.codes)
+    model = build_model(code_vectors(centres), tokenizer.token_to_id(janus.IMAGE), args.seed)
+    trained = Trained(model, args.rate)
+    first = 0
+    if saved:
+        trained.load(saved)
+        first = saved["step"]
+    validation = make_batch(centres, tokenizer, VALID_STREAM, 0, VALID_BATCH)
+
+    for step in tqdm(range(first, args.steps), initial=first, total=args.steps):
+        batch = make_batch(centres, tokenizer, TRAIN_STREAM, step * args.batch, args.batch)
+        image, words = losses(model, batch)
+        (image + TEXT_WEIGHT * words).backward()
+        trained.step(args.rate * trapezoid(step, 100, args.steps, args.decay))
+        done = step + 1
+        if done % 20 == 0:
+            log_record(log, step=done, image_loss=image.item(), text_loss=words.item())
+        if done % args.save_every == 0 or done == args.steps:
+            with torch.no_grad():
+                log_record(log, step=done, valid_image_loss=losses(model, validation)[0].item())
+            save_checkpoint(checkpoint, {"step": done, **trained.state()})
+            plot_curves(log, args.run / "lm.png", ("image_loss", "valid_image_loss", "text_loss"))
+
+
+if __name__ == "__main__":
+    main()
