@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-LIMIT_S = 900
+LIMIT_S = 580
 # One thread wherever there is room: processes that run at once must not be bound to the same core.
 _ALONE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 V1 = {**_ALONE, "VLLM_USE_V2_MODEL_RUNNER": "0"}

@@ -146,12 +146,16 @@ def test_no_matplotlib(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("inspect", "p.json", "--threshold", "2"),
         ("calibrate", "model"),
         ("calibrate", "model", "-o", "."),
-        ("calibrate", "model", "-o", "/proc/profile.json"),
+        ("calibrate", "model", "-o", "README.md/profile.json"),
         ("paint",),
     ],
     ids=" ".join,
 )
-def test_a_wrong_command_line_is_status_2(arguments: tuple[str, ...]) -> None:
+def test_a_wrong_command_line_is_status_2(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README.md").touch()
+    monkeypatch.chdir(tmp_path)
     assert invoke(*arguments).exit_code == 2
 
 
