@@ -14,6 +14,7 @@ from vllm_kvcompress.attention import kernels
 
 KERNELS = ("torch", "cpu")
 MEMORY = 8 << 20
+SET_NUM_THREADS = torch.set_num_threads  # vLLM's CPU worker replaces it by one that does nothing
 SETTINGS: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 16, "seed": 0}
 
 
@@ -28,8 +29,10 @@ def in_process() -> Iterator[None]:
     with mock.patch.dict(os.environ, inside):
         yield
     Engine.stop_all()
+    gc.unfreeze()
     gc.collect()
     envs.disable_envs_cache()
+    torch.set_num_threads = SET_NUM_THREADS
     torch.set_num_threads(threads)
 
 
@@ -52,7 +55,7 @@ class Engine:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         for engine in cls.started.values():
-            engine.core.shutdown()
+            engine.core.model_executor.shutdown()  # the core's own also collects garbage, each time
         cls.started.clear()
         cleanup_dist_env_and_memory()
 
@@ -66,6 +69,7 @@ class Engine:
         if backend is not None:
             settings["additional_config"] = {"kvcompress": self.section}
         self.llm = LLM(str(model), attention_backend=backend, **settings)
+        torch.set_num_threads = SET_NUM_THREADS
         torch.set_num_threads(1)
         # One engine's end would take the process groups of all; they end together, in stop_all.
         self.llm.llm_engine.engine_core._finalizer.detach()

@@ -96,9 +96,7 @@ def _write(k: Tensor, v: Tensor, kind: HeadType, table: Tensor, prefix: Tensor, 
     pages.score[block, head, place] = 0.0
 
 
-def _attend(
-    q: Tensor, kind: HeadType, table: Tensor, prefix: Tensor, length: Tensor, scale: float
-) -> Tensor:
+def _attend(q: Tensor, kind: HeadType, table: Tensor, prefix: Tensor, length: Tensor, scale: float) -> Tensor:
     """[rows, heads, group, D] float32 outputs; adds the probabilities to the scores."""
     pages, rule = kind.pages, kind.rule
     visible = length.minimum(prefix + rule.capacity)
