@@ -104,9 +104,7 @@ def _prompt(q: Tensor, k: Tensor, v: Tensor, kind: HeadType, position: int, scal
     return out[0].transpose(0, 1).reshape(q.shape)
 
 
-def _line(
-    q: Tensor, k: Tensor, v: Tensor, kind: HeadType, prefix: int, token: int, scale: float
-) -> Tensor:
+def _line(q: Tensor, k: Tensor, v: Tensor, kind: HeadType, prefix: int, token: int, scale: float) -> Tensor:
     """Image tokens from ``token`` on, all of one line: q [n, heads, group, D]."""
     pages, rule, (count, heads) = kind.pages, kind.rule, q.shape[:2]
     nth = torch.arange(count, device=q.device)
