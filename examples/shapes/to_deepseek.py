@@ -39,7 +39,10 @@ def convert_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert(source: Path, out: Path) -> None:
-    """Write the folder `out` from the folder `source`."""
+    """Write the folder `out` from the folder `source`.
+
+    The attention pool and the training statistic that the published files carry unused are left out.
+    """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     ids = {token: tokenizer.token_to_id(token) for token in janus.special_tokens(GEOMETRY.text_vocab)}
