@@ -1,0 +1,267 @@
+"""The Triton kernels on a GPU: correct first, then how far from what the card's memory allows.
+
+Needs torch, triton and this package; vLLM is not imported.
+
+    python benchmarks/gpu.py --json result.json
+
+1. Checks against float64 on fresh random inputs: outputs, scores and victims. A failure ends the run.
+2. (a) Decode attention of one layer, as all layers of a model run it one after the other in a CUDA graph,
+   against its floor: the bytes that must move at the bandwidth of a plain copy on the same card.
+3. (b) The whole decode step, random weights, in a CUDA graph, against max(bytes, FLOP); (c) the same step
+   with the full cache through torch's best scaled_dot_product_attention. See `benchmarks/gpu_step.py`.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+BATCHES = (16, 64, 128, 256, 512)  # images
+BUDGETS = (1.0, 0.5, 0.2, 1 / 6, 1 / 8)
+PREFIX = 20
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A language model; heads are those of one branch."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    mlp: int
+    codes: int = 16384
+    head_size: int = 128
+    lines: int = 24
+    width: int = 24
+
+    @property
+    def image(self) -> int:
+        return self.lines * self.width
+
+
+JANUS_1B = Geometry("Janus-Pro-1B", 24, 2048, 16, 5632)
+JANUS_7B = Geometry("Janus-Pro-7B", 30, 4096, 32, 11008)
+TINY = Geometry("tiny", 2, 64, 2, 96, 32, 16, 4, 3)
+
+
+class Caches:
+    """The pages of all layers in a steady state, in the middle of line ``line`` of the picture."""
+
+    def __init__(
+        self, shape: Geometry, images: int, budget: float, dtype: torch.dtype, device: str, line: int
+    ) -> None:
+        from vllm_kvcompress.attention.pages import HeadType, Plan, page_bytes, pages_from_bytes
+        from vllm_kvcompress.policy import Policy
+        from vllm_kvcompress.raster import Raster
+
+        half, layers = shape.heads // 2, shape.layers
+        rules = Policy(budget=budget).rules(Raster(shape.lines, shape.width), layers * half, layers * half)
+        self.layers: list[list[HeadType]] = [[] for _ in range(layers)]
+        self.together: list[HeadType] = []
+        self.kv_bytes = 0  # of one layer: K and V of resident slots, read once
+        self.score_bytes = 0  # of one layer: read and written
+        drawn = line * shape.width + shape.width // 2
+        for kind, rule in enumerate(rules):
+            assert rule is not None
+            mine = [branch * shape.heads + 2 * h + kind for branch in (0, 1) for h in range(half)]
+            page, owned = 4, len(mine) * layers
+            per_row = math.ceil((PREFIX + rule.capacity) / page)
+            size = -(-page_bytes(owned, page, shape.head_size, dtype) // 64) * 64
+            raw = torch.zeros(images * per_row, size, dtype=torch.uint8, device=device)
+            pages = pages_from_bytes(raw, owned, page, shape.head_size, dtype)
+            for block in pages.kv.split(64):  # in pieces: random numbers are made in the cache's dtype
+                block.normal_()
+            pages.score.uniform_()
+            slot = torch.randint(0, rule.capacity, pages.victim.shape, device=device)
+            pages.victim.copy_(slot)
+            table = torch.randperm(images * per_row, device=device).view(images, per_row).int()
+            held = torch.arange(per_row * page, device=device) - PREFIX  # slot s holds token s: all differ
+            held = held.clamp(-1, drawn - 1).short().view(per_row, 1, page)
+            pages.token[table.long()] = held.expand(per_row, owned, page)
+            index = torch.tensor(mine, dtype=torch.int32, device=device)
+            self.together.append(HeadType(pages, rule, index, table))
+            for n, types in enumerate(self.layers):
+                part = pages.layer(n * len(mine), (n + 1) * len(mine))
+                types.append(HeadType(part, rule, index, table))
+            slots = images * len(mine) * (PREFIX + min(drawn, rule.capacity))
+            self.kv_bytes += slots * 2 * shape.head_size * dtype.itemsize
+            self.score_bytes += slots * 8 if rule.scores else 0
+        prefix = torch.full((images,), PREFIX, dtype=torch.int32, device=device)
+        self.plan = Plan(prefix, prefix + drawn)
+        self.line_end = Plan(prefix, prefix + drawn // shape.width * shape.width)
+
+
+def attend64(q: Tensor, kind, row: int, head: int, length: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and probabilities of one query in float64, from the pages as they are after the step."""
+    pages, visible = kind.pages, min(length, PREFIX + kind.rule.capacity)
+    slot = torch.arange(visible, device=q.device)
+    cell = kind.block_table[row].long()[slot // pages.page], head, slot % pages.page
+    key, value = pages.kv[cell].double().chunk(2, -1)
+    weight = (key @ q.double() * scale).softmax(0)
+    return weight @ value, weight
+
+
+def verify(dtype: torch.dtype, device: str, shape: Geometry) -> dict:
+    """Worst relative errors of fresh random inputs; raises AssertionError where a limit is passed."""
+    from vllm_kvcompress.attention import select, triton_decode, triton_select
+
+    caches = Caches(shape, 3, 0.5, dtype, device, shape.lines - 2)
+    heads, size = 2 * shape.heads, shape.head_size
+    q, k, v = (torch.randn(3, heads, size, device=device).to(dtype) for _ in range(3))
+    out, scale = torch.full_like(q, torch.nan), size**-0.5
+    before = [kind.pages.score.clone() for kind in caches.together]
+    caches.plan.length[1] = 0  # a padding row
+    triton_decode.decode(q, k, v, caches.layers[0], caches.plan, scale, out)
+    assert not out[1].any(), "a padding row's output is zero"
+    worst = score_worst = 0.0
+    for kind, old in zip(caches.layers[0], before, strict=True):
+        for row, head in ((0, 0), (2, len(kind.head_index) - 1)):
+            at, length = int(kind.head_index[head]), int(caches.plan.length[row])
+            want, weight = attend64(q[row, at], kind, row, head, length, scale)
+            worst = max(worst, float((out[row, at].double() - want).norm() / want.norm()))
+            if kind.rule.scores:
+                slot = torch.arange(PREFIX, len(weight), device=device)
+                cell = kind.block_table[row].long()[slot // kind.pages.page], head, slot % kind.pages.page
+                now, was = kind.pages.score[cell].double(), old[cell].double()
+                held = kind.pages.token[cell] != length - 1 - PREFIX  # the new token's score began at zero
+                gap = (now - was.where(held, 0) - weight[PREFIX:]).abs().max()
+                score_worst = max(score_worst, float(gap))
+    assert worst < LIMIT[dtype], f"{dtype}: outputs differ by {worst:.1e}"
+    assert score_worst < 1e-5, f"{dtype}: scores differ by {score_worst:.1e}"
+    kind = caches.together[1]
+    score = kind.pages.score.clone()
+    select.select_victims(kind, caches.line_end)
+    wanted = kind.pages.victim.clone()
+    kind.pages.score.copy_(score)
+    kind.pages.victim.fill_(-1)
+    triton_select.select_victims(kind, caches.line_end)
+    written = kind.pages.victim >= 0
+    assert written.any(), "no victims were chosen"
+    assert torch.equal(kind.pages.victim[written], wanted[written]), "other victims"
+    return {"dtype": str(dtype), "output": worst, "score": score_worst}
+
+
+def seconds(run: Callable[[], None], repeats: int = 20) -> float:
+    """Median time of ``run`` in a CUDA graph."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+        run()  # compiled, and the allocator is warm
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second that a plain copy reads and writes, 2 GiB each way."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source))
+
+
+def attention(shape: Geometry, images: int, budget: float, device: str, bandwidth: float) -> dict:
+    """(a) Decode attention of a layer against its floor; victims of a line's end of all rows at once."""
+    from vllm_kvcompress.attention import triton_decode, triton_select
+
+    caches = Caches(shape, images, budget, torch.bfloat16, device, shape.lines - 1)
+    q, k, v = (torch.randn(images, 2 * shape.heads, shape.head_size, device=device).bfloat16() for _ in "qkv")
+    out = torch.empty_like(q)
+
+    def layers() -> None:
+        for types in caches.layers:
+            triton_decode.decode(q, k, v, types, caches.plan, shape.head_size**-0.5, out)
+
+    def victims() -> None:
+        for kind in caches.together:
+            triton_select.select_victims(kind, caches.line_end)
+
+    moved = caches.kv_bytes + caches.score_bytes + 6 * q.nbytes  # q, k, v, out, and the new K and V
+    row = {"model": shape.name, "images": images, "budget": budget, "bytes": moved}
+    if device == "cpu":  # the dry run
+        layers()
+        victims()
+        return row
+    taken, floor = seconds(layers) / shape.layers, moved / bandwidth
+    row |= {"us": taken * 1e6, "floor_us": floor * 1e6, "ratio": taken / floor}
+    evicts = any(kind.rule.scores for kind in caches.together)
+    return row | ({"victims_us": seconds(victims) * 1e6} if evicts else {})
+
+
+def fits(shape: Geometry, images: int, budget: float) -> bool:
+    """Whether the caches of all layers, and some room, fit the card."""
+    slots = images * (PREFIX + budget * shape.image + 4) * 2 * shape.heads * shape.layers
+    free, _ = torch.cuda.mem_get_info()
+    return slots * (4 * shape.head_size + 8) * 1.1 + 2**31 < free
+
+
+def table(rows: list[dict]) -> str:
+    """Columns as wide as they need; numbers to three digits."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    values = [[row.get(name, "") for name in names] for row in rows]
+    lines = [names] + [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in line] for line in values]
+    width = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, width, strict=True)) for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--skip-step", action="store_true", help="only the checks and (a)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny shapes on the CPU in Triton's interpreter, nothing timed"
+    )
+    args = parser.parse_args()
+    if not args.dry_run and not torch.cuda.is_available():
+        parser.exit(2, "benchmarks/gpu.py: needs a CUDA device and torch built for it; or --dry-run\n")
+    if args.dry_run:  # before Triton is imported, hence the imports inside functions
+        os.environ["TRITON_INTERPRET"] = "1"
+    device = "cpu" if args.dry_run else "cuda"
+    shape = TINY if args.dry_run else JANUS_1B
+    card = "none: dry run" if args.dry_run else torch.cuda.get_device_name()
+    result: dict = {"card": card, "torch": torch.__version__}
+    result["limits"] = {str(dtype): limit for dtype, limit in LIMIT.items()}
+    result["checks"] = [verify(dtype, device, shape) for dtype in LIMIT]
+    print(f"card: {card}\n{table(result['checks'])}")
+    bandwidth = math.nan if args.dry_run else copy_bandwidth()
+    result["copy_bytes_per_second"] = None if args.dry_run else bandwidth
+    batches = (1,) if args.dry_run else BATCHES
+    result["attention"] = [
+        attention(shape, images, budget, device, bandwidth)
+        for budget in (BUDGETS[:2] if args.dry_run else BUDGETS)
+        for images in batches
+        if args.dry_run or fits(shape, images, budget)
+    ]
+    print(f"copy: {bandwidth / 1e9:.0f} GB/s; (a) decode attention of a layer\n{table(result['attention'])}")
+    if not args.skip_step:
+        from gpu_step import steps
+
+        result["step"] = steps([TINY] if args.dry_run else [JANUS_1B, JANUS_7B], device, bandwidth)
+        print(f"(b), (c) the whole decode step\n{table(result['step'])}")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""The Triton kernels against the torch reference and the dense oracle.
+
+Triton decides at import whether its interpreter runs the kernels. Without a GPU this module therefore runs
+itself, as a script, in a process of its own (``TRITON_INTERPRET=1``), and each check is a test here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracle import Run, World, world
+from torch import Tensor
+
+from vllm_kvcompress.attention import reference, select, triton_decode, triton_select
+from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan, page_bytes, pages_from_bytes
+from vllm_kvcompress.policy import HeadRule
+from vllm_kvcompress.raster import Raster
+
+TOLERANCE = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-3},
+    torch.float16: {"rtol": 2**-10, "atol": 1e-4},
+}
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def check(function: Callable[[], None]) -> Callable[[], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    """Traceback of each check, empty where it passed."""
+    command = [sys.executable, str(Path(__file__).resolve())]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def same_cache(mine: HeadPages, theirs: HeadPages, tolerance: float) -> None:
+    for name in ("kv", "token", "victim"):
+        ours, others = (getattr(pages, name).contiguous().view(torch.uint8) for pages in (mine, theirs))
+        assert torch.equal(ours, others), name
+    torch.testing.assert_close(mine.score, theirs.score, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def copied(types: Sequence[HeadType]) -> list[HeadType]:
+    """The same types over copies of their pages."""
+    names = ("kv", "score", "token", "victim")
+    every = [HeadPages(**{name: getattr(t.pages, name).clone() for name in names}) for t in types]
+    return [replace(kind, pages=pages) for kind, pages in zip(types, every, strict=True)]
+
+
+def decode_both(
+    q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], plan: Plan, scale: float, out: Tensor,
+    **tolerance: float,
+) -> None:  # fmt: skip
+    """The kernel, and the reference from the same state: same outputs, same bytes in the cache."""
+    dtype = types[0].pages.kv.dtype
+    sizes = [q.shape[1], k.shape[1], v.shape[1], 1]
+    fused = torch.cat((q, k, v, k[:, :1]), 1).to(dtype)  # views of it: rows are further apart than heads * D
+    q, k, v, _ = fused.split(sizes, 1)
+    plain, expected, found = copied(types), torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+    triton_decode.decode(q, k, v, types, plan, scale, found)
+    reference.decode(q, k, v, plain, plan, scale, expected)
+    torch.testing.assert_close(found, expected, **(TOLERANCE[dtype] | tolerance))
+    for mine, theirs in zip(types, plain, strict=True):
+        same_cache(mine.pages, theirs.pages, 1e-5)
+    out.copy_(found)
+
+
+def select_both(kind: HeadType, plan: Plan) -> None:
+    """From the same scores: the same victims, bit for bit, and the same scores afterwards."""
+    plain = copied([kind])[0]
+    triton_select.select_victims(kind, plan)
+    select.select_victims(plain, plan)
+    same_cache(kind.pages, plain.pages, 0)
+
+
+def draw(geometry: World, prefix: list[int], late: int, dtype: torch.dtype = torch.float32) -> None:
+    """Draw two whole pictures, the second ``late`` steps after the first, and padding rows at either end."""
+    rule = geometry.rules[0] or geometry.rules[1]
+    run = Run(geometry, prefix, [p + rule.image for p in prefix], 0, decode_both, select_both, dtype=dtype)
+    for step in range(max(run.total) + late):
+        live = [row for row in (0, 1) if step >= row * late and run.length[row] < run.total[row]]
+        run.step([-1, *live[::-1], -1])
+    assert run.length == run.total
+    if dtype == torch.float32:
+        run.check()
+
+
+@check
+def whole_pictures_equal_the_oracle() -> None:
+    """Presets, head splits that differ by layer, groups, pages, prefixes; all phases of a picture."""
+    both, mixed = [[0, 1]], [[0, 1], [1, 1]]
+    draw(world("decoupled", 0.5, Raster(4, 3), mixed, head_size=16, pages=(3, 2)), [3, 1], 2)
+    draw(world("ssd", 0.4, Raster(5, 2), both, group=2, head_size=16, pages=(1, 5)), [1, 4], 3)
+    draw(world("line_ar", 0.6, Raster(3, 4), both, group=3, head_size=8, pages=(4, 3)), [2, 2], 1)
+    draw(world("h2o", 0.5, Raster(4, 2), both, head_size=24, pages=(7, 7)), [5, 1], 0)
+    draw(world("streaming", 0.5, Raster(4, 3), both, group=4, head_size=16, pages=(32, 2)), [1, 6], 2)
+    draw(world("full", 0.5, Raster(2, 3), both, group=8, head_size=16, pages=(2, 3)), [1, 2], 1)
+    odd = {"anchor_tokens": 1, "head_size": 16, "pages": (2, 5)}
+    draw(world("decoupled", 0.7, Raster(4, 3), both, value_norm=True, stratify=True, **odd), [2, 1], 1)
+
+
+@check
+def every_dtype_and_head_size() -> None:
+    """A few lines of a small picture, far enough for victims, at every head size; groups 1 to 8."""
+    sizes, groups = (32, 64, 80, 96, 128), (1, 2, 3, 4, 5, 6, 7, 8)
+    for n, (dtype, size) in enumerate(product(TOLERANCE, sizes)):
+        group = 1 if n % 2 else groups[n // 2 % 8]
+        shape = {"group": group, "head_size": size, "pages": (2, 3), "branches": 1}
+        draw(world("decoupled", 0.7, Raster(3, 1), [[0, 1]], **shape), [2, 1], 1, dtype)
+
+
+def steady(rule: HeadRule, dim: int, page: int, dtype: torch.dtype, length: list[int], prefix: list[int]):
+    """A type of two heads whose resident slots hold random tokens and scores; the others are all NaN."""
+    torch.manual_seed(0)
+    blocks = [-(-(p + rule.capacity) // page) for p in prefix]
+    raw = torch.full((sum(blocks) + 1, -(-page_bytes(2, page, dim, dtype) // 4) * 4 + 8), 0xFF).byte()
+    pages = pages_from_bytes(raw, 2, page, dim, dtype)
+    table = torch.full((len(prefix), max(blocks) + 1), 2**30, dtype=torch.int32)  # must not be followed
+    ids = torch.randperm(len(raw)).tolist()
+    for row, (before, total) in enumerate(zip(prefix, length, strict=True)):
+        mine = [ids.pop() for _ in range(blocks[row])]
+        table[row, : blocks[row]] = torch.tensor(mine)
+        drawn = total - before
+        held = torch.stack([torch.randperm(max(1, drawn))[: rule.capacity] for _ in range(2)])
+        for slot in range(min(total, before + rule.capacity)):
+            at = mine[slot // page], slice(None), slot % page
+            pages.kv[at] = torch.randn(2, 2 * dim).to(dtype)
+            pages.score[at] = torch.rand(2) if slot >= before else 0.0
+            pages.token[at] = held[:, slot - before].short() if slot >= before else -1
+            pages.victim[at] = torch.randint(0, rule.capacity, (2,)).short()
+    return HeadType(pages, rule, torch.arange(2, dtype=torch.int32), table)
+
+
+def plan_of(prefix: list[int], length: list[int]) -> Plan:
+    return Plan(torch.tensor(prefix, dtype=torch.int32), torch.tensor(length, dtype=torch.int32))
+
+
+@check
+def long_rows_and_large_logits() -> None:
+    """Many tiles, a row in its growth, logits from -100 to 100: the maximum moves often."""
+    rule, prefix, length = HeadRule(150, 10, 300, 4, 20), [37, 5], [290, 90]
+    for dtype, dim, group in product(TOLERANCE, (64, 128), (1, 5)):
+        kind = steady(rule, dim, 7, dtype, length, prefix)
+        q, k, v = (20 * torch.randn(2, n, dim) for n in (2 * group, 2, 2))
+        loose = 1e-4 if dtype == torch.float32 else 0.02
+        decode_both(q, k, v, [kind], plan_of(prefix, length), dim**-0.5, torch.empty_like(q), atol=loose)
+
+
+@check
+def pictures_of_4160_tokens() -> None:
+    """65 lines of 64: the full cache, and a third of it, near the end of the picture."""
+    for rule in (HeadRule(4160, 64, 4160), HeadRule(1386, 64, 4160, 4, 64)):
+        kind = steady(rule, 32, 16, torch.bfloat16, [4170], [18])
+        q, k, v = (torch.randn(1, 2, 32) for _ in range(3))
+        decode_both(q, k, v, [kind], plan_of([18], [4170]), 32**-0.5, torch.empty(1, 2, 32))
+
+
+@check
+def victims_of_long_rows() -> None:
+    """More slots than a tile, few distinct scores, zeros of both signs; other rows are left alone."""
+    prefix, length = [3, 1, 5, 2, 2], [3 + 280, 1 + 279, 0, 2, 2 + 180]  # line's end, middle, padding, prompt
+    for accumulate in (False, True):
+        rule = HeadRule(200, 20, 300, 4, 20, accumulate=accumulate)
+        kind = steady(rule, 16, 7, torch.float32, length, prefix)
+        few = torch.tensor([0.0, -0.0, 1.0, 2.5, -1.0])
+        kind.pages.score.copy_(few[torch.randint(0, 5, kind.pages.score.shape)])
+        before = kind.pages.victim.clone()
+        select_both(kind, plan_of(prefix, length))
+        assert not torch.equal(before, kind.pages.victim)
+
+
+@check
+def ties_go_to_the_older() -> None:
+    kind = steady(HeadRule(6, 2, 10, 1, 1), 16, 4, torch.float32, [9], [1])
+    page = kind.block_table[0, 0], kind.block_table[0, 1]
+    held = torch.tensor([0, 7, 2, 3, 1, 6], dtype=torch.int16)  # logical slots 1 to 6: after the prefix
+    kind.pages.token[page[0], :, 1:], kind.pages.token[page[1], :, :3] = held[:3], held[3:]
+    kind.pages.score.zero_()
+    triton_select.select_victims(kind, plan_of([1], [9]))
+    assert kind.pages.victim[page[0], 0, :2].tolist() == [4, 2]  # tokens 1 and 2; 0 is the anchor
+
+
+@check
+def empty_batches() -> None:
+    """No rows, only padding rows: nothing is written but zeros."""
+    kind = steady(HeadRule(4, 2, 8), 16, 4, torch.float32, [6], [2])
+    for prefix in ([], [0], [2]):
+        q = torch.randn(len(prefix), 2, 16)
+        out, before = torch.full_like(q, torch.nan), copied([kind])[0]
+        plan = plan_of(prefix, [0] * len(prefix))
+        triton_decode.decode(q, q, q, [kind], plan, 1.0, out)
+        triton_select.select_victims(kind, plan)
+        same_cache(kind.pages, before.pages, 0)
+        assert not out.any()
+
+
+@check
+def what_the_kernel_cannot_do_is_refused() -> None:
+    kind = steady(HeadRule(4, 2, 8), 16, 4, torch.float32, [6], [2])
+    q, plan = torch.randn(1, 2, 16), plan_of([2], [6])
+    wide = torch.randn(1, 2, 32)[..., ::2]
+    for word, query, key in (
+        ("bfloat16", q.bfloat16(), q),
+        ("17 query heads", torch.randn(1, 34, 16), q),
+        ("numbers of a head", wide, q),
+        ("numbers of a head", q, wide),
+    ):
+        with pytest.raises(ValueError, match=word):
+            triton_decode.decode(query, key, key, [kind], plan, 1.0, torch.empty_like(query))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_interpreted(name: str, failures: dict[str, str]) -> None:
+    assert not failures[name], failures[name]
+
+
+def test_refined_scores_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[HeadType] = []
+    monkeypatch.setattr(triton_select.torch_select, "select_victims", lambda kind, plan: called.append(kind))
+    for name in ("value_norm", "smooth_row", "stratify"):
+        kind = steady(HeadRule(4, 2, 8, **{name: True}), 16, 2, torch.float32, [6], [2])
+        triton_select.select_victims(kind, plan_of([2], [6]))
+        assert called.pop() is kind
+
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+
+
+def test_benchmark_checks_itself(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    command = [sys.executable, str(BENCHMARK), "--dry-run", "--json", str(result)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(result.read_text())
+    assert [check["dtype"] for check in found["checks"]] == [str(dtype) for dtype in found["limits"]]
+    assert len(found["attention"]) == len(found["step"]) == 2
+    assert not any("us" in row or "ms" in row for row in found["attention"] + found["step"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_benchmark_needs_a_gpu() -> None:
+    done = subprocess.run([sys.executable, str(BENCHMARK)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "needs a CUDA device" in done.stderr
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found = dict.fromkeys(CHECKS, "")
+    for name in sys.argv[1:] or CHECKS:
+        try:
+            with np.errstate(invalid="raise", over="raise"):
+                CHECKS[name]()
+        except Exception:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

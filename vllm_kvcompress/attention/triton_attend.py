@@ -1,0 +1,154 @@
+"""Triton: one query group over the resident slots of one cache head, and the scores that this leaves.
+
+Logits are in base 2: ``scale`` is the caller's times log2(e). Slots that a tile must not read (beyond the
+visible ones, or the new token's own) are never loaded: they may hold anything, a NaN too.
+"""
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter multiplies the bit patterns of bfloat16 numbers in a matrix product.
+WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
+LOW = tl.constexpr(-1e38)  # below any logit; finite, so that LOW - LOW is 0
+
+
+@triton.jit
+def attend_single(
+    query, key, value, pages, kv_block, table, visible, own, prefix, logits, scale,
+    SCORES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """A single query head, on the vector units: every place of a tile is an online softmax of its own.
+
+    Nothing crosses warps before the places are merged at the end, so the loop has no barrier and each
+    warp keeps its own loads in flight. At one multiply per loaded number the arithmetic is about a quarter
+    of what the card could do in the time the bytes take.
+
+    Parameters
+    ----------
+    query, key, value : [WIDTH]
+        ``key`` and ``value`` are the new token's, in the cache's dtype.
+    pages
+        Pointer to K of this cache head in page 0; ``kv_block`` is the step to the next page.
+    table
+        Pointer to the row's block table.
+    visible, own, prefix
+        Resident slots; logical slot of the new token; prompt tokens.
+    logits
+        Pointer to scratch, [capacity] float32, written if SCORES.
+
+    Returns
+    -------
+    mixed [1, WIDTH], top [1], total [1], own_logit [1], all float32
+        Sum of values weighted with exp2(logit - top); total of these weights; the new token's logit.
+    """
+    place, dim = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    query = query.to(tl.float32) * scale
+    key, value = key.to(tl.float32), value.to(tl.float32)
+    top = tl.full([BLOCK], LOW, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    mixed = tl.zeros([BLOCK, WIDTH], tl.float32)
+    # The page numbers of a tile are loaded one tile ahead: K and V need not wait for them.
+    block = tl.load(table + place // PAGE, mask=place < visible, other=0)
+    for start in tl.range(0, visible, BLOCK, num_stages=STAGES):
+        slot = start + place
+        use = (slot < visible) & (slot != own)
+        cell = pages + (block.to(tl.int64) * kv_block + slot % PAGE * (2 * DIM))
+        at, mask = cell[:, None] + dim[None, :], use[:, None] & (dim < DIM)[None, :]
+        old_key = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+        old_value = tl.load(at + DIM, mask=mask, other=0.0, eviction_policy="evict_first")
+        after = slot + BLOCK
+        block = tl.load(table + after // PAGE, mask=after < visible, other=0)
+        logit = tl.where(use, tl.sum(old_key.to(tl.float32) * query[None, :], 1), LOW)
+        if SCORES:
+            tl.store(logits + (slot - prefix), logit, mask=use & (slot >= prefix))
+        higher = tl.maximum(top, logit)
+        fade = tl.exp2(top - higher)
+        weight = tl.where(use, tl.exp2(logit - higher), 0.0)
+        total = total * fade + weight
+        mixed = mixed * fade[:, None] + weight[:, None] * old_value.to(tl.float32)
+        top = higher
+    own_logit = tl.sum(query * key, 0)
+    best = tl.maximum(tl.max(top, 0), own_logit)
+    share, own_weight = tl.exp2(top - best), tl.exp2(own_logit - best)
+    whole = tl.sum(total * share, 0) + own_weight
+    merged = tl.sum(mixed * share[:, None], 0) + own_weight * value
+    one = tl.zeros([1], tl.float32)
+    return merged[None, :], one + best, one + whole, one + own_logit
+
+
+@triton.jit
+def _product(a, b, onto):
+    """``onto`` + a b, in float32."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, onto, input_precision="tf32x3")
+
+
+@triton.jit
+def attend_group(
+    query, key, value, pages, kv_block, table, visible, own, prefix, logits, logits_group, scale,
+    SCORES: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Several query heads of one KV head, on the matrix units; arguments as in `attend_single`.
+
+    ``query`` is [LANES, WIDTH] with zeros past GROUP, ``logits`` [GROUP, capacity], and what is returned
+    has LANES rows. Probabilities go into the product as the sum of two numbers of the cache's dtype, which
+    keeps them to about twice its precision, as good as float32 beside the rounding of the output.
+    """
+    place, dim, group = tl.arange(0, BLOCK), tl.arange(0, WIDTH), tl.arange(0, LANES)
+    query = query.to(key.dtype)
+    own_logit = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
+    top = own_logit
+    total = tl.full([LANES], 1.0, tl.float32)
+    mixed = tl.zeros([LANES, WIDTH], tl.float32) + value.to(tl.float32)[None, :]
+    for start in tl.range(0, visible, BLOCK, num_stages=STAGES):
+        slot = start + place
+        use = (slot < visible) & (slot != own)
+        block = tl.load(table + slot // PAGE, mask=slot < visible, other=0)
+        cell = pages + (block.to(tl.int64) * kv_block + slot % PAGE * (2 * DIM))
+        at, mask = cell[:, None] + dim[None, :], use[:, None] & (dim < DIM)[None, :]
+        old_key = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+        old_value = tl.load(at + DIM, mask=mask, other=0.0, eviction_policy="evict_first")
+        logit = _product(query, tl.trans(old_key), tl.zeros([LANES, BLOCK], tl.float32)) * scale
+        if SCORES:
+            to = logits + group[:, None] * logits_group + (slot - prefix)[None, :]
+            tl.store(to, logit, mask=(group < GROUP)[:, None] & (use & (slot >= prefix))[None, :])
+        logit = tl.where(use[None, :], logit, LOW)
+        higher = tl.maximum(top, tl.max(logit, 1))
+        fade = tl.exp2(top - higher)
+        weight = tl.exp2(logit - higher[:, None])  # 0 where LOW: `higher` is at least the new token's logit
+        total = total * fade + tl.sum(weight, 1)
+        coarse = weight.to(old_value.dtype)
+        mixed = _product(coarse, old_value, mixed * fade[:, None])
+        if old_value.dtype != tl.float32:
+            fine = (weight - coarse.to(tl.float32)).to(old_value.dtype)
+            mixed = _product(fine, old_value, mixed)
+        top = higher
+    return mixed, top, total, own_logit
+
+
+@triton.jit
+def add_scores(
+    score, score_block, table, visible, own, prefix, logits, logits_group, top, total,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Add each image slot's probability, summed over the group, to its score; not the new token's own.
+
+    ``score`` points to the cache head's scores in page 0; ``logits`` [GROUP, capacity], ``top`` and
+    ``total`` [LANES] are what the first pass left.
+    """
+    TILE: tl.constexpr = 128
+    tl.debug_barrier()  # the logits were written by other threads of this program
+    place, group = tl.arange(0, TILE), tl.arange(0, LANES)
+    for start in tl.range(prefix, visible, TILE):
+        slot = start + place
+        use = (slot < visible) & (slot != own)
+        block = tl.load(table + slot // PAGE, mask=use, other=0)
+        at = score + (block.to(tl.int64) * score_block + slot % PAGE)
+        before = tl.load(at, mask=use, other=0.0)
+        from_ = logits + group[:, None] * logits_group + (slot - prefix)[None, :]
+        logit = tl.load(from_, mask=(group < GROUP)[:, None] & use[None, :], other=LOW)
+        mass = tl.sum(tl.exp2(logit - top[:, None]) / total[:, None], 0)
+        tl.store(at, before + mass, mask=use)
