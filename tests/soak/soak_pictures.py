@@ -47,6 +47,7 @@ def test_soak(checkpoints: dict[str, Path], preset: str) -> None:
             engine.llm.llm_engine.abort_request([gone])
             unfinished.remove(gone)
             aborted += 1
+            waiting.append(f"{preset}-again-{aborted}")
         done = engine.steps(1)
         finished += len(done)
         assert all(len(out.outputs[0].token_ids) == 64 for out in done.values())
@@ -54,8 +55,8 @@ def test_soak(checkpoints: dict[str, Path], preset: str) -> None:
         fewest = min(fewest, engine.free)
         assert engine.free + sum(block.ref_cnt > 0 and not block.is_null for block in pool.blocks) == free
     engine.steps(3)
-    assert finished + aborted == PICTURES
-    assert finished > 0.8 * PICTURES
+    assert finished == PICTURES
+    assert aborted
     assert fewest < free
     assert engine.free == free
     assert not engine.scheduler._prefixes
