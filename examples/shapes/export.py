@@ -1,6 +1,6 @@
 """Write the trained model in the published transformers layout.
 
-python examples/shapes/export.py --vq /tmp/shapes/vq/vq.pt --lm /tmp/shapes/lm/lm.pt
+python examples/shapes/export.py --vq out/shapes/vq/vq.pt --lm out/shapes/lm/lm.pt
 """
 
 from __future__ import annotations

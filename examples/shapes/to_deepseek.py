@@ -1,6 +1,6 @@
 """Convert a model folder from the transformers layout to deepseek-ai's original one.
 
-python examples/shapes/to_deepseek.py examples/shapes/model /tmp/shapes-original
+python examples/shapes/to_deepseek.py examples/shapes/model out/shapes-original
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ keep float32 weights: Muon for the matrices inside the Llama blocks, AdamW for e
 The rate warms up, stays constant and falls to zero over the last `--decay` steps, so a run stopped
 before its decay is extended by a larger `--steps`.
 
-    python examples/shapes/train_lm.py --codes /tmp/shapes/codes.pt --run /tmp/shapes/lm --steps 20000
+    python examples/shapes/train_lm.py --codes out/shapes/codes.pt --run out/shapes/lm --steps 20000
 """
 
 from __future__ import annotations

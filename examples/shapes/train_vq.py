@@ -4,7 +4,7 @@ The codes are k-means centres of 4x4 patches (patches.py). The networks are tran
 the decoder learns to draw a scene from its codes, on the path that serving runs (l2-normalised look-up,
 `post_quant_conv`, decoder), and the encoder learns to point at the codes.
 
-    python examples/shapes/train_vq.py --run /tmp/shapes --steps 3000
+    python examples/shapes/train_vq.py --run out/shapes --steps 3000
 """
 
 from __future__ import annotations
