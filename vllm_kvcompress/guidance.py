@@ -78,10 +78,8 @@ class RequestFacts:
         cls, params: "SamplingParams | None", prompt_ids: Sequence[int] | None, model: ImageModel
     ) -> "RequestFacts":
         """From what the runner is given with a new request."""
-        ids = list(prompt_ids or ())
-        end = len(ids)
-        while end and ids[end - 1] >= model.text_vocab:
-            end -= 1
+        ids = prompt_ids or ()
+        end = model.prefix_length(ids)
         if not end or ids[end - 1] != model.boi:
             # Admission has not looked at a text request's arguments, and they mean nothing here.
             return cls(GuidanceParams(model.guidance_scale), NO_IMAGE)

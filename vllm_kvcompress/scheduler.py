@@ -9,6 +9,7 @@ from vllm.v1.request import Request
 
 from vllm_kvcompress.cache.manager import BoundedManager
 from vllm_kvcompress.cache.spec import HeadTypeSpec, SpatialSpec
+from vllm_kvcompress.models.registry import image_model
 
 REPORT = "kv_cache"  # key in RequestOutput.kv_transfer_params
 
@@ -42,6 +43,7 @@ class ImageScheduler(AsyncScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._image = image_model(self.vllm_config.model_config)
         self._prefixes: dict[str, int] = {}
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, BoundedManager):
@@ -77,9 +79,4 @@ class ImageScheduler(AsyncScheduler):
 
     def _prefix(self, request: Request) -> int:
         """Tokens before the first image token."""
-        ids = request.prompt_token_ids or []
-        end = len(ids)
-        text_vocab = self.vllm_config.model_config.hf_config.get_text_config().vocab_size
-        while end and ids[end - 1] >= text_vocab:
-            end -= 1
-        return end
+        return self._image.prefix_length(request.prompt_token_ids or [])

@@ -5,6 +5,7 @@ Two layouts exist (facts and traps: the project's notes on Janus-Pro): deepseek-
 (``model_type: janus``, ``transformers.JanusConfig``). ``ImageModel.from_hf`` reads either.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -120,6 +121,13 @@ class ImageModel:
     def vocab(self) -> int:
         """Size of the one id space: text ids, then image ids."""
         return self.text_vocab + self.codes
+
+    def prefix_length(self, prompt_ids: Sequence[int]) -> int:
+        """Tokens of a prompt before the image tokens at its end."""
+        end = len(prompt_ids)
+        while end and prompt_ids[end - 1] >= self.text_vocab:
+            end -= 1
+        return end
 
     def code(self, token_id: int) -> int:
         """Codebook index of an image token id."""
