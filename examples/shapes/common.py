@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_kvcompress.eval.scenes import render, sample_pair
+from vllm_kvcompress.eval.scenes import FAMILIES, render, sample_pair
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -34,9 +35,11 @@ def to_pixels(images: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def scene_batch(stream: int, first: int, number: int) -> tuple[Tensor, list[str]]:
+def scene_batch(
+    stream: int, first: int, number: int, families: Mapping[str, float] = FAMILIES
+) -> tuple[Tensor, list[str]]:
     """Scenes `first .. first + number` of a stream: pixels `[number, 3, 96, 96]` in [-1, 1], captions."""
-    pairs = [sample_pair((stream, index)) for index in range(first, first + number)]
+    pairs = [sample_pair((stream, index), families) for index in range(first, first + number)]
     images = np.stack([render(scene) for scene, _ in pairs])
     return to_pixels(images), [prompt.text for _, prompt in pairs]
 

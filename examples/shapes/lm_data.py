@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from patches import nearest, to_patches
+from vllm_kvcompress.eval.scenes import FAMILIES
 from vllm_kvcompress.testing import tokenizer as janus
 
 IGNORE = -100
@@ -36,9 +38,16 @@ def unconditional(prompt: list[int], pad: int) -> list[int]:
     return [prompt[0], *[pad] * (len(prompt) - 2), prompt[-1]]
 
 
-def make_batch(centres: Tensor, tokenizer: Tokenizer, stream: int, first: int, number: int) -> Batch:
+def make_batch(
+    centres: Tensor,
+    tokenizer: Tokenizer,
+    stream: int,
+    first: int,
+    number: int,
+    families: Mapping[str, float] = FAMILIES,
+) -> Batch:
     """Scenes `first .. first + number` of a stream as one padded batch; deterministic."""
-    pixels, captions = scene_batch(stream, first, number)
+    pixels, captions = scene_batch(stream, first, number, families)
     codes = nearest(to_patches(pixels), centres)
     pad = tokenizer.token_to_id(janus.PAD)
     prompts = [tokenizer.encode(chat_prompt(caption)).ids for caption in captions]

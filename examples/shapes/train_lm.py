@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import attention
 import torch
 import torch.nn.functional as F
 from common import TRAIN_STREAM, VALID_STREAM, log_record, plot_curves, save_checkpoint, trapezoid
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from transformers import JanusForConditionalGeneration
 
 from patches import code_vectors
+from vllm_kvcompress.eval.scenes import EASY_FAMILIES, FAMILIES
 from vllm_kvcompress.testing import tokenizer as janus
 from vllm_kvcompress.testing.configs import transformers_config
 
@@ -45,6 +47,17 @@ def build_model(vectors: Tensor, image_token_id: int, seed: int) -> JanusForCond
             layer.mlp.down_proj.weight.mul_(residual_scale)
         model.model.language_model.embed_tokens.weight.normal_(0, 0.3)
     return model
+
+
+PADDED = 608
+"""Sequences are padded to one length, so that the blocks are compiled once."""
+
+
+def compile_for_training(model: JanusForConditionalGeneration) -> None:
+    attention.register()
+    model.model.language_model.config._attn_implementation = attention.NAME
+    for layer in model.model.language_model.layers:
+        layer.compile(dynamic=False)
 
 
 class Trained:
@@ -101,9 +114,11 @@ def losses(model: JanusForConditionalGeneration, batch: Batch) -> tuple[Tensor, 
     inner = model.model
     codes = inner.generation_aligner(inner.generation_embeddings.weight)
     table = torch.cat([inner.language_model.embed_tokens.weight, codes])
+    length = batch.ids.shape[1]
+    ids = F.pad(batch.ids, (0, PADDED - length))
     hidden = inner.language_model(
-        inputs_embeds=F.embedding(batch.ids, table), use_cache=False
-    ).last_hidden_state
+        inputs_embeds=F.embedding(ids, table), use_cache=False
+    ).last_hidden_state[:, :length]
     image = F.cross_entropy(inner.generation_head(hidden[batch.image]).float(), batch.codes.flatten())
     following = batch.ids.roll(-1, 1)[batch.text]
     words = F.cross_entropy(model.lm_head(hidden[batch.text]).float(), following)
@@ -117,8 +132,9 @@ def main() -> None:
     parser.add_argument("--codes", type=Path, required=True, help="patch centres, from train_vq.py")
     parser.add_argument("--run", type=Path, required=True, help="folder of all that is written")
     parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--easy", type=int, default=4000, help="first steps, on scenes of few objects")
     parser.add_argument("--decay", type=int, default=1500, help="last steps, of falling rate")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
@@ -133,6 +149,7 @@ def main() -> None:
     centres = torch.load(args.codes)
     model = build_model(code_vectors(centres), tokenizer.token_to_id(janus.IMAGE), args.seed)
     trained = Trained(model, args.rate)
+    compile_for_training(model)
     first = 0
     if saved:
         trained.load(saved)
@@ -140,7 +157,8 @@ def main() -> None:
     validation = make_batch(centres, tokenizer, VALID_STREAM, 0, VALID_BATCH)
 
     for step in tqdm(range(first, args.steps), initial=first, total=args.steps):
-        batch = make_batch(centres, tokenizer, TRAIN_STREAM, step * args.batch, args.batch)
+        families = EASY_FAMILIES if step < args.easy else FAMILIES
+        batch = make_batch(centres, tokenizer, TRAIN_STREAM, step * args.batch, args.batch, families)
         image, words = losses(model, batch)
         (image + TEXT_WEIGHT * words).backward()
         trained.step(args.rate * trapezoid(step, 100, args.steps, args.decay))

@@ -6,7 +6,7 @@ first, then a caption that is true of it and leaves a random part of it unsaid.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -42,6 +42,8 @@ RELATION_SLACK = 12.0
 TRIES = 60
 FAMILIES = {"single": 0.36, "count": 0.16, "two": 0.36, "groups": 0.08, "three": 0.04}
 """Shares of the scene families in training."""
+EASY_FAMILIES = {"single": 0.75, "two": 0.25}
+"""Shares with which training may begin: what a word means is learned from pictures of few objects."""
 ALL_KINDS: tuple[Kind, ...] = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 TRAIN_KINDS: tuple[Kind, ...] = tuple(kind for kind in ALL_KINDS if kind not in HELD_OUT_KINDS)
 SIZE_SYNONYMS = {"small": ("small", "little"), "medium": ("medium",), "big": ("big", "large")}
@@ -199,12 +201,14 @@ def _sample_size(rng: np.random.Generator, objects: int) -> str:
     return str(rng.choice(choices))
 
 
-def sample_pair(seed: int | Sequence[int]) -> tuple[Scene, Prompt]:
-    """One training example: a scene and a caption that is true of it."""
+def sample_pair(
+    seed: int | Sequence[int], families: Mapping[str, float] = FAMILIES
+) -> tuple[Scene, Prompt]:
+    """One training example: a scene and a caption that is true of it; `families` as `FAMILIES`."""
     rng = np.random.default_rng(seed)
     while True:
         relation = place = None
-        family = rng.choice(tuple(FAMILIES), p=tuple(FAMILIES.values()))
+        family = rng.choice(tuple(families), p=tuple(families.values()))
         if family == "single":
             counts = [1]
             place = str(rng.choice(list(PLACES))) if rng.random() < 0.4 else None
