@@ -201,9 +201,7 @@ def _sample_size(rng: np.random.Generator, objects: int) -> str:
     return str(rng.choice(choices))
 
 
-def sample_pair(
-    seed: int | Sequence[int], families: Mapping[str, float] = FAMILIES
-) -> tuple[Scene, Prompt]:
+def sample_pair(seed: int | Sequence[int], families: Mapping[str, float] = FAMILIES) -> tuple[Scene, Prompt]:
     """One training example: a scene and a caption that is true of it; `families` as `FAMILIES`."""
     rng = np.random.default_rng(seed)
     while True:

@@ -1,0 +1,122 @@
+"""A replay that keeps everything and masks by the rule: for scores and rules that serving does not have."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_kvcompress.cache.layout import BRANCHES, CacheLayout
+from vllm_kvcompress.eval.replay import FullReplay, Rows
+from vllm_kvcompress.policy import HeadRule
+
+Choice = Callable[["Line"], Tensor]
+"""Scores ``[rows, heads, tokens]`` of a line's end, from which the lowest are the victims."""
+
+
+@dataclass
+class Line:
+    """What a score may depend on at a line's end.
+
+    ``probability`` ``[rows, heads, group, W, tokens]`` of the line's queries, tokens drawn so far;
+    ``before`` ``[rows, heads, tokens]`` the score of the line before (0 for new tokens); ``value``
+    ``[rows, heads, tokens, D]``; ``rule`` of these heads.
+    """
+
+    probability: Tensor
+    before: Tensor
+    value: Tensor
+    rule: HeadRule
+
+
+def summed(line: Line) -> Tensor:
+    """The papers' score: attention mass of the last line's queries, or of all."""
+    mass = line.probability.sum((2, 3))
+    return mass + line.before if line.rule.accumulate else mass
+
+
+class DenseReplay:
+    """Everything is kept and masked by the rule, the score is any function: rules to try.
+
+    Parameters
+    ----------
+    rows : Rows
+    layout : CacheLayout
+    score : Choice
+    per_layer : bool
+        All heads of a type in a layer (and both branches) evict the same tokens: their scores are summed.
+    """
+
+    def __init__(
+        self, rows: Rows, layout: CacheLayout, score: Choice = summed, per_layer: bool = False
+    ) -> None:
+        self.rows, self.layout, self.score, self.per_layer = rows, layout, score, per_layer
+
+    def layer(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
+        group = q.shape[2] // k.shape[2]
+        out = FullReplay().layer(q, k, v, layer, scale).contiguous()  # right for the prompt
+        at = (self.rows.prefix[:, None] + torch.arange(self.rows.image, device=q.device)).long()
+        row = torch.arange(len(q), device=q.device)[:, None]
+        words = int(self.rows.prefix.max())
+        is_word = torch.arange(words, device=q.device) < self.rows.prefix[:, None]
+        for kind in (0, 1):
+            rule, heads = self.layout.rules[kind], self.layout.heads(kind, layer)
+            if rule is None or not heads:
+                continue
+            index = [b * self.layout.kv_heads + h for b in range(BRANCHES) for h in heads]
+            grouped = torch.tensor([h * group + g for h in index for g in range(group)], device=q.device)
+            queries = q[row, at][:, :, grouped].float().unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4)
+            keys, values = (x[row, at][:, :, index].float().transpose(1, 2) for x in (k, v))
+            prompt = [x[:, :words, index].float().transpose(1, 2) for x in (k, v)]
+            got = self._heads(queries * scale, keys, values, prompt, is_word, rule)
+            picture = out[row, at]
+            picture[:, :, grouped] = got.permute(0, 3, 1, 2, 4).flatten(2, 3).to(out.dtype)
+            out[row, at] = picture
+        return out
+
+    def _heads(
+        self, q: Tensor, k: Tensor, v: Tensor, prompt: list[Tensor], is_word: Tensor, rule: HeadRule
+    ) -> Tensor:
+        """``q [rows, heads, group, image, D]`` -> like q."""
+        rows, heads, size, W = len(q), q.shape[1], q.shape[3], rule.line
+        out = torch.empty_like(q)
+        # The token of a later line that overwrites each token; none yet.
+        dies = torch.full((rows, heads, size), size, device=q.device)
+        if rule.ring and rule.evicts:
+            dies[:] = torch.arange(size, device=q.device) + rule.capacity - rule.anchors
+            dies[..., : rule.anchors] = size
+        score = torch.zeros(rows, heads, size, device=q.device)
+        for first in range(0, size, W):
+            last = first + W
+            query, seen = torch.arange(first, last), torch.arange(last)
+            visible = (seen <= query[:, None]) & (dies[:, :, None, :last] > query[:, None])
+            to_words = torch.einsum("rhgnd,rhsd->rhgns", q[..., first:last, :], prompt[0])
+            to_image = torch.einsum("rhgnd,rhsd->rhgns", q[..., first:last, :], k[:, :, :last])
+            logits = torch.cat(
+                (
+                    to_words.masked_fill(~is_word[:, None, None, None], -torch.inf),
+                    to_image.masked_fill(~visible[:, :, None], -torch.inf),
+                ),
+                -1,
+            )
+            p = logits.softmax(-1)
+            out[..., first:last, :] = p @ torch.cat((prompt[1], v[:, :, :last]), 2)[:, :, None]
+            due = rule.victims_due(last) if rule.scores else 0
+            if rule.scores:
+                facts = Line(p[..., to_words.shape[-1] :], score[..., :last], v[:, :, :last], rule)
+                score[..., :last] = self.score(facts)
+            if due:
+                self._evict(dies, score[..., :last], last, due, rule)
+        return out
+
+    def _evict(self, dies: Tensor, score: Tensor, drawn: int, due: int, rule: HeadRule) -> None:
+        if self.per_layer:
+            score = score.sum(1, keepdim=True).expand(score.shape)
+        token = torch.arange(drawn, device=score.device)
+        held = dies[..., :drawn] >= dies.shape[-1]
+        candidate = held & (token >= rule.anchors) & (token < drawn - rule.recent)
+        order = score.masked_fill(~candidate, torch.inf).argsort(dim=-1, stable=True)[..., :due]
+        # Free slots are used first, so the last `due` tokens of the next line overwrite.
+        line = min(rule.line, rule.image - drawn)
+        when = drawn + line - due + torch.arange(due, device=score.device)
+        dies.scatter_(-1, order, when.expand(order.shape))

@@ -1,0 +1,203 @@
+"""What a policy costs on pictures that are known: likelihood, next-token distributions, head outputs.
+
+`kvcompress_replay` runs inside a worker of an engine on the kvcompress backend; the driver below starts
+that engine once and asks for any number of policies, which need not be the one the engine serves.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.forward_context import set_forward_context
+
+from vllm_kvcompress.cache.layout import CacheLayout
+from vllm_kvcompress.cache.plan import plan_layout
+from vllm_kvcompress.config import KEY, parse_config
+from vllm_kvcompress.eval.dense import DenseReplay
+from vllm_kvcompress.eval.replay import FullReplay, Layered, PagedReplay, Replay, Rows
+from vllm_kvcompress.eval.scores import SCORES
+from vllm_kvcompress.guidance import pack_scale
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One policy to replay.
+
+    Parameters
+    ----------
+    section : mapping
+        The ``kvcompress`` section of ``--additional-config`` of the server that is meant.
+    score : str, optional
+        A name in `SCORES`: replayed densely under another score than the section's.
+    per_layer : bool
+        Victims chosen per layer and head type instead of per head; densely too.
+    """
+
+    section: Mapping[str, Any]
+    score: str | None = None
+    per_layer: bool = False
+
+
+@dataclass
+class Likelihood:
+    """Of one policy, a list entry per picture; ``error`` per layer and KV head.
+
+    ``nll``: nats per image token, conditional branch. ``kl``, ``kl_guided``: Kullback-Leibler divergence
+    from the full cache's next-token distribution, without and with guidance, nats per token.
+    ``error``: relative error of the attention output, root mean square. ``spatial``: KV heads that are
+    spatial, per layer. ``resident``: mean image slots per head.
+    """
+
+    nll: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    kl_guided: list[float] = field(default_factory=list)
+    error: list[list[float]] = field(default_factory=list)
+    spatial: list[list[int]] = field(default_factory=list)
+    resident: float = 0.0
+    refused: str = ""
+
+    def extend(self, other: "Likelihood") -> None:
+        """Append another batch of pictures; head errors are averaged by number of pictures."""
+        mine, theirs = len(self.nll), len(other.nll)
+        if self.error and other.error:
+            both = mine * np.array(self.error) ** 2 + theirs * np.array(other.error) ** 2
+            other.error = np.sqrt(both / max(1, mine + theirs)).tolist()
+        for name in ("nll", "kl", "kl_guided"):
+            getattr(self, name).extend(getattr(other, name))
+        self.error, self.spatial, self.resident = other.error, other.spatial, other.resident
+        self.refused = other.refused
+
+
+def kvcompress_replay(
+    self: Any, prompts: Sequence[Sequence[int]], codes: Sequence[Sequence[int]], trials: Mapping[str, Trial],
+    guidance: float,
+) -> dict[str, dict]:  # fmt: skip
+    """Replay pictures under every trial (a worker method).
+
+    Parameters
+    ----------
+    prompts : sequence of token ids
+        Each ends in begin-of-image.
+    codes : sequence of codebook indices
+        One whole picture a prompt.
+    trials : mapping
+        By name.
+    guidance : float
+        Scale of the guided distribution that ``kl_guided`` compares.
+
+    Returns
+    -------
+    dict
+        name -> a `Likelihood` as a dict.
+    """
+    worker = _Worker(self.vllm_config, self.model_runner.get_model(), prompts, codes, guidance)
+    return {name: asdict(worker.run(trial)) for name, trial in trials.items()}
+
+
+class _Worker:
+    """One batch of pictures in the worker, and the full cache's distributions to compare with."""
+
+    def __init__(self, vllm_config: Any, model: Any, prompts: Any, codes: Any, guidance: float) -> None:
+        self.vllm_config, self.model, self.guidance = vllm_config, model, guidance
+        image = model.image
+        device = next(model.parameters()).device
+        lengths = [len(ids) for ids in prompts]
+        steps = max(lengths) + image.raster.tokens
+        prefix = torch.tensor(lengths, dtype=torch.int32, device=device)
+        self.rows = Rows(prefix, image.raster.tokens, steps)
+        padded = [
+            [*ids, *(code + image.text_vocab for code in picture)]
+            for ids, picture in zip(prompts, codes, strict=True)
+        ]
+        self.ids = torch.tensor([row + [image.pad] * (steps - len(row)) for row in padded], device=device)
+        self.codes = torch.tensor(codes, device=device)
+        self.full: tuple[Tensor, Tensor] | None = None
+
+    @torch.inference_mode()
+    def run(self, trial: Trial) -> Likelihood:
+        if self.full is None:
+            replay = self._replay(FullReplay())
+            self.full = self._forward(replay)
+        try:
+            layout = self.layout(trial.section)
+        except ValueError as error:
+            return Likelihood(refused=str(error))
+        replay = self._replay(self._method(trial, layout))
+        plain, guided = self._forward(replay)
+        found = Likelihood(
+            nll=(-plain.gather(2, self.codes[..., None])[..., 0].mean(1)).tolist(),
+            kl=_divergence(self.full[0], plain).tolist(),
+            kl_guided=_divergence(self.full[1], guided).tolist(),
+            error=replay.relative.tolist(),
+            spatial=[list(heads) for heads in layout.spatial],
+        )
+        heads = [layout.total(kind) for kind in (0, 1)]
+        slots = sum(
+            rule.capacity * n for rule, n in zip(layout.rules, heads, strict=True) if rule is not None
+        )
+        found.resident = slots / sum(heads)
+        return found
+
+    def layout(self, section: Mapping[str, Any]) -> CacheLayout:
+        """As a server of this section would plan it."""
+        config = copy.copy(self.vllm_config)
+        config.additional_config = {KEY: dict(section)}
+        parse_config(config.additional_config)
+        return plan_layout(config, self.model)
+
+    def _method(self, trial: Trial, layout: CacheLayout) -> Layered:
+        if trial.score is None and not trial.per_layer:
+            return PagedReplay(self.rows, layout)
+        return DenseReplay(self.rows, layout, SCORES[trial.score or "sum"], trial.per_layer)
+
+    def _replay(self, method: Layered) -> Replay:
+        text = self.model.config.get_text_config()
+        return Replay(self.rows, method, text.num_hidden_layers, 2 * text.num_key_value_heads)
+
+    def _forward(self, replay: Replay) -> tuple[Tensor, Tensor]:
+        """Log probabilities of the image codes ``[rows, image, codes]``, without and with guidance."""
+        rows, steps = self.ids.shape
+        positions = torch.arange(steps, device=self.ids.device).repeat(rows)
+        self.model.compressed.recorder = replay
+        try:
+            with set_forward_context(None, self.vllm_config, num_tokens=rows * steps):
+                hidden = self.model(self.ids.flatten(), positions)
+        finally:
+            self.model.compressed.recorder = None
+        # The token at position p is foretold at p - 1.
+        foretells = self.rows.drawn().roll(-1, 1).flatten()
+        branches = hidden[foretells, :-2]
+        found = []
+        for scale in (1.0, self.guidance):
+            column = torch.full((len(branches),), scale, device=hidden.device)
+            logits = self.model.compute_logits(torch.cat([branches, pack_scale(column, hidden.dtype)], -1))
+            codes = logits[:, -self.model.image.codes :].float().log_softmax(-1)
+            found.append(codes.view(rows, self.rows.image, -1))
+        return found[0], found[1]
+
+
+def _divergence(full: Tensor, other: Tensor) -> Tensor:
+    """KL(full || other) of log probabilities ``[rows, image, codes]``, mean over tokens: ``[rows]``."""
+    return (full.exp() * (full - other)).sum(-1).mean(-1).clamp(min=0)
+
+
+def replay_batches(
+    llm: Any,
+    scenes: Sequence[tuple[Sequence[int], Sequence[int]]],
+    trials: Mapping[str, Trial],
+    guidance: float,
+    batch: int,
+) -> Iterable[tuple[int, dict[str, Likelihood]]]:
+    """Ask an engine for every trial on every scene (prompt ids, codes), ``batch`` scenes at a time.
+
+    Yields the number of scenes done and what the batch gave.
+    """
+    for first in range(0, len(scenes), batch):
+        part = scenes[first : first + batch]
+        prompts, codes = [list(ids) for ids, _ in part], [list(picture) for _, picture in part]
+        [found] = llm.collective_rpc(kvcompress_replay, args=(prompts, codes, trials, guidance))
+        yield first + len(part), {name: Likelihood(**one) for name, one in found.items()}

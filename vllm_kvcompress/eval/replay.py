@@ -1,0 +1,160 @@
+"""Teacher-forced replay of known pictures under any policy: docs/design.md, "The method", point 10.
+
+A replay takes the place of the engine's cache for one forward pass of whole rows (prompt and picture).
+`PagedReplay` takes a layer's tokens one by one through the kernels that serve, on scratch pages of that
+layer alone. `vllm_kvcompress.eval.dense` has another, for rules that no server has.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from vllm_kvcompress.attention import kernels
+from vllm_kvcompress.attention.pages import HeadType, Plan, locate, page_bytes, pages_from_bytes
+from vllm_kvcompress.cache.layout import BRANCHES, CacheLayout
+
+PAGE = 16
+
+
+@dataclass
+class Rows:
+    """The rows that are replayed, padded on the right to one length.
+
+    Parameters
+    ----------
+    prefix : Tensor
+        ``[rows]`` int32 prompt tokens.
+    image : int
+        Image tokens of every row.
+    steps : int
+        Tokens of the longest row.
+    """
+
+    prefix: Tensor
+    image: int
+    steps: int
+
+    def __len__(self) -> int:
+        return len(self.prefix)
+
+    def drawn(self) -> Tensor:
+        """``[rows, steps]`` bool: image tokens."""
+        at = torch.arange(self.steps, device=self.prefix.device)
+        return (at >= self.prefix[:, None]) & (at < self.prefix[:, None] + self.image)
+
+
+class Layered(Protocol):
+    """One layer's attention under a rule, of all tokens of all rows."""
+
+    def layer(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
+        """``q [rows, steps, 2 * Hq, D]``, k and v alike -> like q."""
+
+
+@dataclass
+class Replay:
+    """What `CompressedCache.recorder` calls: attention by ``method``, and how far it is from the full one.
+
+    ``error`` and ``norm``, ``[layers, 2 * Hkv]`` float64, sum over rows and image queries the squared
+    difference of a KV head's outputs to full attention on the same q, k and v, and the latter's square.
+    """
+
+    rows: Rows
+    method: Layered
+    layers: int
+    heads: int
+    error: Tensor = field(init=False)
+    norm: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.error = torch.zeros(self.layers, self.heads, dtype=torch.float64)
+        self.norm = torch.zeros_like(self.error)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
+        """``[rows * steps, heads, D]`` in, the same out."""
+        shape = (len(self.rows), self.rows.steps)
+        mine = [x.unflatten(0, shape) for x in (q, k, v)]
+        out = self.method.layer(*mine, layer, scale)
+        heads_first = [x.transpose(1, 2) for x in mine]
+        full = scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=True)
+        drawn = self.rows.drawn()
+        got, want = (x[drawn].float().unflatten(1, (self.heads, -1)) for x in (out, full.transpose(1, 2)))
+        self.error[layer] += (got - want).square().sum((0, 2, 3)).double().cpu()
+        self.norm[layer] += want.square().sum((0, 2, 3)).double().cpu()
+        return out.flatten(0, 1)
+
+    @property
+    def relative(self) -> Tensor:
+        """``[layers, Hkv]`` relative error of the outputs, both branches together."""
+        per_head = [x.unflatten(1, (BRANCHES, -1)).sum(1) for x in (self.error, self.norm)]
+        return (per_head[0] / per_head[1].clamp(min=1e-30)).sqrt()
+
+
+class FullReplay:
+    """Causal attention to everything: the full cache."""
+
+    def layer(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+
+class PagedReplay:
+    """The serving kernels, token by token: a compressed server's own numbers.
+
+    Parameters
+    ----------
+    rows : Rows
+    layout : CacheLayout
+        Head types and rules, as planned for a server.
+    look : callable, optional
+        ``look(layer, kind, heads, line, held)`` after each line of each row: ``heads`` are the cache
+        heads' places on the ``2 * Hkv`` axis, ``held`` ``[heads, slots]`` the image tokens they keep.
+    """
+
+    def __init__(self, rows: Rows, layout: CacheLayout, look: Callable | None = None) -> None:
+        self.rows, self.layout, self.look = rows, layout, look
+
+    def layer(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
+        rows, device = self.rows, q.device
+        types = {kind: held for kind in (0, 1) if (held := self._scratch(kind, layer, k.dtype, device))}
+        q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))  # a step is one slice
+        out = torch.zeros_like(q)
+        end = rows.prefix + rows.image
+        for step in range(rows.steps):
+            length = torch.where(step < end, step + 1, 0).to(torch.int32)
+            plan = Plan(rows.prefix, length)
+            kernels.decode(q[step], k[step], v[step], list(types.values()), plan, scale, out[step])
+            for held in types.values():
+                kernels.select_victims(held, plan)
+            if self.look is not None:
+                for kind, held in types.items():
+                    self._show(layer, kind, held, length)
+        return out.transpose(0, 1)
+
+    def _scratch(self, kind: int, layer: int, dtype: torch.dtype, device: torch.device) -> HeadType | None:
+        """Fresh pages of one layer's heads of one type."""
+        layout, rule = self.layout, self.layout.rules[kind]
+        heads = layout.heads(kind, layer)
+        if rule is None or not heads:
+            return None
+        index = [branch * layout.kv_heads + head for branch in range(BRANCHES) for head in heads]
+        blocks = -(-(int(self.rows.prefix.max()) + rule.capacity) // PAGE)
+        size = -(-page_bytes(len(index), PAGE, layout.head_size, dtype) // 64) * 64
+        raw = torch.zeros(len(self.rows) * blocks, size, dtype=torch.int8, device=device)
+        pages = pages_from_bytes(raw, len(index), PAGE, layout.head_size, dtype)
+        table = torch.arange(len(raw), dtype=torch.int32, device=device).view(-1, blocks)
+        return HeadType(pages, rule, torch.tensor(index, dtype=torch.int32, device=device), table)
+
+    def _show(self, layer: int, kind: int, held: HeadType, length: Tensor) -> None:
+        assert self.look is not None
+        for row, (prefix, n) in enumerate(zip(self.rows.prefix.tolist(), length.tolist(), strict=True)):
+            drawn = n - prefix
+            if drawn > 0 and not drawn % held.rule.line:
+                slots = prefix + torch.arange(held.rule.resident(drawn), device=length.device)
+                block, place = (x[0] for x in locate(held.block_table[row : row + 1], slots[None], PAGE))
+                tokens = held.pages.token[block, :, place].T
+                self.look(layer, kind, held.head_index, drawn // held.rule.line - 1, tokens)
