@@ -1,9 +1,10 @@
-"""``vllm-kvcompress``: head profiles from the command line.
+"""``vllm-kvcompress``: head profiles, and what compression costs, from the command line.
 
 Exit status 1: it could not be done, and one line on stderr says why; 2: the command line is wrong.
 """
 
 import os
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_kvcompress.eval.command import evaluate
 from vllm_kvcompress.heads.profile import HeadProfile
 
 if TYPE_CHECKING:
@@ -141,6 +143,21 @@ def _draw(profile: HeadProfile, path: Path, threshold: float | None) -> None:
             raise
         raise ImportError("a picture needs matplotlib: pip install 'vllm-kvcompress[plot]'") from None
     typer.echo(f"picture: {path}")
+
+
+@wraps(evaluate)
+def _evaluate(**arguments: Any) -> None:
+    try:
+        evaluate(**arguments)
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in ("cv2", "matplotlib"):
+            raise
+        _fail(ImportError("eval needs OpenCV and matplotlib: pip install 'vllm-kvcompress[eval]'"))
+    except (ValueError, OSError) as error:
+        _fail(error)
+
+
+app.command("eval")(_evaluate)
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -1,6 +1,6 @@
 """Write the trained model in the published transformers layout.
 
-python examples/shapes/export.py --vq out/shapes/vq/vq.pt --lm out/shapes/lm/lm.pt
+python examples/shapes/export.py --vq out/shapes/vq/vq.pt --lm out/shapes/lm/lm.pt --codes out/shapes/codes.pt
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ import json
 from pathlib import Path
 
 import torch
+from common import VALID_STREAM, scene_batch
 from geometry import GEOMETRY, MODEL_FOLDER, load_tokenizer
 from safetensors.torch import save_file
 from transformers import JanusForConditionalGeneration
 
+from patches import nearest, to_patches
+from vllm_kvcompress.eval import held_out
 from vllm_kvcompress.testing import tokenizer as janus
 from vllm_kvcompress.testing.configs import transformers_config, transformers_files
 
 DTYPE = "bfloat16"
+HELD_OUT_FIRST, HELD_OUT_SCENES = 1000, 256
+"""Of the validation stream; training looks at its first scenes only."""
 
 
 def export(vq: dict[str, torch.Tensor], lm: dict[str, torch.Tensor], tokenizer_file: Path, out: Path) -> None:
@@ -48,16 +53,24 @@ def export(vq: dict[str, torch.Tensor], lm: dict[str, torch.Tensor], tokenizer_f
     tokenizer.save(str(out / "tokenizer.json"))
 
 
+def export_scenes(centres: torch.Tensor, out: Path) -> None:
+    """Write held-out scenes as training would have seen them, for the harness's replay."""
+    pixels, captions = scene_batch(VALID_STREAM, HELD_OUT_FIRST, HELD_OUT_SCENES)
+    held_out.save(out / held_out.FILE, captions, nearest(to_patches(pixels), centres).numpy())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--vq", type=Path, required=True, help="checkpoint of train_vq.py")
     parser.add_argument("--lm", type=Path, required=True, help="checkpoint of train_lm.py")
+    parser.add_argument("--codes", type=Path, required=True, help="patch centres, from train_vq.py")
     parser.add_argument("--out", type=Path, default=MODEL_FOLDER)
     args = parser.parse_args()
     vq, lm = torch.load(args.vq), torch.load(args.lm)
     export(vq["model"], lm["master"], args.lm.parent / "tokenizer.json", args.out)
+    export_scenes(torch.load(args.codes), args.out)
     print(f"{args.out}: tokenizer of step {vq['step']}, language model of step {lm['step']}")
 
 

@@ -116,9 +116,9 @@ def losses(model: JanusForConditionalGeneration, batch: Batch) -> tuple[Tensor, 
     table = torch.cat([inner.language_model.embed_tokens.weight, codes])
     length = batch.ids.shape[1]
     ids = F.pad(batch.ids, (0, PADDED - length))
-    hidden = inner.language_model(
-        inputs_embeds=F.embedding(ids, table), use_cache=False
-    ).last_hidden_state[:, :length]
+    hidden = inner.language_model(inputs_embeds=F.embedding(ids, table), use_cache=False).last_hidden_state[
+        :, :length
+    ]
     image = F.cross_entropy(inner.generation_head(hidden[batch.image]).float(), batch.codes.flatten())
     following = batch.ids.roll(-1, 1)[batch.text]
     words = F.cross_entropy(model.lm_head(hidden[batch.text]).float(), following)

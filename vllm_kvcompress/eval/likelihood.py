@@ -5,7 +5,7 @@ that engine once and asks for any number of policies, which need not be the one 
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -98,6 +98,23 @@ def kvcompress_replay(
     return {name: asdict(worker.run(trial)) for name, trial in trials.items()}
 
 
+def layout_for(vllm_config: Any, model: Any, section: Mapping[str, Any]) -> CacheLayout:
+    """Head types, rules and pages as a server of this section would plan them. Raises ValueError."""
+    config = copy.copy(vllm_config)
+    config.additional_config = {KEY: dict(section)}
+    parse_config(config.additional_config)
+    return plan_layout(config, model)
+
+
+def replay_rows(
+    vllm_config: Any, model: Any, prompts: Any, codes: Any, method: Callable[[Rows], Layered]
+) -> None:
+    """One forward pass over whole pictures with a method made for their rows; for what it sees."""
+    worker = _Worker(vllm_config, model, prompts, codes, guidance=1.0)
+    with torch.inference_mode():
+        worker.forward(worker.replay(method(worker.rows)))
+
+
 class _Worker:
     """One batch of pictures in the worker, and the full cache's distributions to compare with."""
 
@@ -120,14 +137,14 @@ class _Worker:
     @torch.inference_mode()
     def run(self, trial: Trial) -> Likelihood:
         if self.full is None:
-            replay = self._replay(FullReplay())
-            self.full = self._forward(replay)
+            replay = self.replay(FullReplay())
+            self.full = self.forward(replay)
         try:
-            layout = self.layout(trial.section)
+            layout = layout_for(self.vllm_config, self.model, trial.section)
         except ValueError as error:
             return Likelihood(refused=str(error))
-        replay = self._replay(self._method(trial, layout))
-        plain, guided = self._forward(replay)
+        replay = self.replay(self._method(trial, layout))
+        plain, guided = self.forward(replay)
         found = Likelihood(
             nll=(-plain.gather(2, self.codes[..., None])[..., 0].mean(1)).tolist(),
             kl=_divergence(self.full[0], plain).tolist(),
@@ -142,23 +159,16 @@ class _Worker:
         found.resident = slots / sum(heads)
         return found
 
-    def layout(self, section: Mapping[str, Any]) -> CacheLayout:
-        """As a server of this section would plan it."""
-        config = copy.copy(self.vllm_config)
-        config.additional_config = {KEY: dict(section)}
-        parse_config(config.additional_config)
-        return plan_layout(config, self.model)
-
     def _method(self, trial: Trial, layout: CacheLayout) -> Layered:
         if trial.score is None and not trial.per_layer:
             return PagedReplay(self.rows, layout)
         return DenseReplay(self.rows, layout, SCORES[trial.score or "sum"], trial.per_layer)
 
-    def _replay(self, method: Layered) -> Replay:
+    def replay(self, method: Layered) -> Replay:
         text = self.model.config.get_text_config()
         return Replay(self.rows, method, text.num_hidden_layers, 2 * text.num_key_value_heads)
 
-    def _forward(self, replay: Replay) -> tuple[Tensor, Tensor]:
+    def forward(self, replay: Replay) -> tuple[Tensor, Tensor]:
         """Log probabilities of the image codes ``[rows, image, codes]``, without and with guidance."""
         rows, steps = self.ids.shape
         positions = torch.arange(steps, device=self.ids.device).repeat(rows)

@@ -76,12 +76,11 @@ class Replay:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
         """``[rows * steps, heads, D]`` in, the same out."""
         shape = (len(self.rows), self.rows.steps)
-        mine = [x.unflatten(0, shape) for x in (q, k, v)]
-        out = self.method.layer(*mine, layer, scale)
-        heads_first = [x.transpose(1, 2) for x in mine]
-        full = scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=True)
+        q, k, v = (x.unflatten(0, shape) for x in (q, k, v))
+        out = self.method.layer(q, k, v, layer, scale)
+        full = FullReplay().layer(q, k, v, layer, scale)
         drawn = self.rows.drawn()
-        got, want = (x[drawn].float().unflatten(1, (self.heads, -1)) for x in (out, full.transpose(1, 2)))
+        got, want = (x[drawn].float().unflatten(1, (self.heads, -1)) for x in (out, full))
         self.error[layer] += (got - want).square().sum((0, 2, 3)).double().cpu()
         self.norm[layer] += want.square().sum((0, 2, 3)).double().cpu()
         return out.flatten(0, 1)
@@ -111,8 +110,8 @@ class PagedReplay:
     layout : CacheLayout
         Head types and rules, as planned for a server.
     look : callable, optional
-        ``look(layer, kind, heads, line, held)`` after each line of each row: ``heads`` are the cache
-        heads' places on the ``2 * Hkv`` axis, ``held`` ``[heads, slots]`` the image tokens they keep.
+        ``look(kind, line, held)`` after each line of each row and layer: ``held`` ``[heads, slots]`` are
+        the image tokens that a layer's heads of this type keep.
     """
 
     def __init__(self, rows: Rows, layout: CacheLayout, look: Callable | None = None) -> None:
@@ -132,7 +131,7 @@ class PagedReplay:
                 kernels.select_victims(held, plan)
             if self.look is not None:
                 for kind, held in types.items():
-                    self._show(layer, kind, held, length)
+                    self._show(kind, held, length)
         return out.transpose(0, 1)
 
     def _scratch(self, kind: int, layer: int, dtype: torch.dtype, device: torch.device) -> HeadType | None:
@@ -149,7 +148,7 @@ class PagedReplay:
         table = torch.arange(len(raw), dtype=torch.int32, device=device).view(-1, blocks)
         return HeadType(pages, rule, torch.tensor(index, dtype=torch.int32, device=device), table)
 
-    def _show(self, layer: int, kind: int, held: HeadType, length: Tensor) -> None:
+    def _show(self, kind: int, held: HeadType, length: Tensor) -> None:
         assert self.look is not None
         for row, (prefix, n) in enumerate(zip(self.rows.prefix.tolist(), length.tolist(), strict=True)):
             drawn = n - prefix
@@ -157,4 +156,4 @@ class PagedReplay:
                 slots = prefix + torch.arange(held.rule.resident(drawn), device=length.device)
                 block, place = (x[0] for x in locate(held.block_table[row : row + 1], slots[None], PAGE))
                 tokens = held.pages.token[block, :, place].T
-                self.look(layer, kind, held.head_index, drawn // held.rule.line - 1, tokens)
+                self.look(kind, drawn // held.rule.line - 1, tokens)

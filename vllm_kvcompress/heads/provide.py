@@ -60,9 +60,13 @@ def provide_profile(
 
 
 def calibrate(
-    vllm_config: "VllmConfig", model: "JanusForImageGeneration", name: str, mark: str
+    vllm_config: "VllmConfig",
+    model: "JanusForImageGeneration",
+    name: str,
+    mark: str,
+    lines: int = _NEIGHBOURHOOD_LINES,
 ) -> HeadProfile:
-    """Draw the built-in prompts with a full cache and measure the heads."""
+    """Draw the built-in prompts with a full cache and measure the heads; near is ``lines`` lines."""
     from vllm.forward_context import set_forward_context
     from vllm.tokenizers import cached_tokenizer_from_config
 
@@ -70,7 +74,7 @@ def calibrate(
 
     tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
     prompts = [image_prompt_ids(tokenizer, model.image, text) for text in PROMPTS]
-    neighbourhood = _NEIGHBOURHOOD_LINES * model.image.raster.width
+    neighbourhood = lines * model.image.raster.width
     bar = tqdm(desc="Calibrating attention heads", unit="step", leave=False)
 
     def progress(done: int, total: int) -> None:

@@ -1,0 +1,161 @@
+"""``vllm-kvcompress eval``: its arithmetic, and one small evaluation from end to end."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_kvcompress.eval import held_out, stats
+from vllm_kvcompress.eval.cells import BUDGETS, ablation, grid, parse_budget
+from vllm_kvcompress.eval.features import Frechet
+from vllm_kvcompress.eval.pictures import true_scenes
+from vllm_kvcompress.policy import PRESETS, Policy
+from vllm_kvcompress.raster import Raster
+
+
+@given(st.integers(1, 400), st.data())
+def test_a_share_lies_in_its_interval(number: int, data: st.DataObject) -> None:
+    right = data.draw(st.integers(0, number))
+    found = stats.share(right, number)
+    assert 0 <= found.low <= found.value == right / number <= found.high <= 1
+    assert found.high - found.low > 0
+
+
+def test_intervals_hold_what_they_promise() -> None:
+    """Nine in ten at the least of a nominal 95%: 200 draws of 60 pictures of which 70% are right."""
+    rng = np.random.default_rng(0)
+    held = {"share": 0, "mean": 0}
+    for _ in range(200):
+        right = rng.random(60) < 0.7
+        for name, found in (("share", stats.share(int(right.sum()), 60)), ("mean", stats.mean(right))):
+            held[name] += found.low <= 0.7 <= found.high
+    assert min(held.values()) >= 180
+
+
+def test_distance_grows_with_what_is_wrong() -> None:
+    truth = true_scenes(600)
+    frechet = Frechet.of(truth[:300])
+    same, other = frechet.distance(truth[300:]), [255 - picture for picture in truth[300:]]
+    noisy = [np.where(np.indices(p.shape)[0] % 8 == 0, 0, p).astype(np.uint8) for p in truth[300:]]
+    assert frechet.distance(truth[:300]) == pytest.approx(0, abs=1e-6)
+    assert same < 0.2 * frechet.distance(noisy)
+    assert same < 0.2 * frechet.distance(other)
+
+
+def test_the_grid_has_every_preset_at_every_budget() -> None:
+    cells = grid(PRESETS, BUDGETS)
+    assert len({cell.name for cell in cells}) == len(cells) == 1 + (len(PRESETS) - 1) * len(BUDGETS)
+    for cell in cells:
+        assert Policy(cell.preset, cell.budget).budget == cell.budget
+    for text in ("0", "2", "x", "1/0", ""):
+        with pytest.raises(ValueError, match="budget"):
+            parse_budget(text)
+    with pytest.raises(ValueError, match="preset: unknown"):
+        grid(["quest"], BUDGETS)
+
+
+def test_every_variation_is_a_policy_of_its_own() -> None:
+    raster = Raster(24, 24)
+    cells = ablation(raster.width, ["0.2", "1/6"])
+    assert len({cell.name for cell in cells}) == len(cells)
+    own = {"quantile", "neighbourhood"}
+    refused = []
+    for cell in cells:
+        policy = Policy(**{k: v for k, v in cell.section.items() if k not in own})
+        heads = {"profile": (24, 24), "semantic": (0, 48), "spatial": (48, 0)}[policy.types]
+        try:
+            policy.rules(raster, *heads)
+        except ValueError:
+            refused.append(cell.factor)
+    assert len(refused) < 0.2 * len(cells)
+    assert set(refused) <= {"spatial tokens", "recent", "anchors"}, "only what a budget has no room for"
+
+
+def test_held_out_scenes_come_back(tmp_path: Path) -> None:
+    path = tmp_path / held_out.FILE
+    codes = np.random.default_rng(0).integers(0, 16384, (3, 64))
+    held_out.save(path, ["a", "an é", "c"], codes)
+    captions, back = held_out.load(path, 2)
+    assert captions == ["a", "an é"]
+    assert (back == codes[:2]).all()
+    with pytest.raises(ValueError, match="holds 3, 4 were asked for"):
+        held_out.load(path, 4)
+    path.write_bytes(b"not a zip")
+    with pytest.raises(ValueError, match="cannot read"):
+        held_out.load(path, 1)
+
+
+def evaluate(model: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        str(Path(sys.executable).parent / "vllm-kvcompress"), "eval", str(model), "-o", str(folder),
+        "--presets", "full,line_ar,ssd", "--budgets", "1,0.5", "--categories", "colors,position",
+        "--scenes", "2", "--dtype", "float32", *more,
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation of a random model on an 8x8 grid."""
+    folder = tmp_path_factory.mktemp("eval")
+    done = evaluate(checkpoints["tiny-hf"], folder, "--pictures", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.timeout(900)
+def test_one_command_measures_and_reports(folder: Path) -> None:
+    records = {r["name"]: r for r in json.loads((folder / "results.json").read_text())}
+    assert list(records) == ["full", "line_ar-1", "line_ar-0.5", "ssd-1", "ssd-0.5"]
+    for name in ("line_ar-1", "ssd-1"):
+        assert records[name]["same_as"] == "full"
+        assert abs(records[name]["nll_over_full"][0]) < 1e-5
+    assert records["line_ar-0.5"]["kl"][0] > 1e-6
+    assert set(records["ssd-0.5"]["head_error"]) == {"spatial", "semantic"}
+    assert list(records["full"]["categories"]) == ["colors", "position"]
+    report = (folder / "report.md").read_text()
+    assert "| line_ar | 0.5 |" in report
+    assert re.search(r"Made by `vllm-kvcompress eval ", report)
+    for name in ("quality.png", "sheet.png"):
+        assert (folder / name).stat().st_size > 10_000
+    drawn = {path.stem: np.load(path)["pictures"] for path in (folder / "pictures").glob("*.npz")}
+    assert set(drawn) == {"full", "line_ar-0.5", "ssd-0.5"}
+    assert (drawn["full"] != drawn["line_ar-0.5"]).any()
+
+
+@pytest.mark.timeout(900)
+def test_it_goes_on_where_it_stopped_and_keeps_settings_apart(
+    folder: Path, checkpoints: dict[str, Path]
+) -> None:
+    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")}
+    before = (folder / "judged" / "full.json").read_text()
+    (folder / "judged" / "full.json").unlink()
+    again = evaluate(checkpoints["tiny-hf"], folder, "--pictures", "2")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")} == kept, "nothing drawn again"
+    assert (folder / "judged" / "full.json").read_text() == before
+    for more, complaint in ((("--pictures", "3"), "number 2, not 3"), (("--seed", "1"), "seed")):
+        refused = evaluate(checkpoints["tiny-hf"], folder, *("--pictures", "2"), *more)
+        assert refused.returncode == 1
+        assert complaint in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_unknown_names_are_refused(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    for more, complaint in (
+        (("--presets", "quest"), "preset: unknown 'quest'"),
+        (("--budgets", "7"), "budget: 7 is not in (0, 1]"),
+        (("--categories", "poems"), "categories: unknown 'poems'"),
+    ):
+        refused = evaluate(checkpoints["tiny-hf"], tmp_path / "new", *more)
+        assert refused.returncode == 1
+        assert complaint in refused.stderr
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,122 @@
+"""``vllm-kvcompress eval``: what compression costs, in one command."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_kvcompress.policy import PRESETS
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.eval.run import Evaluation
+
+ALL = ",".join(PRESETS)
+SHEET_COLUMNS = 8
+KEPT_BUDGET = 0.2
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or name on the Hugging Face hub.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the results.")] = Path("out/eval"),
+    presets: Annotated[str, typer.Option(help="Presets, with commas.")] = ALL,
+    budgets: Annotated[
+        str, typer.Option(help="Budgets, with commas; 1/6 is one.")
+    ] = "1,0.5,0.25,0.2,1/6,1/8",
+    pictures: Annotated[int, typer.Option(min=0, help="Pictures a category and cell; 0 draws none.")] = 40,
+    categories: Annotated[str, typer.Option(help="Categories of prompts, with commas.")] = "all",
+    scenes: Annotated[int, typer.Option(min=0, help="Known pictures that are replayed; 0 for none.")] = 64,
+    scenes_file: Annotated[Path | None, typer.Option(help="Where from (.npz); else the model's own.")] = None,
+    ablation: Annotated[bool, typer.Option(help="Also vary one setting of decoupled at a time.")] = False,
+    guidance: Annotated[float, typer.Option(min=0, max=100, help="Guidance scale.")] = 5.0,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the drawing.")] = 1.0,
+    seed: int = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 64,
+    dtype: Annotated[str, typer.Option(help="As for vllm serve.")] = "auto",
+) -> None:
+    """Measure what presets and budgets cost MODEL in quality: pictures judged, likelihoods, head errors.
+
+    Pictures are of the shapes world, judged by classical vision in GenEval's categories; the replay
+    gives the likelihood of known pictures under every policy. Run it again to go on where it stopped.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_kvcompress.eval import report
+    from vllm_kvcompress.eval.cells import ablation as ablation_cells
+    from vllm_kvcompress.eval.cells import grid
+    from vllm_kvcompress.eval.pictures import Asked
+    from vllm_kvcompress.eval.prompts import CATEGORIES
+    from vllm_kvcompress.eval.run import Evaluation
+
+    chosen = CATEGORIES if categories == "all" else tuple(name.strip() for name in categories.split(","))
+    unknown = [name for name in chosen if name not in CATEGORIES]
+    if unknown:
+        raise ValueError(f"categories: unknown {unknown[0]!r}; one of {', '.join(CATEGORIES)}")
+    sizes = [text.strip() for text in budgets.split(",")]
+    cells = grid([name.strip() for name in presets.split(",")], sizes)
+    if ablation:
+        small = [text for text in sizes if text not in ("1", "1.0")]
+        cells += ablation_cells(_width(model), small)
+    asked = Asked(chosen, pictures, seed, guidance, temperature, batch, dtype)
+    evaluation = Evaluation(model, output, cells, asked, scenes, scenes_file)
+    evaluation.check_folder()
+
+    likelihoods = evaluation.likelihoods() if scenes else {}
+    judged = evaluation.pictures() if pictures else {}
+    records = report.summarise(cells, likelihoods, judged)
+    settings = {"number": pictures, "scenes": scenes}
+    command = " ".join(["vllm-kvcompress", *(_shown(argument) for argument in sys.argv[1:])])
+    (output / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+    (output / "report.md").write_text(report.markdown(records, settings, command))
+    written = ["results.json", "report.md", *_draw(evaluation, records, judged)]
+    typer.echo((output / "report.md").read_text())
+    typer.echo("\n".join(str(output / name) for name in written))
+
+
+def _shown(argument: str) -> str:
+    return (
+        argument if argument.replace("/", "").replace(",", "").replace("-", "").isalnum() else repr(argument)
+    )
+
+
+def _width(model: str) -> int:
+    """W, from the checkpoint's configuration."""
+    from vllm.transformers_utils.config import get_config
+
+    from vllm_kvcompress.models.config import raster_of
+    from vllm_kvcompress.plugin import register
+
+    register()
+    return raster_of(get_config(model, trust_remote_code=False)).width
+
+
+def _draw(evaluation: "Evaluation", records: list[dict[str, Any]], judged: dict[str, Any]) -> list[str]:
+    """Write the plots that there is something to show for; their file names."""
+    import numpy as np
+
+    from vllm_kvcompress.eval.plots import draw_curves, draw_errors, draw_sheet
+
+    folder = evaluation.folder
+    written = []
+    if draw_curves(records, folder / "quality.png"):
+        written.append("quality.png")
+    if draw_errors(records, KEPT_BUDGET, folder / "errors.png"):
+        written.append("errors.png")
+    raws = {cell.name: evaluation.raw(cell) for cell in evaluation.cells if evaluation.raw(cell).exists()}
+    if judged and raws:
+        prompts = evaluation.asked.prompts()
+        at = np.linspace(0, len(prompts) - 1, min(SHEET_COLUMNS, len(prompts))).astype(int)
+        rows = {}
+        for name, path in raws.items():
+            with np.load(path) as file:
+                rows[name] = file["pictures"][at]
+        draw_sheet(rows, [prompts[n].text for n in at], folder / "sheet.png")
+        written.append("sheet.png")
+    shown = [c for c in evaluation.cells if not c.factor and not c.keeps_all and c.budget == KEPT_BUDGET]
+    refused = {r["name"] for r in records if "refused" in r}
+    shown = [cell for cell in shown if cell.name not in refused]
+    if evaluation.scenes and shown:
+        evaluation.kept(shown, folder / "kept.png")
+        written.append("kept.png")
+    return written

@@ -1,0 +1,53 @@
+"""Engines of the harness, one at a time, each in a process of its own that gives its memory back."""
+
+import multiprocessing as mp
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+PROMPT_ROOM = 256
+"""Prompt tokens that a picture's memory is reckoned with."""
+
+
+def in_process(task: Callable, *args: Any) -> Any:
+    """Call ``task(*args)`` in a fresh process; vLLM is imported once for all of them."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["vllm.entrypoints.llm"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(task, *args).result()
+
+
+def start(model: str, section: dict[str, Any], pictures: int, dtype: str = "auto") -> Any:
+    """An ``LLM`` on the kvcompress backend, in this process, that draws ``pictures`` pictures at once."""
+    # In this process, so that its errors are exceptions rather than another process's traceback.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import torch
+    from vllm import LLM
+
+    from vllm_kvcompress.config import BACKEND, KEY
+
+    length, token = _sizes(model)
+    settings: dict[str, Any] = {"model": model, "dtype": dtype, "max_num_seqs": pictures}
+    settings["max_model_len"] = length
+    if not torch.cuda.is_available():
+        # A CPU would otherwise give vLLM most of the machine's memory.
+        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": (pictures + 1) * length * token}
+    return LLM(attention_backend=BACKEND, additional_config={KEY: section}, **settings)
+
+
+def _sizes(model: str) -> tuple[int, int]:
+    """Tokens of a request, and the full cache's bytes a token in float32: enough for any dtype."""
+    from vllm.transformers_utils.config import get_config
+
+    from vllm_kvcompress.cache.layout import BRANCHES
+    from vllm_kvcompress.models.config import raster_of
+    from vllm_kvcompress.plugin import register
+
+    register()
+    config = get_config(model, trust_remote_code=False)
+    text = config.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    length = min(PROMPT_ROOM + raster_of(config).tokens, text.max_position_embeddings)
+    return length, text.num_hidden_layers * BRANCHES * text.num_key_value_heads * 2 * head_size * 4

@@ -1,0 +1,74 @@
+"""Known pictures for the replay: captions and image codes of scenes that training never saw.
+
+A checkpoint folder may hold them as `FILE`, made by whoever trained it; otherwise rendered scenes go
+through the model's own VQ encoder (transformers' layout).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FILE = "held_out.npz"
+STREAM = 4
+"""First number of the seed of scenes that are encoded here."""
+
+
+def save(path: Path, captions: Sequence[str], codes: NDArray[np.integer]) -> None:
+    """Write captions and codes ``[N, tokens]``."""
+    np.savez_compressed(path, captions=np.array(captions), codes=np.asarray(codes, np.uint16))
+
+
+def load(path: Path, number: int) -> tuple[list[str], NDArray[np.int64]]:
+    """The first ``number`` captions and codes ``[number, tokens]``. Raises ValueError, one line."""
+    try:
+        with np.load(path) as file:
+            captions, codes = file["captions"].tolist(), file["codes"].astype(np.int64)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"scenes: cannot read {path}: {error}; need arrays captions and codes") from None
+    if codes.ndim != 2 or len(codes) != len(captions):
+        raise ValueError(f"scenes: {path}: codes {list(codes.shape)} for {len(captions)} captions")
+    if len(codes) < number:
+        raise ValueError(f"scenes: {path} holds {len(codes)}, {number} were asked for")
+    return captions[:number], codes[:number]
+
+
+def scenes_for(model: str, number: int, file: Path | None = None) -> tuple[list[str], NDArray[np.int64]]:
+    """Held-out scenes for a checkpoint: ``file``, the checkpoint's own, or rendered and encoded.
+
+    Raises ValueError, one line, where none of these can be had.
+    """
+    beside = Path(model) / FILE
+    if file is not None or beside.exists():
+        return load(file or beside, number)
+    return _encode(model, number)
+
+
+def _encode(model: str, number: int) -> tuple[list[str], NDArray[np.int64]]:
+    import cv2
+    import torch
+    from transformers import JanusForConditionalGeneration
+
+    from vllm_kvcompress.eval.scenes import render, sample_pair
+
+    try:
+        whole = JanusForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"scenes: {model} has no {FILE} and is not in transformers' layout, whose VQ encoder could "
+            f"make them; name a file with --scenes-file ({str(error).splitlines()[0]})"
+        ) from None
+    vq = whole.model.vqmodel
+    vision: Any = whole.config.vision_config
+    side = vision.image_size
+    captions, codes = [], []
+    for index in range(number):
+        scene, prompt = sample_pair((STREAM, index))
+        picture = cv2.resize(render(scene), (side, side), interpolation=cv2.INTER_CUBIC)
+        pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+        with torch.inference_mode():
+            codes.append(vq.encode(pixels).image_tokens.flatten().numpy())
+        captions.append(prompt.text)
+    return captions, np.stack(codes).astype(np.int64)

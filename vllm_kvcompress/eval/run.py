@@ -1,0 +1,227 @@
+"""One evaluation: likelihoods, pictures, report; resumable, in one folder.
+
+A folder belongs to its settings: what is there already is kept, what is missing is measured, and other
+settings are refused rather than mixed in.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vllm_kvcompress.eval import held_out
+from vllm_kvcompress.eval.cells import Cell
+from vllm_kvcompress.eval.engine import in_process, start
+from vllm_kvcompress.eval.kept import draw_kept, kvcompress_kept
+from vllm_kvcompress.eval.likelihood import Likelihood, Trial, replay_batches
+from vllm_kvcompress.eval.pictures import Asked, draw, judge_all, true_scenes
+from vllm_kvcompress.heads.profile import HeadProfile
+from vllm_kvcompress.models.registry import image_model_of
+
+KEPT_SCENES = 4
+GROUP = 8
+"""Cells replayed between two savings."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured, and where it goes.
+
+    Parameters
+    ----------
+    model : str
+        Checkpoint folder or hub name.
+    folder : Path
+    cells : sequence of Cell
+    asked : Asked
+        The pictures to draw.
+    scenes : int
+        Known pictures that are replayed.
+    scenes_file : Path, optional
+        Where from, see `vllm_kvcompress.eval.held_out`.
+    replay_batch : int
+        Of them at once.
+    """
+
+    model: str
+    folder: Path
+    cells: Sequence[Cell]
+    asked: Asked
+    scenes: int = 64
+    scenes_file: Path | None = None
+    replay_batch: int = 16
+
+    def check_folder(self) -> None:
+        """Create the folder, or refuse one whose results have other settings: ValueError, one line."""
+        mine = {"model": Path(self.model).name, **asdict(self.asked), "scenes": self.scenes}
+        mine["categories"] = list(self.asked.categories)
+        for unimportant in ("batch",):
+            mine.pop(unimportant)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "settings.json"
+        if not path.exists():
+            _write(path, mine)
+            return
+        there = json.loads(path.read_text())
+        for name, value in mine.items():
+            if there.get(name) != value:
+                raise ValueError(
+                    f"{self.folder} holds results with {name} {there.get(name)!r}, not {value!r}; "
+                    "name another folder or remove it"
+                )
+
+    def likelihoods(self) -> dict[str, Likelihood]:
+        """Replay every cell that has not been; of each cell by name."""
+        path = self.folder / "likelihood.json"
+        done = json.loads(path.read_text()) if path.exists() else {}
+        missing = [cell for cell in self.cells if cell.name not in done]
+        if missing:
+            in_process(_replay, self, missing, path)
+            done = json.loads(path.read_text())
+        return {cell.name: Likelihood(**done[cell.name]) for cell in self.cells}
+
+    def pictures(self) -> dict[str, dict[str, Any]]:
+        """Draw and judge every cell that has not been; verdicts by name.
+
+        A cell that keeps all has the full cache's pictures, token for token, and is not drawn again;
+        neither is one whose rule only the replay has.
+        """
+        truth = None
+        found: dict[str, dict[str, Any]] = {}
+        drawn = [c for c in self.cells if c.score is None and not c.per_layer]
+        same = next((c for c in drawn if c.keeps_all), None)
+        for cell in tqdm(drawn, desc="cells", unit="cell"):
+            if cell.keeps_all and cell is not same:
+                continue
+            judged = self.folder / "judged" / f"{cell.name}.json"
+            if not judged.exists():
+                raw = self.raw(cell)
+                if not raw.exists():
+                    try:
+                        pixels = in_process(draw, self.model, cell.section, self.asked)
+                    except ValueError as error:
+                        _write(judged, {"refused": str(error).splitlines()[0], "verdicts": []})
+                        continue
+                    raw.parent.mkdir(exist_ok=True)
+                    np.savez_compressed(raw, pictures=pixels)
+                truth = truth or _truth()
+                with np.load(raw) as file:
+                    _write(judged, judge_all(file["pictures"], self.asked, truth))
+            found[cell.name] = json.loads(judged.read_text())
+        for cell in drawn:
+            if cell.keeps_all and same is not None and cell is not same:
+                found[cell.name] = found[same.name] | {"same_as": same.name}
+        return found
+
+    def kept(self, cells: Sequence[Cell], path: Path) -> None:
+        """Draw which image tokens these cells' heads hold, as a picture."""
+        if cells and not path.exists():
+            in_process(_look, self, cells, path)
+
+    def raw(self, cell: Cell) -> Path:
+        """Where a cell's pictures are."""
+        return self.folder / "pictures" / f"{cell.name}.npz"
+
+
+def _truth() -> Any:
+    from vllm_kvcompress.eval.features import Frechet
+
+    return Frechet.of(true_scenes())
+
+
+def _replay(evaluation: Evaluation, cells: Sequence[Cell], path: Path) -> None:
+    llm = start(evaluation.model, {"preset": "full"}, 1, evaluation.asked.dtype)
+    try:
+        scenes = _scenes(evaluation, llm, evaluation.scenes)
+        resolve = Profiles(llm, evaluation.folder / "profiles")
+        bar = tqdm(total=len(cells) * len(scenes), desc="replay", unit="picture")
+        for first in range(0, len(cells), GROUP):
+            group = cells[first : first + GROUP]
+            trials = {c.name: Trial(resolve(c.section), c.score, c.per_layer) for c in group}
+            found = {name: Likelihood() for name in trials}
+            batches = replay_batches(llm, scenes, trials, evaluation.asked.guidance, evaluation.replay_batch)
+            before = 0
+            for done, part in batches:
+                for name, one in part.items():
+                    found[name].extend(one)
+                bar.update(len(group) * (done - before))
+                before = done
+            held = json.loads(path.read_text()) if path.exists() else {}
+            _write(path, held | {name: asdict(one) for name, one in found.items()})
+        bar.close()
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _scenes(evaluation: Evaluation, llm: Any, number: int) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, codes) of held-out pictures."""
+    from vllm_kvcompress.models.prompt import image_prompt_ids
+    from vllm_kvcompress.models.registry import image_model
+
+    captions, codes = held_out.scenes_for(evaluation.model, number, evaluation.scenes_file)
+    image, tokenizer = image_model(llm.model_config), llm.get_tokenizer()
+    ids = [image_prompt_ids(tokenizer, image, text) for text in captions]
+    return list(zip(ids, codes.tolist(), strict=True))
+
+
+def _look(evaluation: Evaluation, cells: Sequence[Cell], path: Path) -> None:
+    llm = start(evaluation.model, {"preset": "full"}, 1, evaluation.asked.dtype)
+    try:
+        scenes = _scenes(evaluation, llm, min(KEPT_SCENES, evaluation.scenes))
+        prompts, codes = [ids for ids, _ in scenes], [picture for _, picture in scenes]
+        kept = {}
+        for cell in tqdm(cells, desc="kept tokens", unit="cell"):
+            [kept[cell.name]] = llm.collective_rpc(
+                kvcompress_kept, args=(prompts, codes, Trial(cell.section))
+            )
+        raster = image_model_of(llm.model_config.hf_config).raster
+        lines = [raster.lines * n // 4 for n in (1, 2, 3)] + [raster.lines - 1]
+        draw_kept(kept, raster.width, path, sorted({line for line in lines if line}))
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+class Profiles:
+    """Turns the harness's own settings ``quantile`` and ``neighbourhood`` into a server's.
+
+    ``neighbourhood`` (lines): head scores measured with it; ``quantile``: the threshold at that quantile
+    of the scores, so that this share of the heads is spatial.
+    """
+
+    def __init__(self, llm: Any, folder: Path) -> None:
+        self.llm, self.folder = llm, folder
+
+    def __call__(self, section: dict[str, Any]) -> dict[str, Any]:
+        section = dict(section)
+        quantile, lines = section.pop("quantile", None), section.pop("neighbourhood", None)
+        if quantile is None and lines is None:
+            return section
+        path = self.folder / f"lines-{lines or 2}.json"
+        if not path.exists():
+            [text] = self.llm.collective_rpc(kvcompress_calibrate, args=(lines or 2,))
+            HeadProfile.model_validate_json(text).save(path)
+        section["head_profile"] = str(path)
+        if quantile is not None:
+            section["threshold"] = float(np.quantile(HeadProfile.load(path).scores, quantile))
+        return section
+
+
+def kvcompress_calibrate(self: Any, lines: int) -> str:
+    """A head profile measured with a neighbourhood of ``lines`` lines, as JSON (a worker method)."""
+    from vllm_kvcompress.heads.provide import calibrate
+
+    model = self.model_runner.get_model()
+    name = Path(self.vllm_config.model_config.model).name
+    return calibrate(self.vllm_config, model, name, model.fingerprint, lines).model_dump_json()
+
+
+def _write(path: Path, content: Any) -> None:
+    """JSON; a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
