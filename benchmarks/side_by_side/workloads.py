@@ -1,0 +1,130 @@
+"""What is drawn: models, grids, and the memory that a picture's keys and values take."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.testing.checkpoints import SMALL_24, CheckpointGeometry, janus_pro_1b, make_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES = ROOT / "examples" / "shapes" / "model"
+OUT = ROOT / "out" / "bench"
+PROMPT = "a red apple on a wooden table next to an old clock"
+BYTES = 2  # of a number in bfloat16, which every contender runs in
+BLOCK = 32  # tokens of vLLM's blocks where memory is fixed: its default of 128 would waste 7% of it
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One model and the pictures it draws.
+
+    Parameters
+    ----------
+    name, title : str
+        In files; in tables.
+    geometry : CheckpointGeometry or None
+        Of the random weights; None for the shapes demo model.
+    lines, width : int
+        The picture's token grid.
+    heads, head_size, layers : int
+        KV heads and their size, of one branch.
+    sampled : tuple of int
+        Lines that are timed, first to last; whole pictures are integrated between them.
+    memory_images : int
+        If not 0: KV memory is that of so many full-cache pictures, and as many are drawn at once as fit.
+    """
+
+    name: str
+    title: str
+    geometry: CheckpointGeometry | None
+    lines: int
+    width: int
+    heads: int
+    head_size: int
+    layers: int
+    sampled: tuple[int, ...]
+    memory_images: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of a picture."""
+        return self.lines * self.width
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token, both branches, all layers."""
+        return 2 * 2 * self.heads * self.head_size * BYTES * self.layers
+
+    def fixed_memory(self, prefix: int) -> int | None:
+        """Bytes in which ``memory_images`` full-cache pictures fit, and vLLM's one null block."""
+        if not self.memory_images:
+            return None
+        blocks = self.memory_images * -(-(prefix + self.tokens) // BLOCK) + 1
+        return blocks * BLOCK * self.token_bytes
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint is, or will be."""
+        if self.geometry is None:
+            return SHAPES
+        mark = hashlib.sha256(json.dumps(asdict(self.geometry)).encode()).hexdigest()[:12]
+        return OUT / "models" / f"janus-{mark}"
+
+    def checkpoint(self) -> Path:
+        """The checkpoint's folder, written first if it isn't there."""
+        if self.geometry is not None and not (self.folder / "complete").exists():
+            make_checkpoint(self.folder, geometry=self.geometry, dtype="bfloat16")
+            (self.folder / "complete").touch()
+        return self.folder
+
+    @contextmanager
+    def grid(self) -> Iterator[None]:
+        """The geometry override: in here, checkpoints draw ``lines`` lines of ``width`` tokens.
+
+        Published Janus grids are square and their checkpoints state one number. A line that ends in an
+        end-of-line token makes a grid with one more column than lines.
+        """
+
+        def raster(hf_config: object) -> Raster:
+            return Raster(self.lines, self.width)
+
+        if self.lines == self.width:
+            yield
+        else:
+            with (
+                mock.patch("vllm_kvcompress.models.registry.raster_of", raster),
+                mock.patch("vllm_kvcompress.models.vllm_config.raster_of", raster),
+            ):
+                yield
+
+
+def janus(name: str, layers: int, sampled: tuple[int, ...], memory_images: int = 0) -> Workload:
+    """Janus-Pro-1B's geometry, random weights."""
+    title = f"Janus-Pro-1B, {'all 24' if layers == 24 else f'{layers} of 24'} layers"
+    if memory_images:
+        title += f", KV memory of {memory_images} full-cache pictures"
+    return Workload(name, title, janus_pro_1b(layers), 24, 24, 16, 128, layers, sampled, memory_images)
+
+
+def long_image(name: str, layers: int, sampled: tuple[int, ...]) -> Workload:
+    """Janus-Pro-1B's layers drawing Lumina-mGPT-1024's grid: 64 lines of 64 tokens and an end of line."""
+    title = f"Janus-Pro-1B, {layers} of 24 layers, 64 x 65 tokens as Lumina-mGPT-1024"
+    return Workload(name, title, janus_pro_1b(layers), 64, 65, 16, 128, layers, sampled)
+
+
+def shapes(name: str, sampled: tuple[int, ...]) -> Workload:
+    """The demo model."""
+    return Workload(name, "shapes demo model", None, 24, 24, 4, 64, 6, sampled)
+
+
+def tiny(name: str, memory_images: int = 0) -> Workload:
+    """What the tests run: a published grid, and next to no layers."""
+    g = SMALL_24
+    return Workload(
+        name, "tiny", g, 24, 24, g.heads, g.hidden // g.heads, g.layers, (0, 4, 23), memory_images
+    )
