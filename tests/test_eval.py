@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
 
+from vllm_kvcompress.cli import app
 from vllm_kvcompress.eval import held_out, stats
 from vllm_kvcompress.eval.cells import BUDGETS, ablation, grid, parse_budget
 from vllm_kvcompress.eval.features import Frechet
@@ -92,12 +94,19 @@ def test_held_out_scenes_come_back(tmp_path: Path) -> None:
         held_out.load(path, 1)
 
 
-def evaluate(model: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        str(Path(sys.executable).parent / "vllm-kvcompress"), "eval", str(model), "-o", str(folder),
-        "--presets", "full,line_ar,ssd", "--budgets", "1,0.5", "--categories", "colors,position",
-        "--scenes", "2", "--dtype", "float32", *more,
+def arguments(model: Path, folder: Path, *more: str) -> list[str]:
+    return [
+        "eval", str(model), "-o", str(folder), "--presets", "full,line_ar,ssd", "--budgets", "1,0.5",
+        "--categories", "colors,position", "--scenes", "2", "--dtype", "float32", *more,
     ]  # fmt: skip
+
+
+def in_this_process(model: Path, folder: Path, *more: str) -> Result:
+    return CliRunner().invoke(app, arguments(model, folder, *more))
+
+
+def evaluate(model: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "vllm-kvcompress"), *arguments(model, folder, *more)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
@@ -142,11 +151,10 @@ def test_it_goes_on_where_it_stopped_and_keeps_settings_apart(
     assert again.returncode == 0, again.stderr[-2000:]
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")} == kept, "nothing drawn again"
     assert (folder / "judged" / "full.json").read_text() == before
-    for more, complaint in ((("--pictures", "3"), "number 2, not 3"), (("--seed", "1"), "seed")):
-        refused = evaluate(checkpoints["tiny-hf"], folder, *("--pictures", "2"), *more)
-        assert refused.returncode == 1
+    for more, complaint in ((("--pictures", "3"), "number 2, not 3"), (("--seed", "1"), "seed 0, not 1")):
+        refused = in_this_process(checkpoints["tiny-hf"], folder, "--pictures", "2", *more)
+        assert refused.exit_code == 1
         assert complaint in refused.stderr
-        assert len(refused.stderr.strip().splitlines()) == 1
 
 
 def test_unknown_names_are_refused(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
@@ -155,7 +163,8 @@ def test_unknown_names_are_refused(tmp_path: Path, checkpoints: dict[str, Path])
         (("--budgets", "7"), "budget: 7 is not in (0, 1]"),
         (("--categories", "poems"), "categories: unknown 'poems'"),
     ):
-        refused = evaluate(checkpoints["tiny-hf"], tmp_path / "new", *more)
-        assert refused.returncode == 1
-        assert complaint in refused.stderr
+        refused = in_this_process(checkpoints["tiny-hf"], tmp_path / "new", *more)
+        assert refused.exit_code == 1
+        assert refused.stderr.startswith(f"vllm-kvcompress: {complaint}")
+        assert len(refused.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "new").exists()
