@@ -15,8 +15,7 @@ _PROCESS = 2 << 30  # bytes: interpreter, libraries, activations, embeddings
 
 def need_bytes(contender: Contender, workload: Workload, batch: int) -> float:
     """About what a contender's process will take, generously."""
-    image = (workload.tokens * min(1.0, 1.2 * contender.budget) + 128) * workload.token_bytes
-    kv = workload.fixed_memory(64) or 1.2 * batch * image
+    kv = workload.fixed_memory(64) or workload.kv_memory(batch, contender.budget)
     embeddings = 0
     if g := workload.geometry:
         embeddings = 2 * 2 * g.text_vocab * g.hidden

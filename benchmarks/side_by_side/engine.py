@@ -1,6 +1,5 @@
 """vLLM in this process: pictures that begin at any line, stepped and timed one engine step at a time."""
 
-import math
 import os
 import time
 from typing import Any
@@ -12,8 +11,6 @@ from side_by_side.sample import LineSample
 from side_by_side.stopwatch import Stopwatch, modules_named
 from side_by_side.workloads import BLOCK, PROMPT, Workload
 
-_SLACK = 1.12  # pages are rounded up, and hold side state
-_MARGIN = 64  # tokens: of a prompt, of a block
 _LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
@@ -41,7 +38,7 @@ class Engine:
             extra["additional_config"] = {"kvcompress": contender.section}
         elif workload.memory_images:
             extra["block_size"] = BLOCK
-        length = _MARGIN + workload.tokens
+        length = 64 + workload.tokens
         self.llm = LLM(
             str(workload.checkpoint()),
             dtype="bfloat16",
@@ -50,7 +47,8 @@ class Engine:
             max_num_seqs=batch,
             max_model_len=length,
             max_num_batched_tokens=max(2048, length),
-            kv_cache_memory_bytes=workload.fixed_memory(_prompt_tokens(workload)) or self._memory(batch),
+            kv_cache_memory_bytes=workload.fixed_memory(_prompt_tokens(workload))
+            or workload.kv_memory(batch, contender.budget),
             **extra,
         )
         torch.set_num_threads = set_threads  # vLLM's CPU worker replaces it by one that does nothing
@@ -60,10 +58,6 @@ class Engine:
         self.limit = batch
         self._added = 0
         self._fill()
-
-    def _memory(self, batch: int) -> int:
-        resident = 2 * _MARGIN + math.ceil(self.workload.tokens * self.contender.budget)
-        return int(_SLACK * (batch + 1) * resident * self.workload.token_bytes)
 
     def _fill(self) -> None:
         """Random numbers in the whole cache.

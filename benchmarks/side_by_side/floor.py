@@ -6,11 +6,11 @@ import torch
 
 from side_by_side.workloads import BYTES, Workload
 
-_COPIED = 1 << 30  # bytes; larger than a last-level cache
+_COPIED = 1 << 29  # bytes, twice: source and target together are larger than any cache
 
 
 class Copy:
-    """A multi-threaded copy of a gibibyte: what this machine's memory gives, now."""
+    """A multi-threaded copy of half a gibibyte: what this machine's memory gives, now."""
 
     def __init__(self, size: int = _COPIED) -> None:
         self._source = torch.ones(size, dtype=torch.uint8)
