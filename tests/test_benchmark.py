@@ -250,5 +250,6 @@ def test_a_changed_claim_is_found():
     assert document == f"before\n{part}\nafter"
     assert report.claimed(document) == [("x.json", part)]
     assert report.claimed(document.replace("at least", "at most")) != [("x.json", part)]
-    with pytest.raises(ValueError, match="no <!-- benchmark"):
+    assert report.with_claim(f"a\n{report.PLACE}\nb", part) == f"a\n{part}\nb"
+    with pytest.raises(ValueError, match="neither <!-- benchmark"):
         report.with_claim("nothing here", part)

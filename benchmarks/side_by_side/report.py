@@ -24,6 +24,7 @@ _PARTS = (
     "attention", "linear layers", "image head", "sampling", "scheduler", "inputs and plan", "other",
 )  # fmt: skip
 _MARKED = re.compile(r"<!-- benchmark: (\S+) -->\n.*?<!-- /benchmark -->", re.DOTALL)
+PLACE = "<!-- benchmark -->"  # in a document that has no claim yet
 Data = dict[str, Any]
 _METHOD = """Medians over repeats, least and most in parentheses; contenders took turns. Speeds of whole \
 pictures are **integrated from samples**: every step of the timed lines, straight lines in between. Pictures \
@@ -205,9 +206,14 @@ def claimed(text: str) -> list[tuple[str, str]]:
 
 
 def with_claim(text: str, part: str) -> str:
-    """The document with its marked part replaced. ValueError if it has none."""
+    """The document with its marked part, or the mark where one should be, replaced.
+
+    Raises ValueError if it has neither.
+    """
     if not _MARKED.search(text):
-        raise ValueError("the document has no <!-- benchmark: FILE --> ... <!-- /benchmark --> part")
+        if PLACE not in text:
+            raise ValueError(f"the document has neither {PLACE} nor a <!-- benchmark: FILE --> part")
+        return text.replace(PLACE, part, 1)
     return _MARKED.sub(lambda _: part, text, count=1)
 
 
