@@ -32,7 +32,7 @@ def round_trip(model: JanusForConditionalGeneration, number: int) -> float:
             codes = model.model.vqmodel.encode(pixels.to(model.dtype)).image_tokens.view(len(pixels), -1)
         meanings = [sample_pair((VALID_STREAM, index))[1] for index in range(first, first + 50)]
         right += sum(judge(p, m).correct for p, m in zip(to_pictures(model, codes), meanings, strict=True))
-    return right / number
+    return right / max(1, number)
 
 
 def main() -> None:

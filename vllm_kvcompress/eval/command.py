@@ -30,7 +30,9 @@ def evaluate(
     scenes: Annotated[int, typer.Option(min=0, help="Known pictures that are replayed; 0 for none.")] = 64,
     scenes_file: Annotated[Path | None, typer.Option(help="Where from (.npz); else the model's own.")] = None,
     ablation: Annotated[bool, typer.Option(help="Also vary one setting of decoupled at a time.")] = False,
-    guidance: Annotated[float, typer.Option(min=0, max=100, help="Guidance scale.")] = 5.0,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Guidance scale; else the checkpoint's own.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of the drawing.")] = 1.0,
     seed: int = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 64,
@@ -58,7 +60,8 @@ def evaluate(
     if ablation:
         small = [text for text in sizes if text not in ("1", "1.0")]
         cells += ablation_cells(_width(model), small)
-    asked = Asked(chosen, pictures, seed, guidance, temperature, batch, dtype)
+    scale = _own_guidance(model) if guidance is None else guidance
+    asked = Asked(chosen, pictures, seed, scale, temperature, batch, dtype)
     evaluation = Evaluation(model, output, cells, asked, scenes, scenes_file)
     evaluation.check_folder()
 
@@ -78,6 +81,18 @@ def _shown(argument: str) -> str:
     return (
         argument if argument.replace("/", "").replace(",", "").replace("-", "").isalnum() else repr(argument)
     )
+
+
+def _own_guidance(model: str) -> float:
+    """What a server of the model would guide with by default."""
+    from transformers import GenerationConfig
+
+    from vllm_kvcompress.models.config import ImageModel
+
+    try:
+        return GenerationConfig.from_pretrained(model).guidance_scale or ImageModel.guidance_scale
+    except OSError:
+        return ImageModel.guidance_scale
 
 
 def _width(model: str) -> int:

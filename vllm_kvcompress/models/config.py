@@ -106,7 +106,8 @@ class ImageModel:
         Text ids of begin-of-sentence, padding and begin-of-image. Families differ, so they come
         from the checkpoint's tokenizer.
     guidance_scale : float
-        Default classifier-free guidance scale.
+        Default classifier-free guidance scale: the checkpoint's generation_config.json's, or
+        Janus-Pro's 5.
     """
 
     raster: Raster

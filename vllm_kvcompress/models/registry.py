@@ -19,6 +19,7 @@ ARCHITECTURES = {
 CHAT_TEMPLATE = Path(__file__).parent / "templates" / "janus_pro.jinja"
 
 _SPECIAL_IDS = "kvcompress_special_ids"
+_GUIDANCE_SCALE = "kvcompress_guidance_scale"
 
 
 def serves(model_config: "ModelConfig") -> bool:
@@ -29,6 +30,11 @@ def serves(model_config: "ModelConfig") -> bool:
 def store_special_ids(hf_config: "PreTrainedConfig", bos: int, pad: int, boi: int) -> None:
     """Keep the tokenizer's ids with the configuration, so that every process has them."""
     setattr(hf_config, _SPECIAL_IDS, (bos, pad, boi))
+
+
+def store_guidance_scale(hf_config: "PreTrainedConfig", scale: float) -> None:
+    """Keep the checkpoint's default guidance scale with the configuration."""
+    setattr(hf_config, _GUIDANCE_SCALE, scale)
 
 
 def image_model_of(hf_config: "PreTrainedConfig") -> ImageModel:
@@ -46,6 +52,7 @@ def image_model_of(hf_config: "PreTrainedConfig") -> ImageModel:
         bos=bos,
         pad=pad,
         boi=boi,
+        guidance_scale=getattr(hf_config, _GUIDANCE_SCALE, ImageModel.guidance_scale),
     )
 
 

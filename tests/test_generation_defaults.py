@@ -1,0 +1,39 @@
+"""What a checkpoint's generation_config.json says about guidance is the server's default."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from inprocess import Engine, in_process  # noqa: F401
+from vllm import SamplingParams
+
+SMALL = {"max_model_len": 128}
+
+
+def with_guidance(model: Path, folder: Path, scale: object) -> Path:
+    """A copy of a checkpoint whose own guidance scale is ``scale``."""
+    shutil.copytree(model, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"guidance_scale": scale}))
+    return folder
+
+
+def test_the_checkpoints_guidance_is_the_default(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    usual = Engine.get(checkpoints["tiny-hf"], **SMALL)
+    own = Engine.get(with_guidance(checkpoints["tiny-hf"], tmp_path / "own", 1.5), **SMALL)
+    prompts = [usual.prompt("a red bird by the sea")]
+
+    def draw(engine: Engine, **extra: float) -> list[list[int]]:
+        return engine.draw(prompts, SamplingParams(temperature=0.0, extra_args=extra))
+
+    assert draw(own) == draw(usual, guidance_scale=1.5)
+    assert draw(own, guidance_scale=5.0) == draw(usual)
+    assert draw(own) != draw(usual)
+
+
+@pytest.mark.parametrize("scale", [-1.0, 1e300, True])
+def test_a_scale_out_of_range_is_refused(checkpoints: dict[str, Path], tmp_path: Path, scale: object) -> None:
+    model = with_guidance(checkpoints["tiny-hf"], tmp_path / "own", scale)
+    with pytest.raises(ValueError, match=r"generation_config\.json: guidance_scale"):
+        Engine(model, **SMALL)
