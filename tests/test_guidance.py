@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
@@ -74,7 +74,7 @@ class Batch:
 
     def __init__(self, rows=8):
         self.tracker = RequestTracker.__new__(RequestTracker)
-        self.tracker.rows = RequestRows(rows, MODEL)
+        self.tracker.rows = RequestRows(rows, MODEL, context=4)
         self.rows = [None] * rows
 
     def update(self, removed=(), added=(), moved=()):
@@ -87,8 +87,11 @@ class Batch:
             if request is not None:
                 assert rows.scale[row] == request.guidance.scale
                 assert rows.prefix[row] == request.prefix
-        wanted = {row: r.guidance.negative_ids for row, r in enumerate(self.rows) if r is not None}
-        assert rows.negatives == {row: negative for row, negative in wanted.items() if negative is not None}
+        wanted = [(r and r.guidance.negative_ids) or () for r in self.rows]
+        assert rows.negatives == any(wanted)
+        for row, ids in enumerate(wanted):
+            if self.rows[row] is not None:
+                assert tuple(rows.negative[row, : rows.negative_length[row]].tolist()) == ids
 
 
 REQUESTS = st.tuples(
@@ -96,6 +99,7 @@ REQUESTS = st.tuples(
 )
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_rows_follow_the_batch(data):
     """Any sequence of the runner's updates: removals, additions, then moves and swaps."""
@@ -136,6 +140,44 @@ def test_nothing_new_costs_nothing():
     assert rows.scale.tolist() == [5.0, 3.0, 5.0, 5.0]
 
 
+def test_narrow_logits_are_for_batches_of_pictures_alone_and_for_one_sampling():
+    rows, text = RequestRows(4, MODEL, context=4), facts(prefix=NO_IMAGE)
+    named = RequestFacts.read(SamplingParams(logit_bias={301: 1.0}), PROMPT, MODEL)
+    assert named.names_ids
+    for batch, narrow in (
+        ({}, False),
+        ({0: facts(), 1: facts(1.0)}, True),
+        ({0: facts(), 1: text}, False),
+        ({0: facts(), 1: named}, False),
+    ):
+        rows.replace(batch)
+        assert rows.take_narrow() is narrow
+        assert rows.take_narrow() is False
+        assert rows.is_text.tolist() == [row in batch and batch[row].is_text for row in range(4)]
+    rows.narrow_allowed = False
+    rows.replace({0: facts()})
+    assert rows.take_narrow() is False
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"logit_bias": {301: 1.0}}, {"allowed_token_ids": [301]}, {"frequency_penalty": 0.1},
+        {"presence_penalty": 0.1}, {"repetition_penalty": 1.1}, {"min_tokens": 2}, {"prompt_logprobs": 0},
+        {"logprobs": -1}, {"bad_words": ["x"]},
+    ],
+)  # fmt: skip
+def test_settings_that_name_ids(setting):
+    assert RequestFacts.read(SamplingParams(**setting), PROMPT, MODEL).names_ids
+
+
+@pytest.mark.parametrize(
+    "setting", [{"temperature": 0.5, "top_k": 5}, {"top_p": 0.5, "seed": 3}, {"logprobs": 2}]
+)
+def test_settings_that_name_no_ids(setting):
+    assert not RequestFacts.read(SamplingParams(**setting), PROMPT, MODEL).names_ids
+
+
 def test_the_tracker_leaves_logits_alone():
     tracker = RequestTracker.__new__(RequestTracker)
     assert tracker.is_argmax_invariant()
@@ -162,11 +204,29 @@ def test_first_token_is_kept_whatever_it_is():
     assert unconditional_ids(ids(50, 50, 3), torch.arange(3), MODEL).tolist() == [50, 2, 3]
 
 
+def rows_of(*negatives):
+    rows = RequestRows(len(negatives), MODEL, context=4)
+    rows.replace({row: facts(negative=ids) for row, ids in enumerate(negatives)})
+    return rows
+
+
+def test_a_row_gets_another_negative():
+    rows = rows_of((1, 77, 3), (1, 78, 3))
+    before = rows.negative.data_ptr(), rows.negative_length.data_ptr(), rows.scale.data_ptr()
+    rows.replace({0: facts(negative=(1, 78, 3)), 1: facts()})
+    assert rows.negative_length.tolist() == [3, 0]
+    assert rows.negative[0, :3].tolist() == [1, 78, 3]
+    rows.replace({0: facts(), 1: facts(negative=(1, 78, 79, 3))})
+    assert rows.negative_length.tolist() == [0, 4]
+    assert rows.negative[1].tolist() == [1, 78, 79, 3]
+    assert before == (rows.negative.data_ptr(), rows.negative_length.data_ptr(), rows.scale.data_ptr())
+
+
 def test_negatives_go_to_their_own_rows():
     tokens = ids(1, 50, 3, 300, 1, 60, 3, 301)
     positions, rows = ids(0, 1, 2, 3, 0, 1, 2, 3), ids(0, 0, 0, 0, 1, 1, 1, 1)
     uncond = unconditional_ids(tokens, positions, MODEL)
-    spliced = splice_negatives(uncond, tokens, positions, rows, {1: (1, 77, 3)}, MODEL)
+    spliced = splice_negatives(uncond, tokens, positions, rows, rows_of(None, (1, 77, 3)))
     assert spliced.tolist() == [1, 2, 3, 300, 1, 77, 3, 301]
     assert uncond.tolist() == [1, 2, 3, 300, 1, 2, 3, 301]
 
@@ -175,14 +235,14 @@ def test_a_negative_in_a_later_chunk():
     """Chunked prefill: positions, not the place in the batch, say which id it is."""
     tokens, positions, rows = ids(51, 3, 300), ids(2, 3, 4), ids(0, 0, 0)
     uncond = unconditional_ids(tokens, positions, MODEL)
-    spliced = splice_negatives(uncond, tokens, positions, rows, {0: (1, 77, 78, 3)}, MODEL)
+    spliced = splice_negatives(uncond, tokens, positions, rows, rows_of((1, 77, 78, 3)))
     assert spliced.tolist() == [78, 3, 300]
 
 
 def test_a_negative_equal_to_the_default_changes_nothing():
     tokens, positions, rows = ids(*PROMPT, 300), torch.arange(5), torch.zeros(5, dtype=torch.int64)
     uncond = unconditional_ids(tokens, positions, MODEL)
-    assert torch.equal(splice_negatives(uncond, tokens, positions, rows, {0: (1, 2, 2, 3)}, MODEL), uncond)
+    assert torch.equal(splice_negatives(uncond, tokens, positions, rows, rows_of((1, 2, 2, 3))), uncond)
 
 
 # ---- the blend

@@ -14,9 +14,11 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvcompress.models.config import ImageModel
 from vllm_kvcompress.models.registry import image_model
+from vllm_kvcompress.sampling import names_ids
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -68,10 +70,18 @@ class RequestFacts:
     guidance : GuidanceParams
     prefix : int
         Tokens before the first image token; ``NO_IMAGE`` in a text request.
+    names_ids : bool
+        Whether sampling it takes logits of the whole vocabulary.
     """
 
     guidance: GuidanceParams
     prefix: int
+    names_ids: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its next token is text."""
+        return self.prefix == NO_IMAGE
 
     @classmethod
     def read(
@@ -83,25 +93,38 @@ class RequestFacts:
         if not end or ids[end - 1] != model.boi:
             # Admission has not looked at a text request's arguments, and they mean nothing here.
             return cls(GuidanceParams(model.guidance_scale), NO_IMAGE)
-        return cls(GuidanceParams.read(getattr(params, "extra_args", None), model.guidance_scale), end)
+        guidance = GuidanceParams.read(getattr(params, "extra_args", None), model.guidance_scale)
+        return cls(guidance, end, names_ids(params))
 
 
 class RequestRows:
     """Facts of the requests in the running batch, one entry a row, in batch order.
 
-    ``scale`` (guidance) is float32 and ``prefix`` int32, both ``[max_rows]`` on the model's device.
+    The tensors keep their addresses from `to` on, so that a CUDA graph can read them: ``scale`` (guidance)
+    is float32 and ``prefix`` int32, both ``[max_rows]`` on the model's device; ``negative`` int32
+    ``[max_rows, context]`` holds the users' own unconditional prompts, of which ``negative_length`` int32
+    ``[max_rows]`` says how long they are, 0 in a row without; ``is_text`` is bool ``[max_rows]``.
     """
 
-    def __init__(self, max_rows: int, model: ImageModel) -> None:
+    def __init__(self, max_rows: int, model: ImageModel, context: int = 0) -> None:
         self.model = model
         self.scale = torch.full((max_rows,), model.guidance_scale, dtype=torch.float32)
         self.prefix = torch.full((max_rows,), NO_IMAGE, dtype=torch.int32)
+        self.negative = torch.zeros(max_rows, context, dtype=torch.int32)
+        self.negative_length = torch.zeros(max_rows, dtype=torch.int32)
+        self.is_text = torch.zeros(max_rows, dtype=torch.bool)
+        self.narrow_allowed = True
+        self._narrow = False
         self._rows: dict[int, RequestFacts] = {}
+        self._written: dict[int, tuple[int, ...]] = {}  # what `negative` holds
         self._dirty = False
 
     def to(self, device: torch.device | str) -> None:
         """Move the tensors to the model's device."""
-        self.scale, self.prefix = self.scale.to(device), self.prefix.to(device)
+        self.scale, self.prefix, self.is_text = (
+            x.to(device) for x in (self.scale, self.prefix, self.is_text)
+        )
+        self.negative, self.negative_length = self.negative.to(device), self.negative_length.to(device)
 
     def add(self, row: int, facts: RequestFacts) -> None:
         """A request starts in ``row`` (replacing whatever was there)."""
@@ -129,26 +152,49 @@ class RequestRows:
         self.flush()
 
     def flush(self) -> None:
-        """Bring the tensors up to date with the rows. Once per step, before the forward."""
+        """Bring the tensors up to date with the rows, without waiting. Once per step, before the forward."""
+        rows = self._rows.values()
+        self._narrow = self.narrow_allowed and bool(rows) and not any(r.is_text or r.names_ids for r in rows)
         if not self._dirty:
             return
         self._dirty = False
-        scale, prefix = (
-            torch.empty_like(self.scale, device="cpu"),
-            torch.empty_like(self.prefix, device="cpu"),
-        )
-        scale.fill_(self.model.guidance_scale)
-        prefix.fill_(NO_IMAGE)
+        count = len(self.scale)
+        scale, prefix, lengths = [self.model.guidance_scale] * count, [NO_IMAGE] * count, [0] * count
+        is_text = [False] * count
         for row, facts in self._rows.items():
-            scale[row], prefix[row] = facts.guidance.scale, facts.prefix
-        self.scale.copy_(scale)
-        self.prefix.copy_(prefix)
+            scale[row], prefix[row], is_text[row] = facts.guidance.scale, facts.prefix, facts.is_text
+            ids = facts.guidance.negative_ids or ()
+            lengths[row] = len(ids)
+            if ids and self._written.get(row) != ids:
+                self._written[row] = ids
+                async_tensor_h2d(list(ids), out=self.negative[row, : len(ids)])
+        async_tensor_h2d(scale, out=self.scale)
+        async_tensor_h2d(prefix, out=self.prefix)
+        async_tensor_h2d(lengths, out=self.negative_length)
+        async_tensor_h2d(is_text, out=self.is_text)
+
+    def take_narrow(self) -> bool:
+        """Whether image codes are all that the step flushed for can draw; asked once, for its sampling.
+
+        Logits that anyone computes beside the steps are those of the whole vocabulary.
+        """
+        narrow, self._narrow = self._narrow, False
+        return narrow
 
     @property
-    def negatives(self) -> dict[int, tuple[int, ...]]:
-        """row -> the unconditional prompt's ids, of rows that have their own."""
-        rows = self._rows.items()
-        return {row: ids for row, facts in rows if (ids := facts.guidance.negative_ids) is not None}
+    def text_rows(self) -> set[int]:
+        """Rows of requests that want text."""
+        return {row for row, facts in self._rows.items() if facts.is_text}
+
+    def prefix_of(self, row: int) -> int:
+        """What ``prefix`` holds for a row, from the host's own memory."""
+        facts = self._rows.get(row)
+        return NO_IMAGE if facts is None else facts.prefix
+
+    @property
+    def negatives(self) -> bool:
+        """Whether any row has an unconditional prompt of its own."""
+        return any(facts.guidance.negative_ids for facts in self._rows.values())
 
 
 _ROWS: "WeakValueDictionary[int, RequestRows]" = WeakValueDictionary()
@@ -163,7 +209,8 @@ def request_rows(vllm_config: "VllmConfig") -> RequestRows:
     key = id(vllm_config.model_config.hf_config)
     rows = _ROWS.get(key)
     if rows is None:
-        rows = RequestRows(vllm_config.scheduler_config.max_num_seqs, image_model(vllm_config.model_config))
+        model = vllm_config.model_config
+        rows = RequestRows(vllm_config.scheduler_config.max_num_seqs, image_model(model), model.max_model_len)
         _ROWS[key] = rows
     return rows
 
@@ -189,31 +236,25 @@ def unconditional_ids(input_ids: Tensor, positions: Tensor, model: ImageModel) -
 
 
 def splice_negatives(
-    uncond: Tensor,
-    input_ids: Tensor,
-    positions: Tensor,
-    token_rows: Tensor,
-    negatives: Mapping[int, tuple[int, ...]],
-    model: ImageModel,
+    uncond: Tensor, input_ids: Tensor, positions: Tensor, token_rows: Tensor, rows: RequestRows
 ) -> Tensor:
-    """Put the users' own unconditional prompts into the rows that have one.
+    """Put the users' own unconditional prompts into the rows that have one; nothing is read on the host.
 
     Parameters
     ----------
     uncond, input_ids, positions, token_rows : Tensor
         ``[tokens]``: the branch so far, the conditional ids, positions, and each token's batch row.
+    rows : RequestRows
+        Flushed.
 
     Returns
     -------
     Tensor
         ``[tokens]``, a new tensor.
     """
-    uncond = uncond.clone()
-    for row, ids in negatives.items():
-        table = torch.as_tensor(ids, dtype=uncond.dtype, device=uncond.device)
-        mine = (token_rows == row) & (positions < len(ids)) & (input_ids < model.text_vocab)
-        uncond[mine] = table[positions[mine]]
-    return uncond
+    mine = (positions < rows.negative_length[token_rows]) & (input_ids < rows.model.text_vocab)
+    own = rows.negative[token_rows, positions.clamp(max=rows.negative.shape[1] - 1)]
+    return torch.where(mine, own.to(uncond.dtype), uncond)
 
 
 def blend(cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:

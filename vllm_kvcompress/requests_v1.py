@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from vllm_kvcompress.guidance import RequestFacts, request_rows
 from vllm_kvcompress.patches import seeds
+from vllm_kvcompress.sampling import patch_v1
 
 
 class RequestTracker(V1LogitsProcessor, V2LogitsProcessor):
@@ -25,6 +26,9 @@ class RequestTracker(V1LogitsProcessor, V2LogitsProcessor):
 
     def __init__(self, vllm_config: Any, *runner_specific: Any) -> None:
         self.rows = request_rows(vllm_config)
+        # Other processors may look at any id.
+        self.rows.narrow_allowed = len(vllm_config.model_config.logits_processors or ()) <= 1
+        patch_v1()
         if vllm_config.device_config.device_type == "cpu":
             seeds.apply()
 

@@ -9,6 +9,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_kvcompress.guidance import RequestFacts, RequestRows
+from vllm_kvcompress.sampling import image_sampler
 
 
 class JanusModelState(DefaultModelState):
@@ -20,6 +21,11 @@ class JanusModelState(DefaultModelState):
         self.rows: RequestRows = model.rows
         self._slots: dict[int, RequestFacts] = {}
         self._slot_of: dict[str, int] = {}
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
+        adopted = image_sampler(sampler, self.rows)
+        self.rows.narrow_allowed &= adopted is not None
+        return None if adopted is None else (adopted, None)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)

@@ -40,6 +40,7 @@ from vllm_kvcompress.guidance import (
 from vllm_kvcompress.models.registry import image_model_of
 from vllm_kvcompress.models.vq import VQDecoder
 from vllm_kvcompress.models.weights import load_weights
+from vllm_kvcompress.sampling import mark
 
 BRANCHES = 2
 
@@ -186,6 +187,7 @@ class JanusForImageGeneration(nn.Module):
         self.text_logits = LogitsProcessor(text.vocab_size)
         self.image_logits = LogitsProcessor(self.image.codes)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self._full_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self._embeds = (
             torch.zeros(tokens, BRANCHES * text.hidden_size, dtype=self.dtype)
             if vllm_config.compilation_config.cudagraph_mode.has_piecewise_cudagraphs()
@@ -220,8 +222,8 @@ class JanusForImageGeneration(nn.Module):
         embeds = None
         if get_pp_group().is_first_rank:
             uncond = unconditional_ids(input_ids, positions, self.image)
-            if negatives := self.rows.negatives:
-                uncond = splice_negatives(uncond, input_ids, positions, token_rows, negatives, self.image)
+            if self._full_graphs or self.rows.negatives:  # a graph holds it for the rows to come
+                uncond = splice_negatives(uncond, input_ids, positions, token_rows, self.rows)
             embeds = self.embed_input_ids(torch.stack([input_ids, uncond], 1).flatten())
             embeds = self._in_place(embeds.view(input_ids.shape[0], -1))
         hidden = self.language_model(None, positions, intermediate_tensors, embeds)
@@ -250,13 +252,16 @@ class JanusForImageGeneration(nn.Module):
         return torch.searchsorted(starts[1:], tokens, right=True).clamp_(max=len(self.rows.scale) - 1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """``[rows, 2 * hidden + 2]`` -> float32 ``[rows, text_vocab + codes]``.
+        """``[rows, 2 * hidden + 2]`` -> float32 ``[rows, text_vocab + codes]``, or ``[rows, codes]``.
 
-        A row has either text or image logits, never both; the other range is -inf. A text row can't
-        begin an image: that is what a prompt ending in begin-of-image is for.
+        The latter for a step's sampling where every row draws (``vllm_kvcompress.sampling``). Otherwise a row
+        has either text or image logits, never both; the other range is -inf. A text row can't begin an
+        image: that is what a prompt ending in begin-of-image is for.
         """
         scale = unpack_scale(hidden_states[:, -2:])
         branches = hidden_states[:, :-2].reshape(-1, BRANCHES, self.hidden_size)
+        if self.rows.take_narrow():
+            return mark(self._guided(branches, scale), self.rows)
         is_text = scale < 0
         logits = hidden_states.new_full((len(scale), self.image.vocab), -torch.inf, dtype=torch.float32)
         rows = torch.nonzero(~is_text).flatten()
@@ -267,7 +272,7 @@ class JanusForImageGeneration(nn.Module):
             text = self.text_logits(self.lm_head, branches[rows, 0]).float()
             text[:, self.image.boi] = -torch.inf
             logits[rows, : self.image.text_vocab] = text
-        return logits
+        return mark(logits, self.rows)
 
     def _guided(self, branches: Tensor, scale: Tensor) -> Tensor:
         """``[rows, 2, hidden]`` -> guided image logits, float32 ``[rows, codes]``."""

@@ -1,0 +1,138 @@
+"""Sampling from the image ids alone, on both model runners.
+
+A picture's next token is one of 16,384 codes, of a vocabulary of 118,784 ids. Where no row of a batch can
+want a text id, and none has settings that name ids, `compute_logits` gives the codes' logits only, and
+what vLLM's samplers make of them is moved up to the ids. Otherwise logits are as wide as the vocabulary, and
+rows that draw are still sampled from the codes alone: the same seed draws the same picture in any company.
+"""
+
+import functools
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+    from vllm_kvcompress.guidance import RequestRows
+
+_MARK = "_kvcompress_rows"
+
+
+def names_ids(params: "SamplingParams | None") -> bool:
+    """Whether a request's settings are about ids of the whole vocabulary, or all of it is to be reported."""
+    if params is None:
+        return False
+    return bool(
+        params.logit_bias
+        or params.allowed_token_ids
+        or params.bad_words
+        or params.frequency_penalty
+        or params.presence_penalty
+        or params.repetition_penalty != 1.0
+        or params.min_tokens
+        or params.prompt_logprobs is not None
+        or params.logprobs == -1
+        or params.logprob_token_ids
+    )
+
+
+def mark(logits: Tensor, rows: "RequestRows") -> Tensor:
+    """The same tensor, which now says whose rows it holds."""
+    setattr(logits, _MARK, rows)
+    return logits
+
+
+def is_narrow(logits: Tensor, rows: "RequestRows") -> bool:
+    """Whether the logits are of image codes, not of ids."""
+    return logits.shape[-1] == rows.model.codes
+
+
+def move_up(output: Any, rows: "RequestRows") -> Any:
+    """A sampler's output over codes, in place, as ids; either runner's."""
+    output.sampled_token_ids += rows.model.text_vocab
+    if output.logprobs_tensors is not None:
+        output.logprobs_tensors.logprob_token_ids.add_(rows.model.text_vocab)
+    return output
+
+
+def patch_v1() -> None:
+    """Make the V1 runner's sampler take marked logits; others pass as they are.
+
+    The V1 runner has no place for a model's own sampler (the V2 runner has: `image_sampler`).
+    """
+    from vllm.v1.sample.sampler import Sampler
+
+    if getattr(Sampler.forward, _MARK, False):
+        return
+    forward: Any = Sampler.forward
+    sample: Any = Sampler.sample
+
+    @functools.wraps(forward)
+    def forward_marked(self: Any, logits: Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = getattr(logits, _MARK, None)
+        if rows is None:
+            return forward(self, logits, sampling_metadata, *args, **kwargs)
+        setattr(self, _MARK, rows)
+        try:
+            output = forward(self, logits, sampling_metadata, *args, **kwargs)
+        finally:
+            delattr(self, _MARK)
+        return move_up(output, rows) if is_narrow(logits, rows) else output
+
+    @functools.wraps(sample)
+    def sample_marked(self: Any, logits: Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        rows, whole = getattr(self, _MARK, None), sampling_metadata
+        if rows is None:
+            return sample(self, logits, whole, *args, **kwargs)
+        codes, text = rows.model.codes, rows.text_rows
+        top_k = None if whole.top_k is None else whole.top_k.clamp(max=codes)
+        drawing = {row: made for row, made in whole.generators.items() if row not in text}
+        image = replace(whole, top_k=top_k, generators=drawing)
+        if is_narrow(logits, rows):
+            return sample(self, logits, image, *args, **kwargs)
+        # Sampling works in place, hence the copy; each generator is used once.
+        codes_only = logits[:, rows.model.text_vocab :].clone()
+        code, _ = sample(self, codes_only, image, *args, **kwargs)
+        writing = {row: made for row, made in whole.generators.items() if row in text}
+        sampled, logprobs = sample(self, logits, replace(whole, generators=writing), *args, **kwargs)
+        return torch.where(rows.is_text[: len(code)], sampled, code + rows.model.text_vocab), logprobs
+
+    setattr(forward_marked, _MARK, True)
+    Sampler.forward = forward_marked  # type: ignore[method-assign]
+    Sampler.sample = sample_marked  # type: ignore[method-assign]
+
+
+def image_sampler(sampler: Any, rows: "RequestRows") -> Any | None:
+    """The V2 runner's sampler, taking narrow logits too; None for one whose features need all ids."""
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+    class ImageSampler(Sampler):
+        """vLLM's sampler, over codes where the logits are."""
+
+        def __call__(self, logits: Tensor, input_batch: Any) -> Any:
+            output = super().__call__(logits, input_batch)
+            return move_up(output, rows) if is_narrow(logits, rows) else output
+
+        def _sample_random(
+            self, processed_logits: Tensor, expanded_idx_mapping: Tensor, idx_mapping_np: Any, pos: Tensor,
+            top_k: Tensor | None, top_p: Tensor | None, use_fused_sampler: bool,
+        ) -> tuple[Tensor, Tensor]:  # fmt: skip
+            where = expanded_idx_mapping, idx_mapping_np, pos
+            few = None if top_k is None else top_k.clamp(max=rows.model.codes)
+            choose, logits = super()._sample_random, processed_logits
+            if is_narrow(logits, rows):
+                return choose(logits, *where, few, top_p, use_fused_sampler)
+            codes_only = logits[:, rows.model.text_vocab :].clone()
+            code, _ = choose(codes_only, *where, few, top_p, use_fused_sampler)
+            sampled, processed = choose(logits, *where, top_k, top_p, use_fused_sampler)
+            picked = torch.where(rows.is_text[: len(code)], sampled, code + rows.model.text_vocab)
+            return picked, processed
+
+    if type(sampler) is not Sampler or sampler.return_sampling_mask or sampler.trace_replay_state is not None:
+        return None
+    adopted = ImageSampler.__new__(ImageSampler)
+    vars(adopted).update(vars(sampler))
+    return adopted
