@@ -38,18 +38,27 @@ class EngineProcess:
         Environment variables beside this process's own.
     engines : sequence of mapping
         Each: ``name``; ``args`` of ``vllm.LLM``; ``waves``, lists of requests, each wave drawn to its end
-        before the next. A request: ``ids`` (prompt), ``params`` (of ``SamplingParams``), ``at`` (step of
-        the wave at which it enters, default 0), ``abort`` (step at which it is given up, default never).
+        before the next; ``preempt``, steps of a wave at which all running requests lose their blocks. A
+        request: ``ids`` (prompt), ``params`` (of ``SamplingParams``), ``at`` (step of the wave at which it
+        enters, default 0), ``abort`` (step at which it is given up, default never).
+    script : str
+        What the process runs, beside this file.
     """
 
-    def __init__(self, folder: Path, env: Mapping[str, str], engines: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        env: Mapping[str, str],
+        engines: Sequence[Mapping[str, Any]],
+        script: str = Path(__file__).name,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._log = folder / "out.json", folder / "log.txt"
         job = folder / "job.json"
         job.write_text(json.dumps({"engines": list(engines), "out": str(self._out)}))
         with self._log.open("wb") as stream:
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__)), str(job)],
+                [sys.executable, str(HERE / script), str(job)],
                 stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **env},
             )  # fmt: skip
 
@@ -77,7 +86,9 @@ class EngineProcess:
         return self._log.read_text(errors="replace")
 
 
-def draw(engine: Any, requests: Sequence[Mapping[str, Any]], wave: int) -> list[list[int] | None]:
+def draw(
+    engine: Any, requests: Sequence[Mapping[str, Any]], wave: int, preempt: Sequence[int] = ()
+) -> list[list[int] | None]:
     """Feed the requests to a running engine, step it until all are done."""
     from vllm import SamplingParams
 
@@ -85,6 +96,8 @@ def draw(engine: Any, requests: Sequence[Mapping[str, Any]], wave: int) -> list[
     names = [f"{wave}-{number}" for number in range(len(requests))]
     step, entered = 0, set()
     while len(entered) < len(requests) or engine.has_unfinished_requests():
+        if step in preempt:
+            engine.engine_core.engine_core.reset_prefix_cache(reset_running_requests=True)
         for name, request in zip(names, requests, strict=True):
             if name not in entered and request.get("at", 0) <= step:
                 entered.add(name)
@@ -111,7 +124,10 @@ def run(engines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         scheduler = engine.engine_core.engine_core.scheduler
         preempted = _count(scheduler, "_preempt_request")
         answers[job["name"]] = {
-            "waves": [draw(engine, requests, wave) for wave, requests in enumerate(job["waves"])],
+            "waves": [
+                draw(engine, requests, wave, job.get("preempt", ()))
+                for wave, requests in enumerate(job["waves"])
+            ],
             "runner": engine.collective_rpc(_runner)[0],
             "preempted": len(preempted),
         }

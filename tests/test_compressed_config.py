@@ -95,7 +95,17 @@ def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_defaults_pass(preset: str) -> None:
     check_conflicts(vllm_config({"preset": preset}))
-    check_conflicts(vllm_config({"preset": preset}, cache_config__cache_dtype="bfloat16"))
+    for dtype in ("bfloat16", "fp8", "fp8_e4m3"):
+        check_conflicts(vllm_config({"preset": preset}, cache_config__cache_dtype=dtype))
+
+
+def test_gpus_without_e4m3_take_no_8_bit_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = "vllm_kvcompress.models.vllm_config.current_platform"
+    monkeypatch.setattr(f"{platform}.is_cuda", lambda: True)
+    monkeypatch.setattr(f"{platform}.has_device_capability", lambda capability: capability <= 80)
+    check_conflicts(vllm_config())
+    with pytest.raises(ValueError, match=r"--kv-cache-dtype fp8 on this GPU.*: set auto$"):
+        check_conflicts(vllm_config(cache_config__cache_dtype="fp8"))
 
 
 @pytest.mark.parametrize(
@@ -107,13 +117,12 @@ def test_the_defaults_pass(preset: str) -> None:
         ({"parallel_config__prefill_context_parallel_size": 2}, r"context parallelism: set both"),
         ({"kv_transfer_config": object()}, r"KV connectors: drop --kv-transfer-config$"),
         (
-            {"cache_config__cache_dtype": "fp8"},
-            r"a quantised or converted KV cache: set --kv-cache-dtype auto$",
+            {"cache_config__cache_dtype": "fp8_e5m2"},
+            r"a KV cache of fp8_e5m2: set --kv-cache-dtype auto or fp8$",
         ),
-        ({"cache_config__cache_dtype": "float16"}, r"converted KV cache: set --kv-cache-dtype auto$"),
         (
-            {"cache_config__cache_dtype": "fp8_e4m3"},
-            r"a quantised or converted KV cache: set --kv-cache-dtype auto$",
+            {"cache_config__cache_dtype": "float16"},
+            r"a KV cache of float16: set --kv-cache-dtype auto or fp8$",
         ),
         ({"lora_config": object()}, r"LoRA: drop --enable-lora$"),
         (
@@ -158,6 +167,29 @@ def test_unusable_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="they were not built"):
         kernels.use("cpu", "cpu")
     assert kernels.use("auto", "cpu") == "torch"
+
+
+def test_the_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    isa = "vllm_kvcompress.attention.kernels.cpu.isa"
+    monkeypatch.setattr(isa, lambda: "avx2")
+    assert [kernels.choose("auto", device) for device in ("cuda", "cpu", "xpu")] == ["triton", "cpu", "torch"]
+    assert kernels.choose("torch", "cuda") == "torch"
+    with pytest.raises(
+        ValueError, match=r"^additional_config.kvcompress.kernels: triton .* TRITON_INTERPRET=1"
+    ):
+        kernels.use("triton", "cpu")
+    monkeypatch.setattr("vllm_kvcompress.attention.kernels.interpreted", lambda: True)
+    assert kernels.choose("triton", "cpu") == "triton"
+
+
+def test_an_8_bit_cache_on_a_cpu_is_read_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_kvcompress.attention.kernels.cpu.isa", lambda: "avx2")
+    fp8 = torch.float8_e4m3fn
+    assert kernels.use("auto", "cpu", fp8) == "torch (the CPU kernels read no 8-bit cache)"
+    assert kernels.use("torch", "cpu", fp8) == "torch"
+    assert kernels.choose("auto", "cuda", fp8) == "triton"
+    with pytest.raises(ValueError, match=r"kernels: cpu .* no 8-bit cache \(--kv-cache-dtype\); set auto$"):
+        kernels.use("cpu", "cpu", fp8)
 
 
 def profile_at(path: Path, **changes: Any) -> str:
@@ -229,8 +261,8 @@ def test_a_missing_profile_is_one_line(tmp_path: Path) -> None:
         ({"budget": 0.1}, {}, r"budget: budget 0.1 of 64 tokens is 6 slots per head, .*at least 0.125"),
         (
             {},
-            {"kv_cache_dtype": "fp8"},
-            r"does not work with a quantised or converted KV cache: set --kv-cache-dtype auto",
+            {"kv_cache_dtype": "fp8_e5m2"},
+            r"does not work with a KV cache of fp8_e5m2: set --kv-cache-dtype auto or fp8",
         ),
         ({}, {"disable_hybrid_kv_cache_manager": True}, r"drop --disable-hybrid-kv-cache-manager"),
         ({}, {"enable_lora": True}, r"does not work with LoRA: drop --enable-lora"),

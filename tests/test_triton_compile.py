@@ -24,15 +24,22 @@ from vllm_kvcompress.policy import Policy
 from vllm_kvcompress.raster import Raster
 
 ARCHITECTURES = (80, 90, 100)
-# dtype, head size, query heads per KV head; the first is Janus-Pro's
+# dtype, the cache's dtype, head size, query heads per KV head; the first is Janus-Pro's
 CONFIGURATIONS = (
-    ("bfloat16", 128, 1),
-    ("float16", 64, 1),
-    ("bfloat16", 80, 1),
-    ("bfloat16", 128, 4),
-    ("float16", 96, 8),
-    ("float32", 128, 1),
+    ("bfloat16", "bfloat16", 128, 1),
+    ("float16", "float16", 64, 1),
+    ("bfloat16", "bfloat16", 80, 1),
+    ("bfloat16", "bfloat16", 128, 4),
+    ("float16", "float16", 96, 8),
+    ("float32", "float32", 128, 1),
+    ("bfloat16", "float8_e4m3fn", 128, 1),
+    ("bfloat16", "float8_e4m3fn", 128, 4),
 )
+KERNELS = [  # sm_80 has no e4m3
+    (architecture, *configuration)
+    for architecture, configuration in product(ARCHITECTURES, CONFIGURATIONS)
+    if configuration[1] != "float8_e4m3fn" or architecture > 80
+]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = 99 * 1024  # bytes that every one of these cards gives a program
 
@@ -87,14 +94,14 @@ def compile_all() -> dict[str, dict[str, int]]:
     plan = Plan(torch.zeros(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
     for architecture in ARCHITECTURES:
         triton.runtime.driver.set_active(AbsentCard(architecture))
-        for name, dim, group in CONFIGURATIONS:
+        for name, cache, dim, group in (kernel[1:] for kernel in KERNELS if kernel[0] == architecture):
             dtype = getattr(torch, name)
-            types = janus_types(dtype, dim)
+            types = janus_types(getattr(torch, cache), dim)
             q, k = torch.zeros(2, 4 * group, dim, dtype=dtype), torch.zeros(2, 4, dim, dtype=dtype)
             grid, args, constants = triton_decode.launch(q, k, k, types, plan, dim**-0.5, torch.empty_like(q))
             compiled = triton_decode._decode.warmup(*args, **constants, grid=grid)
-            found[f"decode sm_{architecture} {name} {dim} {group}"] = resources(compiled)
-        grid, args, constants = triton_select.launch(types[1], plan)
+            found[f"decode sm_{architecture} {name} {cache} {dim} {group}"] = resources(compiled)
+        grid, args, constants = triton_select.launch([types[1]], plan)
         compiled = triton_select._select.warmup(*args, **constants, grid=grid)
         found[f"select sm_{architecture}"] = resources(compiled)
     return found
@@ -116,7 +123,7 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, dict[str, int]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_spills(compiled: dict[str, dict[str, int]], architecture: int) -> None:
     mine = {name: need for name, need in compiled.items() if f"sm_{architecture}" in name}
-    assert len(mine) == len(CONFIGURATIONS) + 1
+    assert len(mine) == sum(kernel[0] == architecture for kernel in KERNELS) + 1
     for name, need in mine.items():
         assert need["stack"] == need["local"] == 0, (name, need)
         assert 0 < need["reg"] < 255, (name, need)
@@ -125,15 +132,15 @@ def test_no_spills(compiled: dict[str, dict[str, int]], architecture: int) -> No
 
 def test_sixteen_byte_accesses(compiled: dict[str, dict[str, int]]) -> None:
     """K and V of both head types come in 16-byte pieces: tile bytes / 16 / threads, K and V, both types."""
-    for architecture, (name, dim, group) in product(ARCHITECTURES, CONFIGURATIONS):
-        need = compiled[f"decode sm_{architecture} {name} {dim} {group}"]
-        assert need["wide"] >= 16, (name, dim, group, need)
+    for architecture, name, cache, dim, group in KERNELS:
+        need = compiled[f"decode sm_{architecture} {name} {cache} {dim} {group}"]
+        assert need["wide"] >= (8 if cache == "float8_e4m3fn" else 16), (name, cache, dim, group, need)
 
 
 def test_registers_leave_room_for_other_programs(compiled: dict[str, dict[str, int]]) -> None:
     """Janus-Pro's kernel hides latency by programs side by side: four of 128 threads and more."""
     for architecture in ARCHITECTURES:
-        assert compiled[f"decode sm_{architecture} bfloat16 128 1"]["reg"] <= 128
+        assert compiled[f"decode sm_{architecture} bfloat16 bfloat16 128 1"]["reg"] <= 128
 
 
 if __name__ == "__main__":

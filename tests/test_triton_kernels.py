@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan, page_byte
 from vllm_kvcompress.policy import HeadRule
 from vllm_kvcompress.raster import Raster
 
+launch = triton_select.launch
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.bfloat16: {"rtol": 2**-7, "atol": 1e-3},
@@ -151,6 +153,26 @@ def plan_of(prefix: list[int], length: list[int]) -> Plan:
 
 
 @check
+def eight_bit_cache() -> None:
+    """Written as torch writes e4m3, saturated, subnormal and halfway numbers too; read back as they are."""
+    rule, prefix, length = HeadRule(90, 10, 300, 4, 20), [37, 5, 9], [290, 90, 5]
+    for dtype, group in product(TOLERANCE, (1, 4)):
+        kind = steady(rule, 64, 7, torch.float8_e4m3fn, length, prefix)
+        q = torch.randn(3, 2 * group, 64)
+        k = torch.randn(3, 2, 64) * torch.tensor([1e-3, 1.0, 300.0])[:, None, None]
+        v = torch.arange(-3 * 64, 3 * 64).view(3, 2, 64) * 1.0625  # many ties between two numbers
+        plan = plan_of(prefix, length)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        plain = copied([kind])[0]
+        found, expected = (torch.full_like(q, torch.nan) for _ in range(2))
+        triton_decode.decode(q, k, v, [kind], plan, 0.01, found)
+        reference.decode(q, k, v, [plain], plan, 0.01, expected)
+        torch.testing.assert_close(found, expected, **(TOLERANCE[dtype] | {"atol": 2e-3}))
+        same_cache(kind.pages, plain.pages, 1e-5)
+        assert (kind.pages.kv.float().abs() == 448).any()
+
+
+@check
 def long_rows_and_large_logits() -> None:
     """Many tiles, a row in its growth, logits from -100 to 100: the maximum moves often."""
     rule, prefix, length = HeadRule(150, 10, 300, 4, 20), [37, 5], [290, 90]
@@ -193,6 +215,25 @@ def ties_go_to_the_older() -> None:
     kind.pages.score.zero_()
     triton_select.select_victims(kind, plan_of([1], [9]))
     assert kind.pages.victim[page[0], 0, :2].tolist() == [4, 2]  # tokens 1 and 2; 0 is the anchor
+
+
+@check
+def two_types_in_one_launch() -> None:
+    """Each by its own rule and pages; spatial heads need no launch at all."""
+    prefix, length = [3, 1, 5], [3 + 280, 1 + 279, 5 + 180]
+    rules = (HeadRule(200, 20, 300, 4, 20), HeadRule(90, 20, 300, 0, 7, accumulate=True))
+    pages = zip(rules, (7, 3), strict=True)
+    types = [steady(rule, 16, page, torch.float32, length, prefix) for rule, page in pages]
+    plain, plan = copied(types), plan_of(prefix, length)
+    ring = steady(HeadRule(100, 20, 300, 4, 96, ring=True), 16, 5, torch.float32, length, prefix)
+    launches: list[int] = []
+    with mock.patch.object(triton_select, "launch", lambda *a: launches.append(1) or launch(*a)):
+        triton_select.select_all([ring, *types], plan)
+        triton_select.select_all([ring], plan)
+    assert len(launches) == 1
+    for mine, theirs in zip(types, plain, strict=True):
+        select.select_victims(theirs, plan)
+        same_cache(mine.pages, theirs.pages, 0)
 
 
 @check
@@ -249,7 +290,9 @@ def test_benchmark_checks_itself(tmp_path: Path) -> None:
     found = json.loads(result.read_text())
     assert [check["dtype"] for check in found["checks"]] == [str(dtype) for dtype in found["limits"]]
     assert len(found["attention"]) == len(found["step"]) == 2
-    assert not any("us" in row or "ms" in row for row in found["attention"] + found["step"])
+    assert len(found["transformers"]) == 1
+    rows = found["attention"] + found["step"] + found["transformers"]
+    assert not any("us" in row or "ms" in row for row in rows)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 KEY = "kvcompress"
 BACKEND = "kvcompress"
-Kernels = Literal["auto", "torch", "cpu"]
+Kernels = Literal["auto", "torch", "cpu", "triton"]
+FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of an 8-bit cache of e4m3 numbers
 _POLICY_FIELDS = frozenset(Policy.__dataclass_fields__)
 
 
@@ -31,7 +32,7 @@ class CompressionConfig(BaseModel):
     recalibrate : bool
         With ``head_profile: auto``, measure the heads again even if a profile is there.
     kernels : str
-        ``auto``, or one implementation: ``torch`` (the reference) or ``cpu`` (compiled).
+        ``auto``, or one implementation: ``torch`` (the reference), ``cpu`` (compiled) or ``triton`` (GPUs).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

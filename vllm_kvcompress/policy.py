@@ -210,6 +210,12 @@ class Policy:
         """Where the head types come from, the preset's choice unless set."""
         return self.head_types or PRESETS[self.preset].head_types
 
+    @property
+    def refinements(self) -> dict[str, bool]:
+        """Which of `REFINEMENTS` semantic heads use."""
+        preset, mine = PRESETS[self.preset], {name: getattr(self, name) for name in REFINEMENTS}
+        return {name: getattr(preset, name) if set_ is None else set_ for name, set_ in mine.items()}
+
     def slots(self, raster: Raster) -> int:
         """The budget in slots: resident image slots per head, mean over the heads."""
         if not PRESETS[self.preset].evicts:
@@ -250,8 +256,7 @@ class Policy:
             if recent is None:
                 recent = min(preset.recent_lines * line, max(0, semantic - line - anchors) // 2)
             accumulate = (self.score or preset.score) == "accumulated"
-            mine = {name: getattr(self, name) for name in REFINEMENTS}
-            refine = {name: getattr(preset, name) if set_ is None else set_ for name, set_ in mine.items()}
+            refine = self.refinements
             rule = HeadRule(semantic, line, image, anchors, recent, accumulate=accumulate, **refine)
         return ring, rule
 

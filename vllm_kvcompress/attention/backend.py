@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -18,7 +19,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_kvcompress.attention import kernels
 from vllm_kvcompress.attention.pages import Plan
+from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.guidance import request_rows
 
 
@@ -36,10 +39,9 @@ class StepPlan:
         ``[n]`` rows with a single token, and where that token is; None if every row is one.
     decode : Plan
         The single-token rows.
-    others : list of (row, first, last)
-        Rows with several tokens (prompts, chunks, replays) and their token range.
-    prefix, length : Tensor
-        ``[rows]`` int32.
+    starts, prefixes, lengths : list of int
+        Where each row's tokens start, and the end of the last; prefix and length of the rows with several
+        tokens (prompts, chunks, replays), on the host, length 0 for the others. Empty if every row is one.
     """
 
     query_start_loc: Tensor
@@ -47,15 +49,27 @@ class StepPlan:
     decode_rows: Tensor | None
     decode_tokens: Tensor | None
     decode: Plan
-    others: list[tuple[int, int, int]]
-    prefix: Tensor
-    length: Tensor
+    starts: list[int]
+    prefixes: list[int]
+    lengths: list[int]
 
 
 class StepPlanner(AttentionMetadataBuilder[StepPlan]):
-    """Builds a ``StepPlan``; the second head type's shares all but the block table."""
+    """Builds a ``StepPlan``; the second head type's shares all but the block table.
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    In a decode step the plan is made of tensors that keep their addresses from step to step (vLLM's
+    lengths, block tables and query starts, and the rows' prefixes), so a full CUDA graph can hold the step.
+    A row that only fills up a captured batch has length 0: it writes nowhere.
+    """
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Full graphs of decode steps where no kernel of such a step looks at the host."""
+        config = parse_config(vllm_config.additional_config)
+        used = kernels.choose(config.kernels, vllm_config.device_config.device_type)
+        if used == "triton" and not any(config.policy.refinements.values()):
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -68,21 +82,19 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
         prefix, length = self.rows.prefix[: m.num_reqs], m.seq_lens[: m.num_reqs].to(torch.int32)
         table = m.block_table_tensor[: m.num_reqs]
         if m.max_query_len == 1:
-            return StepPlan(m.query_start_loc, table, None, None, Plan(prefix, length), [], prefix, length)
+            return StepPlan(m.query_start_loc, table, None, None, Plan(prefix, length), [], [], [])
         starts = m.query_start_loc_cpu[: m.num_reqs + 1]
-        lengths = starts.diff()
-        single = torch.nonzero(lengths == 1).flatten()
-        many = torch.nonzero(lengths > 1).flatten().tolist()
-        return StepPlan(
-            m.query_start_loc,
-            table,
-            single.to(table.device),
-            starts[single].long().to(table.device),
-            Plan(prefix[single].contiguous(), length[single].contiguous()),
-            [(row, int(starts[row]), int(starts[row + 1])) for row in many],
-            prefix,
-            length,
-        )
+        single = torch.nonzero(starts.diff() == 1).flatten()
+        known = m.seq_lens_cpu_upper_bound  # exact: nothing is speculated
+        if known is None:
+            known = m.seq_lens.cpu()
+        many = (starts.diff() > 1).tolist()
+        prefixes = [self.rows.prefix_of(row) for row in range(m.num_reqs)]
+        lengths = [int(known[row]) if several else 0 for row, several in enumerate(many)]
+        rows = async_tensor_h2d(single, device=table.device)
+        tokens = async_tensor_h2d(starts[single].long(), device=table.device)
+        plan = Plan(prefix[rows], length[rows])
+        return StepPlan(m.query_start_loc, table, rows, tokens, plan, starts.tolist(), prefixes, lengths)
 
 
 class KVCompressBackend(AttentionBackend):

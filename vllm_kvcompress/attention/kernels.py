@@ -1,43 +1,104 @@
 """The implementation of the decode step in use: plain torch, or compiled for the device at hand."""
 
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 from vllm_kvcompress.attention import cpu, reference
-from vllm_kvcompress.attention import select as torch_select
-from vllm_kvcompress.config import Kernels
+from vllm_kvcompress.attention.pages import HeadType, Plan
+from vllm_kvcompress.config import KEY, Kernels
 
-decode = reference.decode
-select_victims = torch_select.select_victims
+FIELD = f"additional_config.{KEY}.kernels"
+
+decode: Callable[[Tensor, Tensor, Tensor, Sequence[HeadType], Plan, float, Tensor], None]
+select_victims: Callable[[HeadType, Plan], None]
+select_all: Callable[[Sequence[HeadType], Plan], None]
 
 
-def use(kernels: Kernels, device_type: str) -> str:
-    """Choose the kernels of this process.
+def choose(kernels: Kernels, device_type: str, cache_dtype: torch.dtype | None = None) -> str:
+    """The implementation that a choice stands for on a device.
 
     Parameters
     ----------
     kernels : str
-        ``auto``, ``torch`` or ``cpu``.
+        ``auto``, ``torch``, ``cpu`` or ``triton``.
     device_type : str
         torch's name of the device that the cache lives on.
+    cache_dtype : torch.dtype, optional
+        Of K and V in the cache, where it matters: the CPU kernels read no 8-bit numbers.
+
+    Returns
+    -------
+    str
+        ``torch``, ``cpu`` or ``triton``.
+
+    Raises
+    ------
+    ValueError
+        One line naming the option, if what is asked for by name can't run here.
+    """
+    narrow = cache_dtype is not None and cache_dtype.itemsize == 1
+    if kernels == "auto":
+        if device_type == "cuda":
+            return "triton"
+        return "cpu" if device_type == "cpu" and cpu.isa() is not None and not narrow else "torch"
+    if kernels == "cpu":
+        reasons = {
+            "the cache is on " + device_type: device_type != "cpu",
+            "they read no 8-bit cache (--kv-cache-dtype)": narrow,
+            "they were not built": cpu.isa() is None,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ValueError(f"{FIELD}: cpu kernels can't be used, {reason}; set auto")
+    if kernels == "triton" and device_type == "cpu" and not interpreted():
+        raise ValueError(
+            f"{FIELD}: triton kernels run on a CPU only in Triton's interpreter; set TRITON_INTERPRET=1 in "
+            "the environment, or auto"
+        )
+    return kernels
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs kernels in this process."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret)
+
+
+def use(kernels: Kernels, device_type: str, cache_dtype: torch.dtype | None = None) -> str:
+    """Make a choice this process's; arguments and errors as in `choose`.
 
     Returns
     -------
     str
         The name of what is used, for the start-up log.
-
-    Raises
-    ------
-    ValueError
-        If kernels for another device, or kernels that were never built, are asked for by name.
     """
-    global decode, select_victims
-    if kernels == "cpu" and (device_type != "cpu" or cpu.isa() is None):
-        reason = "the cache is on " + device_type if device_type != "cpu" else "they were not built"
-        raise ValueError(
-            f"additional_config.kvcompress.kernels: cpu kernels can't be used, {reason}; set auto"
-        )
-    compiled = kernels != "torch" and device_type == "cpu" and cpu.isa() is not None
-    module: ModuleType = cpu if compiled else reference
-    decode = module.decode
-    select_victims = cpu.select_victims if compiled else torch_select.select_victims
-    return f"cpu ({cpu.isa()})" if compiled else "torch"
+    global decode, select_victims, select_all
+    name = choose(kernels, device_type, cache_dtype)
+    if name == "triton":
+        # Triton decides at import whether it compiles or interprets, and other devices need none of it.
+        from vllm_kvcompress.attention import triton_decode, triton_select
+
+        decode, select_victims = triton_decode.decode, triton_select.select_victims
+        select_all = triton_select.select_all
+        return "triton (interpreted)" if interpreted() else "triton"
+    module: ModuleType = cpu if name == "cpu" else reference
+    decode, select_victims, select_all = module.decode, module.select_victims, _one_by_one
+    if name == "cpu":
+        return f"cpu ({cpu.isa()})"
+    unread = device_type == "cpu" and choose(kernels, device_type) == "cpu"
+    return "torch (the CPU kernels read no 8-bit cache)" if unread else "torch"
+
+
+def _one_by_one(types: Sequence[HeadType], plan: Plan) -> None:
+    """`select_victims` of every head type."""
+    for kind in types:
+        select_victims(kind, plan)
+
+
+use("torch", "cpu")

@@ -13,6 +13,19 @@ LOW = tl.constexpr(-1e38)  # below any logit; finite, so that LOW - LOW is 0
 
 
 @triton.jit
+def to_cache(x, cache: tl.constexpr):
+    """``x`` in the cache's dtype; 8-bit numbers (e4m3) saturate at 448, as torch's and vLLM's do."""
+    if cache == tl.float8e4nv:
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
+        if WIDEN:  # the interpreter truncates: round to four significant bits, or steps of 2**-9, beforehand
+            bits = x.to(tl.int32, bitcast=True)
+            coarse = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+            small = (tl.abs(x) + 24576.0) - 24576.0
+            x = tl.where(tl.abs(x) < 0.015625, tl.where(x < 0, -small, small), coarse)
+    return x.to(cache)
+
+
+@triton.jit
 def attend_single(
     query, key, value, pages, kv_block, table, visible, own, prefix, logits, scale,
     SCORES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -94,11 +107,11 @@ def attend_group(
     """Several query heads of one KV head, on the matrix units; arguments as in `attend_single`.
 
     ``query`` is [LANES, WIDTH] with zeros past GROUP, ``logits`` [GROUP, capacity], and what is returned
-    has LANES rows. Probabilities go into the product as the sum of two numbers of the cache's dtype, which
-    keeps them to about twice its precision, as good as float32 beside the rounding of the output.
+    has LANES rows. Products are of numbers of the query's dtype. Probabilities go into them as the sum of two
+    such numbers, which keeps them to about twice its precision, as good as float32 beside the rounding of
+    the output.
     """
     place, dim, group = tl.arange(0, BLOCK), tl.arange(0, WIDTH), tl.arange(0, LANES)
-    query = query.to(key.dtype)
     own_logit = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
     top = own_logit
     total = tl.full([LANES], 1.0, tl.float32)
@@ -111,6 +124,7 @@ def attend_group(
         at, mask = cell[:, None] + dim[None, :], use[:, None] & (dim < DIM)[None, :]
         old_key = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
         old_value = tl.load(at + DIM, mask=mask, other=0.0, eviction_policy="evict_first")
+        old_key, old_value = old_key.to(query.dtype), old_value.to(query.dtype)
         logit = _product(query, tl.trans(old_key), tl.zeros([LANES, BLOCK], tl.float32)) * scale
         if SCORES:
             to = logits + group[:, None] * logits_group + (slot - prefix)[None, :]

@@ -21,12 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_kvcompress.attention.pages import HeadType, Plan
-from vllm_kvcompress.attention.triton_attend import add_scores, attend_group, attend_single
+from vllm_kvcompress.attention.triton_attend import add_scores, attend_group, attend_single, to_cache
 
 __all__ = ["decode", "launch"]
 
 LOG2E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NARROW = torch.float8_e4m3fn  # what the cache may be in beside them, at scale 1
 MAX_GROUP = 16  # rows of one matrix product
 MAX_HEAD_SIZE = 256  # a tile of slots fits the registers
 
@@ -54,6 +55,8 @@ class KindArgs(NamedTuple):
     capacity: Any
     line: Any
     anchors: Any
+    recent: Any
+    image: Any
 
 
 @triton.jit
@@ -100,7 +103,7 @@ def _head(
         own_at = own % PAGE
         key = tl.load(k + row * k_row + place * k_head + dim, mask=inside, other=0.0)
         value = tl.load(v + row * v_row + place * v_head + dim, mask=inside, other=0.0)
-        key, value = key.to(kind.kv.dtype.element_ty), value.to(kind.kv.dtype.element_ty)
+        key, value = to_cache(key, kind.kv.dtype.element_ty), to_cache(value, kind.kv.dtype.element_ty)
         pages = kind.kv + head.to(tl.int64) * kind.kv_head
         cell = pages + own_page * kind.kv_block + own_at * (2 * DIM) + dim
         tl.store(cell, key, mask=inside)
@@ -203,8 +206,9 @@ def decode(
     """Write one token per row into the cache of one layer, and attend to what is resident.
 
     Shapes and meaning as in `reference.decode`. All tensors are of one dtype, bfloat16, float16 or
-    float32, with any strides of rows and heads. Safe inside a CUDA graph: the scratch memory for the logits
-    ([rows, heads, group, capacity] float32 of the types that score) then comes from the graph's own pool.
+    float32, with any strides of rows and heads; the cache may be in float8_e4m3fn instead. Safe inside a
+    CUDA graph: the scratch memory for the logits ([rows, heads, group, capacity] float32 of the types that
+    score) then comes from the graph's own pool.
 
     Raises
     ------
@@ -218,9 +222,12 @@ def decode(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], out: Tensor, group: int) -> None:
-    dtypes = {x.dtype for x in (q, k, v, out, *(kind.pages.kv for kind in types))}
+    cached = {kind.pages.kv.dtype for kind in types}
+    dtypes = {x.dtype for x in (q, k, v, out)} | (cached - {NARROW} or cached & {q.dtype})
     if len(dtypes) != 1 or q.dtype not in DTYPES:
-        raise ValueError(f"q, k, v, out and the cache: {dtypes}; need one of {DTYPES}")
+        raise ValueError(
+            f"q, k, v, out and the cache: {dtypes | cached}; need one of {DTYPES}, or {NARROW} for the cache"
+        )
     if q.shape[2] > MAX_HEAD_SIZE or group > MAX_GROUP or not 1 <= len(types) <= 2:
         raise ValueError(
             f"q: head size {q.shape[2]}, {group} query heads per KV head, {len(types)} head types; need at "
@@ -246,5 +253,6 @@ def kind_args(kind: HeadType, scratch_for: tuple[int, int] | None = None) -> Kin
     paged = (pages.kv, pages.score, pages.token, pages.victim)
     args: list[Any] = [*paged, kind.head_index, kind.block_table, scratch]
     args += [stride for x in paged for stride in x.stride()[:2]]
-    args += [kind.block_table.stride(0), heads, rule.capacity, rule.line, rule.anchors]
+    args += [kind.block_table.stride(0), heads]
+    args += [rule.capacity, rule.line, rule.anchors, rule.recent, rule.image]
     return KindArgs(*args)

@@ -4,11 +4,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from vllm_kvcompress.attention import kernels
 from vllm_kvcompress.cache.layout import BRANCHES, TYPICAL_PREFIX, CacheLayout, footprint
 from vllm_kvcompress.cache.paging import plan_paging
-from vllm_kvcompress.config import CompressionConfig, parse_config
+from vllm_kvcompress.config import FP8, CompressionConfig, parse_config
 from vllm_kvcompress.heads.provide import provide_profile
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ def plan_layout(vllm_config: "VllmConfig", model: "JanusForImageGeneration") -> 
         head_size=head_size,
         rules=policy.rules(raster, paging.spatial_heads, paging.semantic_heads),
         paging=paging,
-        dtype=model.dtype,
+        dtype=torch.float8_e4m3fn if vllm_config.cache_config.cache_dtype in FP8 else model.dtype,
     )
-    used = kernels.use(config.kernels, vllm_config.device_config.device_type)
+    used = kernels.use(config.kernels, vllm_config.device_config.device_type, layout.dtype)
     return replace(layout, summary=_summary(config, layout, used))
 
 

@@ -165,8 +165,7 @@ class CompressedCache(nn.Module):
         else:
             self._mixed(q, k, v, types, plans, layer, scale, out)
         if layer == len(self._layout.spatial) - 1 and len(plan.decode.length):  # type: ignore[union-attr]
-            for kind in plans:
-                kernels.select_victims(self._all_layers[kind], plan.decode)
+            kernels.select_all([self._all_layers[kind] for kind in plans], plan.decode)
         return out
 
     def _mixed(
@@ -176,20 +175,16 @@ class CompressedCache(nn.Module):
         plan = next(iter(plans.values()))
         at = plan.decode_tokens
         assert at is not None
-        if len(at):
+        whole = [
+            HeadType(t.pages, t.rule, t.head_index, plans[kind].block_table)
+            for kind in plans
+            if len((t := self._types[kind][layer]).head_index)
+        ]
+        prefill(q, k, v, whole, plan.starts, plan.prefixes, plan.lengths, scale, out)
+        if len(at):  # after prefill, which clears the rows that are not its own
             part = torch.empty_like(q[at])
             kernels.decode(q[at], k[at], v[at], types, plan.decode, scale, part)
             out[at] = part
-        for row, first, last in plan.others:
-            whole = [
-                HeadType(t.pages, t.rule, t.head_index, plans[kind].block_table[row : row + 1])
-                for kind in plans
-                if len((t := self._types[kind][layer]).head_index)
-            ]
-            prefill(
-                q[first:last], k[first:last], v[first:last], whole, [0, last - first],
-                plan.prefix[row : row + 1], plan.length[row : row + 1], scale, out[first:last],
-            )  # fmt: skip
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

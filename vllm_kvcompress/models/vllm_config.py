@@ -7,7 +7,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from vllm_kvcompress import patches
-from vllm_kvcompress.config import is_compressed, parse_config
+from vllm_kvcompress.config import FP8, is_compressed, parse_config
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.config import raster_of
 from vllm_kvcompress.models.registry import image_model, store_special_ids, text_vocab_size
@@ -49,8 +49,9 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
             check_conflicts(vllm_config)
             compilation = vllm_config.compilation_config
             if current_platform.is_cuda_alike() and compilation.splitting_ops is None:
-                # Piecewise CUDA graphs must not swallow the cache's bookkeeping.
-                compilation.splitting_ops = [ATTENTION_OP]
+                # Piecewise CUDA graphs must not swallow the cache's bookkeeping. vLLM's own operations stay
+                # in the list: by them it knows that attention is split off, and piecewise graphs will do.
+                compilation.splitting_ops = [*compilation._attention_ops, ATTENTION_OP]
         if vllm_config.cache_config.enable_prefix_caching:
             # The unconditional branch of a cached block depends on the request's negative prompt.
             vllm_config.cache_config.enable_prefix_caching = False
@@ -90,6 +91,7 @@ def check_checkpoint(hf_config: Any) -> None:
 def check_conflicts(vllm_config: "VllmConfig") -> None:
     """Refuse, in one line, what the compressed cache can't be combined with."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     raster = raster_of(vllm_config.model_config.hf_config)
     policy = parse_config(vllm_config.additional_config).policy
     for spatial, semantic in {"profile": [(1, 1)], "semantic": [(0, 1)], "spatial": [(1, 0)]}[policy.types]:
@@ -103,8 +105,14 @@ def check_conflicts(vllm_config: "VllmConfig") -> None:
         ),
         (vllm_config.kv_transfer_config is not None, "KV connectors: drop --kv-transfer-config"),
         (
-            cache.cache_dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")),
-            "a quantised or converted KV cache: set --kv-cache-dtype auto",
+            cache.cache_dtype not in ("auto", dtype, *FP8),
+            f"a KV cache of {cache.cache_dtype}: set --kv-cache-dtype auto or fp8",
+        ),
+        (
+            cache.cache_dtype in FP8
+            and current_platform.is_cuda()
+            and not current_platform.has_device_capability(89),
+            "--kv-cache-dtype fp8 on this GPU, which lacks e4m3 (compute capability 8.9): set auto",
         ),
         (vllm_config.lora_config is not None, "LoRA: drop --enable-lora"),
         (

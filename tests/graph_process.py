@@ -1,0 +1,138 @@
+"""What a full CUDA graph does to a decode step, without a GPU: the step's operations recorded, then replayed.
+
+Run by tests/test_cuda_graphs.py, on the V2 runner in Triton's interpreter. A recording is made where vLLM
+makes a graph, from its dummy batch; from then on a decode step runs no Python of the model, only the recorded
+operations on the recorded tensors. Whatever a step decides on the host is frozen, as in a graph, and an
+operation that needs the host's answer is an error while recording.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+SIZE = 4  # rows of the recorded batch: max_num_seqs, and more than run
+WAITS = ("nonzero", "_local_scalar_dense", "item", "masked_select", "equal", "is_nonzero", "unique")
+
+
+def waits(func: Any, args: Any) -> bool:
+    """Whether an operation makes the host wait for the device: its result's size or value is needed."""
+    name = func._schema.name.split("::")[-1].removesuffix("_")
+    indices = [] if "index" not in name else [x for x in tree_leaves(list(args[1:])) if torch.is_tensor(x)]
+    return name in WAITS or any(x.dtype in (torch.bool, torch.uint8) for x in indices)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operations that make the host wait, and remembers the others.
+
+    Attributes
+    ----------
+    recorded : list of (function, args, kwargs, results)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorded: list[tuple[Any, Any, Any, list[Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if waits(func, args):
+            raise AssertionError(f"{func} makes the host wait for the device in a decode step")
+        result = func(*args, **(kwargs or {}))
+        self.recorded.append((func, args, kwargs or {}, tree_leaves(result)))
+        return result
+
+    def replay(self) -> None:
+        """Every operation again; a result lands where the recorded one lies."""
+        for func, args, kwargs, results in self.recorded:
+            for old, new in zip(results, tree_leaves(func(*args, **kwargs)), strict=True):
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Recording:
+    """A decode step of ``SIZE`` rows, recorded from vLLM's dummy batch as its CUDA graphs are."""
+
+    def __init__(self, runner: Any, config: Any) -> None:
+        from vllm.forward_context import set_forward_context
+        from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
+
+        self.context = lambda: set_forward_context(state.attn_metadata, config, num_tokens=SIZE)
+        buffers, self.replays = runner.input_buffers, 0
+        state = prepare_inputs_to_capture(
+            SIZE, SIZE, runner.model_state, buffers, runner.block_tables, runner.attn_groups,
+            runner.kv_cache_config, full_cudagraph=True, max_query_len=1,
+        )  # fmt: skip
+        inputs = {"input_ids": buffers.input_ids[:SIZE], "positions": buffers.positions[:SIZE]}
+        model = runner.model
+        model._full_graphs = True
+        self.mode = NoWaiting()
+        with torch.inference_mode(), self.context(), self.mode:
+            self.hidden = model(**inputs)
+
+    def run(self, desc: Any) -> torch.Tensor:
+        """In place of ``run_fullgraph``."""
+        self.replays += 1
+        with self.context():
+            self.mode.replay()
+        return self.hidden
+
+
+def poison(runner: Any) -> torch.Tensor:
+    """Fill the whole cache with bytes that are NaN in every float format; returns it."""
+    model: Any = runner.model
+    (kind,) = {id(t.pages.kv.untyped_storage()): t for t in model.compressed._all_layers.values()}.values()
+    storage = torch.empty(0, dtype=torch.uint8).set_(kind.pages.kv.untyped_storage())
+    return storage.fill_(0xFF)
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Draw a job's requests, decode steps by replay."""
+    from engine_process import draw
+    from vllm import LLM
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+    engine = LLM(**job["args"]).llm_engine
+    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    manager = runner.cudagraph_manager
+    recording = Recording(runner, runner.vllm_config)
+    cache = poison(runner)
+    full = BatchExecutionDescriptor(CUDAGraphMode.FULL, SIZE, SIZE, uniform_token_count=1)
+    eager, rows = manager.dispatch, []
+
+    def dispatch(
+        num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kw: Any
+    ) -> Any:
+        if uniform_token_count == 1:
+            rows.append(num_reqs)
+            return full
+        return eager(num_reqs, num_tokens, uniform_token_count, *args, **kw)
+
+    manager.dispatch, manager.run_fullgraph = dispatch, recording.run
+    drawn = draw(engine, job["waves"][0], 0)
+    types = runner.model.compressed._all_layers.values()
+    fields = [getattr(t.pages, name) for t in types for name in ("kv", "score", "token", "victim")]
+    null_block = torch.cat([field[0].contiguous().view(torch.uint8).flatten() for field in fields])
+    builders = [group.get_metadata_builder(0) for groups in runner.attn_groups for group in groups]
+    support = {type(b).get_cudagraph_support(runner.vllm_config, b.kv_cache_spec).name for b in builders}
+    return {
+        "waves": [drawn],
+        "replays": recording.replays,
+        "rows": rows,
+        "operations": len(recording.mode.recorded),
+        "null_block_untouched": bool((null_block == 0xFF).all()),
+        "poisoned": int((cache == 0xFF).sum()),
+        "support": sorted(support),
+    }
+
+
+if __name__ == "__main__":
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    given = json.loads(Path(sys.argv[1]).read_text())
+    found = {job["name"]: run(job) for job in given["engines"]}
+    Path(given["out"]).write_text(json.dumps(found))

@@ -1,0 +1,78 @@
+"""Full CUDA graphs of decode steps, as far as they can be shown without a GPU.
+
+A recorded step of more rows than ever run stands in for the graph (tests/graph_process.py). It must draw
+what the torch reference draws eagerly, in a cache full of NaN, with rows that come and go.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_process import V1, V2, EngineProcess
+from graph_process import SIZE
+from test_v2_runner import PICTURE, SETTINGS, Prompts, mixed_requests
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from vllm_kvcompress.attention.backend import StepPlanner
+
+REQUESTS = slice(3)  # a picture, one without guidance in chunks, one with a negative prompt that comes later
+
+
+def jobs(model: Path, kernels: str) -> list[dict[str, Any]]:
+    section = {"preset": "decoupled", "budget": 0.4, "kernels": kernels}
+    args = {"attention_backend": "kvcompress", "additional_config": {"kvcompress": section}}
+    waves = [mixed_requests(Prompts(model))[REQUESTS]]
+    return [{"name": "decoupled", "args": {**SETTINGS, "model": str(model), **args}, "waves": waves}]
+
+
+@pytest.fixture(scope="module")
+def drawn(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder, model = tmp_path_factory.mktemp("graphs"), checkpoints["tiny-hf"]
+    graph = EngineProcess(folder / "graph", V2, jobs(model, "triton"), script="graph_process.py")
+    eager = EngineProcess(folder / "eager", V1, jobs(model, "torch"))
+    return {name: process.finish()["decoupled"] for name, process in (("eager", eager), ("graph", graph))}
+
+
+def test_replayed_steps_draw_the_reference_tokens(drawn: dict[str, Any]) -> None:
+    assert drawn["graph"]["waves"] == drawn["eager"]["waves"]
+    assert all(len(tokens) == PICTURE for tokens in drawn["graph"]["waves"][0])
+
+
+def test_steps_were_replayed_with_padding_rows(drawn: dict[str, Any]) -> None:
+    rows = drawn["graph"]["rows"]
+    assert drawn["graph"]["replays"] == len(rows) >= PICTURE
+    assert {1, 2, 3} <= set(rows)
+    assert max(rows) < SIZE
+    assert drawn["graph"]["operations"] > 50
+
+
+def test_padding_rows_write_nowhere(drawn: dict[str, Any]) -> None:
+    """Their block tables point at block 0, which belongs to no request."""
+    assert drawn["graph"]["null_block_untouched"]
+    assert drawn["graph"]["poisoned"] > 0
+
+
+def test_the_backend_says_so(drawn: dict[str, Any]) -> None:
+    assert drawn["graph"]["support"] == ["UNIFORM_SINGLE_TOKEN_DECODE"]
+
+
+@pytest.mark.parametrize(
+    ("section", "device", "support"),
+    [
+        ({}, "cuda", AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        ({"preset": "streaming"}, "cuda", AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        ({"smooth_row": True}, "cuda", AttentionCGSupport.NEVER),
+        ({"kernels": "torch"}, "cuda", AttentionCGSupport.NEVER),
+        ({}, "cpu", AttentionCGSupport.NEVER),
+    ],
+)
+def test_support(section: dict[str, Any], device: str, support: AttentionCGSupport) -> None:
+    """Refined scores are chosen by in torch, which looks at the host; so does the reference."""
+
+    class Config:
+        additional_config: Any = {"kvcompress": section}  # noqa: RUF012
+
+        class device_config:
+            device_type = device
+
+    assert StepPlanner.get_cudagraph_support(Config(), None) is support  # type: ignore[arg-type]

@@ -1,0 +1,99 @@
+"""Causal attention of whole prompts that lie one after another: the best implementation at hand.
+
+On CUDA: vLLM's flash attention where it is installed, xformers with a block-diagonal causal mask where that
+is (an optional extra), else torch's scaled_dot_product_attention, prompt by prompt, as on other devices.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+__all__ = ["attend_prompts", "choose"]
+
+HALF = (torch.bfloat16, torch.float16)
+MAX_HEAD_SIZE = 256  # of flash attention
+Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int], float], Tensor]
+
+
+@cache
+def choose(device_type: str, dtype: torch.dtype, head_size: int) -> str:
+    """The implementation for such tensors: ``flash``, ``xformers`` or ``sdpa``."""
+    if device_type == "cuda" and dtype in HALF:
+        if head_size <= MAX_HEAD_SIZE and head_size % 8 == 0 and _flash_version(head_size) is not None:
+            return "flash"
+        if find_spec("xformers") is not None:
+            return "xformers"
+    return "sdpa"
+
+
+def attend_prompts(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """Each prompt's tokens attend to those before them and to themselves.
+
+    Parameters
+    ----------
+    q : Tensor
+        [tokens, heads, D], the prompts one after another.
+    k, v : Tensor
+        [tokens, kv_heads, D], of q's dtype; heads are a multiple of kv_heads, in its order.
+    lengths : Sequence[int]
+        Tokens of each prompt, none of them 0; they add up to ``tokens``.
+    scale : float
+        Factor of q . k before the softmax.
+
+    Returns
+    -------
+    Tensor
+        [tokens, heads, D].
+    """
+    return ATTEND[choose(q.device.type, q.dtype, q.shape[2])](q, k, v, lengths, scale)
+
+
+def _flash_version(head_size: int) -> int | None:
+    """The version of vLLM's flash attention that runs here; None where it isn't installed."""
+    try:
+        from vllm.v1.attention.backends.fa_utils import (
+            get_flash_attn_version,
+            is_flash_attn_varlen_func_available,
+        )
+    except ImportError:
+        return None
+    return get_flash_attn_version(head_size=head_size) if is_flash_attn_varlen_func_available() else None
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    from vllm.utils.torch_utils import async_tensor_h2d
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+    starts = async_tensor_h2d([0, *accumulate(lengths)], device=q.device, dtype=torch.int32)
+    longest = max(lengths)
+    return flash_attn_varlen_func(
+        q.contiguous(), k.contiguous(), v.contiguous(),
+        max_seqlen_q=longest, cu_seqlens_q=starts, max_seqlen_k=longest, cu_seqlens_k=starts,
+        softmax_scale=scale, causal=True, fa_version=_flash_version(q.shape[2]),
+    )  # fmt: skip
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    from xformers.ops import fmha, memory_efficient_attention
+
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    bias = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(list(lengths))
+    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias, scale=scale)[0]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    out = torch.empty_like(q)
+    for first, last in pairwise([0, *accumulate(lengths)]):
+        mine = (x[None, first:last].transpose(1, 2) for x in (q, k, v))
+        one = scaled_dot_product_attention(*mine, is_causal=True, scale=scale, enable_gqa=True)
+        out[first:last] = one[0].transpose(0, 1)
+    return out
+
+
+ATTEND: dict[str, Attend] = {"flash": _flash, "xformers": _xformers, "sdpa": _sdpa}
