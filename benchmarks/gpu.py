@@ -8,7 +8,8 @@ Needs torch, triton and this package; vLLM is not imported.
 2. (a) Decode attention of one layer, as all layers of a model run it one after the other in a CUDA graph,
    against its floor: the bytes that must move at the bandwidth of a plain copy on the same card.
 3. (b) The whole decode step, random weights, in a CUDA graph, against max(bytes, FLOP); (c) the same step
-   with the full cache through torch's best scaled_dot_product_attention. See `benchmarks/gpu_step.py`.
+   with the full cache through the best attention installed (gpu_step.py, gpu_full_cache.py).
+4. (d) transformers' own Janus at the same batch, where transformers is installed (gpu_transformers.py).
 """
 
 import argparse
@@ -194,8 +195,7 @@ def attention(shape: Geometry, images: int, budget: float, device: str, bandwidt
             triton_decode.decode(q, k, v, types, caches.plan, shape.head_size**-0.5, out)
 
     def victims() -> None:
-        for kind in caches.together:
-            triton_select.select_victims(kind, caches.line_end)
+        triton_select.select_all(caches.together, caches.line_end)
 
     moved = caches.kv_bytes + caches.score_bytes + 6 * q.nbytes  # q, k, v, out, and the new K and V
     row = {"model": shape.name, "images": images, "budget": budget, "bytes": moved}
@@ -259,6 +259,11 @@ def main() -> None:
 
         result["step"] = steps([TINY] if args.dry_run else [JANUS_1B, JANUS_7B], device, bandwidth)
         print(f"(b), (c) the whole decode step\n{table(result['step'])}")
+        from gpu_transformers import tokens_per_second
+
+        stretches, images = ((2, 4), 1) if args.dry_run else ((24, 72), 128)
+        result["transformers"] = [tokens_per_second(shape, images, device, stretches)]
+        print(f"(d) transformers, a step of all images\n{table(result['transformers'])}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
 

@@ -1,19 +1,17 @@
 """The whole decode step of a Janus-Pro language model with random weights: the second half of gpu.py.
 
 A bare model in torch, without vLLM: both branches of a row, rotary attention over the compressed cache or
-over a full one through scaled_dot_product_attention, the image head, guidance, sampling. What vLLM adds to
+over a full one through the best attention installed, the image head, guidance, sampling. What vLLM adds to
 a step (its own kernels, its scheduler) is in neither side of the comparison.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from gpu import PREFIX, Caches, Geometry, fits, seconds
+from gpu_full_cache import Attend, attends, best
 from torch import Tensor
 
 BATCHES = (64, 128)
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Model:
@@ -66,23 +64,15 @@ def compressed(caches: Caches, shape: Geometry, images: int) -> Attend:
         out = torch.empty_like(q)
         triton_decode.decode(q, k, v, caches.layers[layer], caches.plan, shape.head_size**-0.5, out)
         if layer == shape.layers - 1:
-            for kind in caches.together:
-                triton_select.select_victims(kind, caches.plan)
+            triton_select.select_all(caches.together, caches.plan)
         return out
 
     return attend
 
 
-def full(shape: Geometry, images: int, tokens: int, device: str) -> Attend:
-    """Attention over all ``tokens`` so far, contiguous: kinder to it than any paged cache."""
-    size = (shape.layers, 2, images * 2, shape.heads, tokens, shape.head_size)
-    cache = torch.empty(size, device=device, dtype=torch.bfloat16).normal_()
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache[layer, 0, :, :, -1], cache[layer, 1, :, :, -1] = k, v
-        return F.scaled_dot_product_attention(q.unsqueeze(2), cache[layer, 0], cache[layer, 1]).squeeze(2)
-
-    return attend
+def full(shape: Geometry, images: int, tokens: int, device: str, name: str) -> Attend:
+    """Attention over all ``tokens`` so far, by one of the implementations in gpu_full_cache.py."""
+    return attends(shape.layers, images * 2, shape.heads, tokens, shape.head_size, device)[name]
 
 
 def matmul_rate() -> float:
@@ -96,19 +86,22 @@ def steps(shapes: list[Geometry], device: str, bandwidth: float) -> list[dict]:
     rows = []
     rate = 1.0 if device == "cpu" else matmul_rate()
     for shape in shapes:
+        kernel, passed = best(shape.heads, shape.head_size, device)
+        for other, reason in passed.items():
+            print(f"full cache: {other} passed over, {reason}")
         line = shape.lines // 2
         tokens = PREFIX + line * shape.width + shape.width // 2
         for images in (1,) if device == "cpu" else BATCHES:
             model = Model(shape, images, device)
             for budget in (0.5, None) if device == "cpu" else (1 / 6, 0.2, None):
-                name = "full" if budget is None else f"budget {budget:.3g}"
+                name = f"full, {kernel}" if budget is None else f"budget {budget:.3g}"
                 row = {"model": shape.name, "images": images, "cache": name}
                 rows.append(row)
                 if device != "cpu" and not fits(shape, images, budget or 1.0):
                     row["note"] = "does not fit"
                     continue
                 if budget is None:
-                    attend = full(shape, images, tokens, device)
+                    attend = full(shape, images, tokens, device, kernel)
                     moved = shape.layers * images * 4 * shape.heads * tokens * shape.head_size * 2
                 else:
                     caches = Caches(shape, images, budget, torch.bfloat16, device, line)
