@@ -8,9 +8,15 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from vllm_kvcompress import patches
 from vllm_kvcompress.config import FP8, is_compressed, parse_config
+from vllm_kvcompress.guidance import MAX_SCALE
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.config import raster_of
-from vllm_kvcompress.models.registry import image_model, store_special_ids, text_vocab_size
+from vllm_kvcompress.models.registry import (
+    image_model,
+    store_guidance_scale,
+    store_special_ids,
+    text_vocab_size,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -140,3 +146,11 @@ def resolve_tokens(model_config: "ModelConfig") -> None:
     )
     check_tokenizer(tokenizer)
     store_special_ids(model_config.hf_config, *resolve_special_ids(tokenizer))
+    # transformers' own field; small models are at their best well below Janus-Pro's 5.
+    scale = model_config.try_get_generation_config().get("guidance_scale")
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= MAX_SCALE:
+            raise ValueError(
+                f"generation_config.json: guidance_scale {scale!r} is not a number from 0 to {MAX_SCALE:g}"
+            )
+        store_guidance_scale(model_config.hf_config, float(scale))
