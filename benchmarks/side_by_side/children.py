@@ -37,13 +37,17 @@ class Children:
             self._workload = workload
         child = self._alive.pop(contender.name, None)
         if child is None:
-            need = need_bytes(contender, workload, batch)
-            while self._alive and psutil.virtual_memory().available < need:
-                self.drop(next(iter(self._alive)))
+            self._make_room(need_bytes(contender, workload, batch))
             log = self._logs / f"{workload.name}-{re.sub(r'[^a-z0-9]+', '_', contender.name)}.log"
             child = Child(contender, workload, batch, log)
+        elif contender.is_transformers:  # its cache is made for each cell
+            self._make_room(workload.kv_memory(batch, 1.0))
         self._alive[contender.name] = child
         return child
+
+    def _make_room(self, need: float) -> None:
+        while self._alive and psutil.virtual_memory().available < need:
+            self.drop(next(iter(self._alive)))
 
     def drop(self, name: str) -> None:
         """End one contender's process, if it lives."""

@@ -70,7 +70,8 @@ def run(
             measuring.group(group, lambda: progress.advance(bar))
     if not any(measuring.missing(group) for group in all_groups):
         results.finish()
-    report(results.path)
+    if results.cells:
+        report(results.path)
     if measuring.failures:
         raise typer.Exit(1)
 

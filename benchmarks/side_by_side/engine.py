@@ -35,7 +35,7 @@ class Engine:
         extra: dict[str, Any] = {}
         if contender.section is not None:
             extra["attention_backend"] = "kvcompress"
-            extra["additional_config"] = {"kvcompress": contender.section}
+            extra["additional_config"] = {"kvcompress": workload.settings(contender.section)}
         elif workload.memory_images:
             extra["block_size"] = BLOCK
         length = 64 + workload.tokens
@@ -207,5 +207,6 @@ def _prompt_tokens(workload: Workload) -> int:
     """Tokens of the benchmark's prompt, before there is an engine to ask."""
     from transformers import AutoTokenizer
 
-    # Begin-of-sentence, two roles, a colon after the second and begin-of-image: at most eight more.
-    return 8 + len(AutoTokenizer.from_pretrained(workload.checkpoint())(PROMPT)["input_ids"])
+    tokenizer = AutoTokenizer.from_pretrained(workload.checkpoint())
+    text = f"<|User|>: {PROMPT}\n\n<|Assistant|>:"
+    return 2 + len(tokenizer(text, add_special_tokens=False)["input_ids"])  # begin-of-sentence and -image

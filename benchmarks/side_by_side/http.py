@@ -36,7 +36,7 @@ def serve(group: HttpGroup, contender: Contender) -> Server:
         # More at once than fit would be preempted and drawn again: the full cache is at its best like this.
         arguments += ["--block-size", str(BLOCK), "--max-num-seqs", str(group.memory_images)]
     else:
-        config = json.dumps({"kvcompress": contender.section})
+        config = json.dumps({"kvcompress": workload.settings(contender.section)})
         arguments += ["--attention-backend", "kvcompress", "--additional-config", config]
         arguments += ["--max-num-seqs", "64"]
     log = OUT / "logs" / f"{workload.name}-{re.sub(r'[^a-z0-9]+', '_', contender.name)}-server.log"

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.raster import Raster
 from vllm_kvcompress.testing.checkpoints import SMALL_24, CheckpointGeometry, janus_pro_1b, make_checkpoint
 
@@ -91,6 +94,32 @@ class Workload:
             (self.folder / "complete").touch()
         return self.folder
 
+    def settings(self, section: dict[str, Any]) -> dict[str, Any]:
+        """A contender's ``kvcompress`` settings, with a head profile for random weights.
+
+        Those have no local heads to find: half of the heads, drawn at random, are spatial. The demo model's
+        profile is its own, measured when it is first served.
+        """
+        g = self.geometry
+        if g is None:
+            return section
+        path = OUT / "profiles" / f"{g.layers}x{g.kv_heads}.json"
+        if not path.exists():
+            draw = random.Random(0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            HeadProfile(
+                model="",
+                model_hash="",
+                metric="drawn at random",
+                threshold=0.5,
+                prompts_hash="",
+                neighbourhood=2 * self.width,
+                layers=g.layers,
+                kv_heads=g.kv_heads,
+                scores=_halves(draw, g.layers, g.kv_heads),
+            ).save(path)
+        return section | {"head_profile": str(path)}
+
     @contextmanager
     def grid(self) -> Iterator[None]:
         """The geometry override: in here, checkpoints draw ``lines`` lines of ``width`` tokens.
@@ -110,6 +139,13 @@ class Workload:
                 mock.patch("vllm_kvcompress.models.vllm_config.raster_of", raster),
             ):
                 yield
+
+
+def _halves(draw: random.Random, layers: int, heads: int) -> list[list[float]]:
+    """Scores of which half are above and half below a half, in random places."""
+    scores = [(i + 0.5) / (layers * heads) for i in range(layers * heads)]
+    draw.shuffle(scores)
+    return [scores[layer * heads : (layer + 1) * heads] for layer in range(layers)]
 
 
 def janus(name: str, layers: int, sampled: tuple[int, ...], memory_images: int = 0) -> Workload:
