@@ -241,9 +241,8 @@ def test_claims_in_the_documents_are_those_of_the_results():
 def test_a_changed_claim_is_found():
     data = {"about": results.describe("tiny", 1), "cells": []}
     for repeat in range(2):
-        data["cells"] += [
-            cell(STOCK, repeat, {0: 0.1}, batch="1"), cell(OURS, repeat, {0: 0.05}, batch="1"),
-        ]  # fmt: skip
+        for name, seconds in ((STOCK, 0.1), (OURS, 0.05)):
+            data["cells"].append(cell(name, repeat, {0: seconds}, batch="1", prompt_s=0))
     part = report.claim(data, "x.json")
     assert "| 2.00 (2.00-2.00) | at least 0.97 | met |" in part
     document = report.with_claim("before\n<!-- benchmark: old.json -->\n<!-- /benchmark -->\nafter", part)
