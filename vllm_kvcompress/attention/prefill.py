@@ -117,8 +117,9 @@ def _begin(
     row = async_tensor_h2d([n for n, _, count in new for _ in range(count)], device=device)
     position = async_tensor_h2d([i for *_, count in new for i in range(count)], device=device)
     k, v = k[at], v[at]
-    seen = [x.to(types[0].pages.kv.dtype).to(q.dtype) for x in (k, v)]  # as decode steps will see them
-    got = attend_prompts(q[at].flatten(1, 2), *seen, [count for *_, count in new], scale)
+    # As decode steps will see them.
+    key, value = (x.to(types[0].pages.kv.dtype).to(q.dtype) for x in (k, v))
+    got = attend_prompts(q[at].flatten(1, 2), key, value, [count for *_, count in new], scale)
     out[at] = got.view(-1, *q.shape[1:]).to(out.dtype)
     for kind in types:
         pages, heads = kind.pages, kind.head_index.long()

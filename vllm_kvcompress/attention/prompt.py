@@ -70,11 +70,12 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
     starts = async_tensor_h2d([0, *accumulate(lengths)], device=q.device, dtype=torch.int32)
-    longest = max(lengths)
+    longest, version = max(lengths), _flash_version(q.shape[2])
+    assert version is not None, "choose() takes another implementation"
     return flash_attn_varlen_func(
         q.contiguous(), k.contiguous(), v.contiguous(),
         max_seqlen_q=longest, cu_seqlens_q=starts, max_seqlen_k=longest, cu_seqlens_k=starts,
-        softmax_scale=scale, causal=True, fa_version=_flash_version(q.shape[2]),
+        softmax_scale=scale, causal=True, fa_version=version,
     )  # fmt: skip
 
 
@@ -90,8 +91,8 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: fl
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
     out = torch.empty_like(q)
     for first, last in pairwise([0, *accumulate(lengths)]):
-        mine = (x[None, first:last].transpose(1, 2) for x in (q, k, v))
-        one = scaled_dot_product_attention(*mine, is_causal=True, scale=scale, enable_gqa=True)
+        mine, key, value = (x[None, first:last].transpose(1, 2) for x in (q, k, v))
+        one = scaled_dot_product_attention(mine, key, value, is_causal=True, scale=scale, enable_gqa=True)
         out[first:last] = one[0].transpose(0, 1)
     return out
 
