@@ -17,12 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 SIZE = 4  # rows of the recorded batch: max_num_seqs, and more than run
-WAITS = ("nonzero", "_local_scalar_dense", "item", "masked_select", "equal", "is_nonzero", "unique")
+WAITS = (
+    "nonzero", "local_scalar_dense", "item", "masked_select", "equal", "is_nonzero", "unique2", "unique_dim",
+    "unique_consecutive",
+)  # fmt: skip
 
 
 def waits(func: Any, args: Any) -> bool:
     """Whether an operation makes the host wait for the device: its result's size or value is needed."""
-    name = func._schema.name.split("::")[-1].removesuffix("_")
+    name = func._schema.name.split("::")[-1].strip("_")
     indices = [] if "index" not in name else [x for x in tree_leaves(list(args[1:])) if torch.is_tensor(x)]
     return name in WAITS or any(x.dtype in (torch.bool, torch.uint8) for x in indices)
 
@@ -90,6 +93,36 @@ def poison(runner: Any) -> torch.Tensor:
     return storage.fill_(0xFF)
 
 
+def watch_host_side(runner: Any, steps: list[int]) -> list[int]:
+    """From now on logits and plans of decode steps (``steps`` grows with each) must not wait either.
+
+    Returns the widths of the logits of these steps, as a list that grows.
+    """
+    from vllm_kvcompress.attention.backend import StepPlanner
+
+    model, widths, seen = runner.model, [], [0]
+    compute, build = model.compute_logits, StepPlanner.build
+
+    def compute_logits(hidden: torch.Tensor) -> torch.Tensor:
+        if len(steps) == seen[0]:
+            return compute(hidden)
+        seen[0] = len(steps)
+        with NoWaiting():
+            logits = compute(hidden)
+        widths.append(logits.shape[1])
+        return logits
+
+    def build_plan(self: Any, prefix: int, common: Any, *args: Any) -> Any:
+        if common.max_query_len > 1:
+            return build(self, prefix, common, *args)
+        with NoWaiting():
+            return build(self, prefix, common, *args)
+
+    model.compute_logits = compute_logits
+    StepPlanner.build = build_plan  # type: ignore[method-assign]
+    return widths
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Draw a job's requests, decode steps by replay."""
     from engine_process import draw
@@ -114,6 +147,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         return eager(num_reqs, num_tokens, uniform_token_count, *args, **kw)
 
     manager.dispatch, manager.run_fullgraph = dispatch, recording.run
+    widths = watch_host_side(runner, rows)
     drawn = draw(engine, job["waves"][0], 0)
     types = runner.model.compressed._all_layers.values()
     fields = [getattr(t.pages, name) for t in types for name in ("kv", "score", "token", "victim")]
@@ -124,6 +158,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "waves": [drawn],
         "replays": recording.replays,
         "rows": rows,
+        "widths": widths,
         "operations": len(recording.mode.recorded),
         "null_block_untouched": bool((null_block == 0xFF).all()),
         "poisoned": int((cache == 0xFF).sum()),

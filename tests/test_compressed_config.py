@@ -182,6 +182,18 @@ def test_the_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.choose("triton", "cpu") == "triton"
 
 
+def test_models_that_the_triton_kernels_cannot_serve_are_refused_at_start_up() -> None:
+    assert kernels.use("auto", "cuda") == "triton"
+    try:
+        kernels.check_shape(256, 16)
+        for shape in ((512, 1), (128, 32)):
+            with pytest.raises(ValueError, match=r"kvcompress.kernels: triton .*; set torch$"):
+                kernels.check_shape(*shape)
+    finally:
+        kernels.use("auto", "cpu")
+    kernels.check_shape(512, 32)
+
+
 def test_an_8_bit_cache_on_a_cpu_is_read_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_kvcompress.attention.kernels.cpu.isa", lambda: "avx2")
     fp8 = torch.float8_e4m3fn

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_process import V1, V2, EngineProcess
-from graph_process import SIZE
+from graph_process import SIZE, NoWaiting
 from test_v2_runner import PICTURE, SETTINGS, Prompts, mixed_requests
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_kvcompress.attention.backend import StepPlanner
+from vllm_kvcompress.testing.checkpoints import TINY
 
 REQUESTS = slice(3)  # a picture, one without guidance in chunks, one with a negative prompt that comes later
 
@@ -44,6 +46,29 @@ def test_steps_were_replayed_with_padding_rows(drawn: dict[str, Any]) -> None:
     assert {1, 2, 3} <= set(rows)
     assert max(rows) < SIZE
     assert drawn["graph"]["operations"] > 50
+
+
+def test_logits_of_decode_steps_are_of_codes_and_wait_for_nothing(drawn: dict[str, Any]) -> None:
+    """An operation that waits would have ended the process: in the recorded step, its plan or its logits."""
+    assert len(drawn["graph"]["widths"]) == drawn["graph"]["replays"]
+    assert set(drawn["graph"]["widths"]) == {TINY.codebook}
+
+
+def test_what_waits_is_recognised() -> None:
+    numbers = torch.arange(4.0)
+    for wait in (
+        lambda: numbers.nonzero(),
+        lambda: numbers[numbers > 1],
+        lambda: numbers.sum().item(),
+        lambda: bool(numbers[0]),
+        lambda: numbers.tolist() and float(numbers[0]),
+        lambda: numbers.clone().index_put_((numbers > 1,), torch.zeros(())),
+        lambda: numbers.unique(),
+    ):
+        with NoWaiting(), pytest.raises(AssertionError, match="makes the host wait"):
+            wait()
+    with NoWaiting():
+        numbers[torch.tensor([1, 2])].where(numbers[:2] > 1, 0.0)
 
 
 def test_padding_rows_write_nowhere(drawn: dict[str, Any]) -> None:

@@ -57,11 +57,12 @@ HOOKS = {
     "vllm_kvcompress.attention.backend:KVCompressBackend": (
         "get_name get_impl_cls get_builder_cls supported_kv_cache_layouts supported_dtypes"
     ),
-    "vllm_kvcompress.attention.backend:StepPlanner": "__init__ build _cudagraph_support",
+    "vllm_kvcompress.attention.backend:StepPlanner": "__init__ build get_cudagraph_support",
     "vllm_kvcompress.scheduler:ImageScheduler": "_free_request add_request",
     "vllm_kvcompress.requests_v2:JanusModelState": (
-        "__init__ add_request remove_request prepare_attn prepare_inputs"
+        "__init__ add_request remove_request prepare_attn prepare_inputs custom_sampler"
     ),
+    "vllm_kvcompress.requests_v2:ImageSampler": "__call__ _sample_random",
     "vllm_kvcompress.requests_v1:RequestTracker": (
         "__init__ validate_params is_argmax_invariant update_state apply add_request"
     ),
@@ -74,7 +75,8 @@ HOOKS = {
 
 def resolve(path: str) -> Any:
     module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    loaded = importlib.import_module(module)
+    return getattr(loaded, name) if name else loaded
 
 
 def of_vllm(owner: type, name: str) -> Any:
@@ -144,7 +146,8 @@ def test_every_override_is_listed(owner: str) -> None:
 
 FIELDS = {
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
-        "num_reqs seq_lens block_table_tensor max_query_len query_start_loc query_start_loc_cpu"
+        "num_reqs seq_lens block_table_tensor max_query_len query_start_loc query_start_loc_cpu "
+        "seq_lens_cpu_upper_bound"
     ),
     "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping_np",
     "vllm.v1.core.sched.output:NewRequestData": "req_id sampling_params prompt_token_ids",
@@ -157,7 +160,10 @@ FIELDS = {
     "vllm.config:ModelConfig": "model tokenizer tokenizer_mode logits_processors max_model_len dtype",
     "vllm.config:SchedulerConfig": "max_num_seqs scheduler_cls disable_hybrid_kv_cache_manager",
     "vllm.config:CacheConfig": "enable_prefix_caching cache_dtype",
-    "vllm.config:CompilationConfig": "static_forward_context",
+    "vllm.config:CompilationConfig": "static_forward_context cudagraph_mode splitting_ops _attention_ops",
+    "vllm.v1.sample.sampler:Sampler": "forward sample",
+    "vllm.v1.sample.metadata:SamplingMetadata": "generators top_k",
+    "vllm.v1.attention.backends.fa_utils": "get_flash_attn_version is_flash_attn_varlen_func_available",
     "vllm.config:ParallelConfig": (
         "tensor_parallel_size pipeline_parallel_size decode_context_parallel_size"
     ),
@@ -166,7 +172,8 @@ FIELDS = {
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": "kv_cache_spec layer_names",
     "vllm:SamplingParams": (
         "extra_args max_tokens min_tokens ignore_eos stop stop_token_ids detokenize structured_outputs "
-        "prompt_logprobs _eos_token_id _all_stop_token_ids"
+        "prompt_logprobs _eos_token_id _all_stop_token_ids logit_bias allowed_token_ids bad_words "
+        "frequency_penalty presence_penalty repetition_penalty logprobs logprob_token_ids"
     ),
 }
 
@@ -176,7 +183,8 @@ FIELDS = {
 )
 def test_field_is_there(owner: str, name: str) -> None:
     ours = resolve(owner)
-    declared = {field for base in ours.__mro__ for field in getattr(base, "__annotations__", {})}
+    bases = getattr(ours, "__mro__", ())
+    declared = {field for base in bases for field in getattr(base, "__annotations__", {})}
     assert name in declared or hasattr(ours, name) or name in getattr(ours, "__struct_fields__", ())
 
 

@@ -3,13 +3,50 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_kvcompress.guidance import RequestFacts, RequestRows
-from vllm_kvcompress.sampling import image_sampler
+from vllm_kvcompress.sampling import is_narrow, move_up
+
+
+class ImageSampler(Sampler):
+    """vLLM's sampler; over image codes alone where the logits are, and for rows that draw."""
+
+    rows: RequestRows
+
+    @classmethod
+    def adopt(cls, sampler: Sampler, rows: RequestRows) -> "ImageSampler | None":
+        """The same sampler as one of these; None for one whose features need all ids."""
+        if type(sampler) is not Sampler or sampler.return_sampling_mask or sampler.trace_replay_state:
+            return None
+        adopted = cls.__new__(cls)
+        vars(adopted).update(vars(sampler))
+        adopted.rows = rows
+        return adopted
+
+    def __call__(self, logits: Tensor, input_batch: InputBatch) -> SamplerOutput:
+        output = super().__call__(logits, input_batch)
+        return move_up(output, self.rows) if is_narrow(logits, self.rows) else output
+
+    def _sample_random(
+        self, processed_logits: Tensor, expanded_idx_mapping: Tensor, idx_mapping_np: Any, pos: Tensor,
+        top_k: Tensor | None, top_p: Tensor | None, use_fused_sampler: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        where = expanded_idx_mapping, idx_mapping_np, pos
+        first, codes = self.rows.model.text_vocab, self.rows.model.codes
+        few = None if top_k is None else top_k.clamp(max=codes)
+        choose, logits = super()._sample_random, processed_logits
+        if is_narrow(logits, self.rows):
+            return choose(logits, *where, few, top_p, use_fused_sampler)
+        code, _ = choose(logits[:, first:].clone(), *where, few, top_p, use_fused_sampler)
+        sampled, processed = choose(logits, *where, top_k, top_p, use_fused_sampler)
+        return torch.where(self.rows.is_text[: len(code)], sampled, code + first), processed
 
 
 class JanusModelState(DefaultModelState):
@@ -23,7 +60,7 @@ class JanusModelState(DefaultModelState):
         self._slot_of: dict[str, int] = {}
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
-        adopted = image_sampler(sampler, self.rows)
+        adopted = ImageSampler.adopt(sampler, self.rows)
         self.rows.narrow_allowed &= adopted is not None
         return None if adopted is None else (adopted, None)
 

@@ -61,7 +61,7 @@ def move_up(output: Any, rows: "RequestRows") -> Any:
 def patch_v1() -> None:
     """Make the V1 runner's sampler take marked logits; others pass as they are.
 
-    The V1 runner has no place for a model's own sampler (the V2 runner has: `image_sampler`).
+    The V1 runner has no place for a model's own sampler (the V2 runner has: ``requests_v2.ImageSampler``).
     """
     from vllm.v1.sample.sampler import Sampler
 
@@ -103,36 +103,3 @@ def patch_v1() -> None:
     setattr(forward_marked, _MARK, True)
     Sampler.forward = forward_marked  # type: ignore[method-assign]
     Sampler.sample = sample_marked  # type: ignore[method-assign]
-
-
-def image_sampler(sampler: Any, rows: "RequestRows") -> Any | None:
-    """The V2 runner's sampler, taking narrow logits too; None for one whose features need all ids."""
-    from vllm.v1.worker.gpu.sample.sampler import Sampler
-
-    class ImageSampler(Sampler):
-        """vLLM's sampler, over codes where the logits are."""
-
-        def __call__(self, logits: Tensor, input_batch: Any) -> Any:
-            output = super().__call__(logits, input_batch)
-            return move_up(output, rows) if is_narrow(logits, rows) else output
-
-        def _sample_random(
-            self, processed_logits: Tensor, expanded_idx_mapping: Tensor, idx_mapping_np: Any, pos: Tensor,
-            top_k: Tensor | None, top_p: Tensor | None, use_fused_sampler: bool,
-        ) -> tuple[Tensor, Tensor]:  # fmt: skip
-            where = expanded_idx_mapping, idx_mapping_np, pos
-            few = None if top_k is None else top_k.clamp(max=rows.model.codes)
-            choose, logits = super()._sample_random, processed_logits
-            if is_narrow(logits, rows):
-                return choose(logits, *where, few, top_p, use_fused_sampler)
-            codes_only = logits[:, rows.model.text_vocab :].clone()
-            code, _ = choose(codes_only, *where, few, top_p, use_fused_sampler)
-            sampled, processed = choose(logits, *where, top_k, top_p, use_fused_sampler)
-            picked = torch.where(rows.is_text[: len(code)], sampled, code + rows.model.text_vocab)
-            return picked, processed
-
-    if type(sampler) is not Sampler or sampler.return_sampling_mask or sampler.trace_replay_state is not None:
-        return None
-    adopted = ImageSampler.__new__(ImageSampler)
-    vars(adopted).update(vars(sampler))
-    return adopted

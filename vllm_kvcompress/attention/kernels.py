@@ -1,5 +1,6 @@
 """The implementation of the decode step in use: plain torch, or compiled for the device at hand."""
 
+import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -93,6 +94,19 @@ def use(kernels: Kernels, device_type: str, cache_dtype: torch.dtype | None = No
         return f"cpu ({cpu.isa()})"
     unread = device_type == "cpu" and choose(kernels, device_type) == "cpu"
     return "torch (the CPU kernels read no 8-bit cache)" if unread else "torch"
+
+
+def check_shape(head_size: int, group: int) -> None:
+    """Raise ValueError, one line, if the kernels in use can't serve a model of this shape.
+
+    ``group`` is the number of query heads per KV head.
+    """
+    limits = getattr(sys.modules[decode.__module__], "LIMITS", (head_size, group))
+    if head_size > limits[0] or group > limits[1]:
+        raise ValueError(
+            f"{FIELD}: triton kernels take head sizes to {limits[0]} and {limits[1]} query heads a KV head, "
+            f"the model has {head_size} and {group}; set torch"
+        )
 
 
 def _one_by_one(types: Sequence[HeadType], plan: Plan) -> None:

@@ -6,6 +6,7 @@ is (an optional extra), else torch's scaled_dot_product_attention, prompt by pro
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
 
@@ -15,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 __all__ = ["attend_prompts", "choose"]
 
+FLASH = "vllm.v1.attention.backends.fa_utils"
 HALF = (torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256  # of flash attention
 Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int], float], Tensor]
@@ -55,24 +57,18 @@ def attend_prompts(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scal
 
 def _flash_version(head_size: int) -> int | None:
     """The version of vLLM's flash attention that runs here; None where it isn't installed."""
-    try:
-        from vllm.v1.attention.backends.fa_utils import (
-            get_flash_attn_version,
-            is_flash_attn_varlen_func_available,
-        )
-    except ImportError:
-        return None
-    return get_flash_attn_version(head_size=head_size) if is_flash_attn_varlen_func_available() else None
+    flash = import_module(FLASH)
+    available = flash.is_flash_attn_varlen_func_available()
+    return flash.get_flash_attn_version(head_size=head_size) if available else None
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
     from vllm.utils.torch_utils import async_tensor_h2d
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
     starts = async_tensor_h2d([0, *accumulate(lengths)], device=q.device, dtype=torch.int32)
     longest, version = max(lengths), _flash_version(q.shape[2])
     assert version is not None, "choose() takes another implementation"
-    return flash_attn_varlen_func(
+    return import_module(FLASH).flash_attn_varlen_func(  # there only where it can run
         q.contiguous(), k.contiguous(), v.contiguous(),
         max_seqlen_q=longest, cu_seqlens_q=starts, max_seqlen_k=longest, cu_seqlens_k=starts,
         softmax_scale=scale, causal=True, fa_version=version,

@@ -30,6 +30,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NARROW = torch.float8_e4m3fn  # what the cache may be in beside them, at scale 1
 MAX_GROUP = 16  # rows of one matrix product
 MAX_HEAD_SIZE = 256  # a tile of slots fits the registers
+LIMITS = (MAX_HEAD_SIZE, MAX_GROUP)  # what `kernels.check_shape` holds a model to at start-up
 
 
 class KindArgs(NamedTuple):

@@ -43,6 +43,7 @@ def plan_layout(vllm_config: "VllmConfig", model: "JanusForImageGeneration") -> 
         dtype=torch.float8_e4m3fn if vllm_config.cache_config.cache_dtype in FP8 else model.dtype,
     )
     used = kernels.use(config.kernels, vllm_config.device_config.device_type, layout.dtype)
+    kernels.check_shape(head_size, text.num_attention_heads // kv_heads)
     return replace(layout, summary=_summary(config, layout, used))
 
 
