@@ -63,13 +63,15 @@ def drawn(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 def test_tokens_of_the_reference(drawn: dict[str, Drawn], engine: str) -> None:
     found, [reference] = drawn["triton"][engine], drawn["torch"][engine]["waves"]
     assert found["waves"] == [reference]
-    assert found["runner"] == "vllm.v1.worker.gpu.model_runner"
+    assert found["runner"] == "vllm.v1.worker.cpu.model_runner"  # V2's, derived from the one for GPUs
     assert all(len(tokens) == PICTURE for tokens in reference)
 
 
 def test_tokens_of_the_reference_on_v1(drawn: dict[str, Drawn]) -> None:
     assert drawn["v1"][ON_V1]["waves"] == drawn["torch"][ON_V1]["waves"]
-    assert "gpu.model_runner" not in drawn["v1"][ON_V1]["runner"]
+    assert (
+        drawn["v1"][ON_V1]["runner"] == drawn["torch"][ON_V1]["runner"] == "vllm.v1.worker.cpu_model_runner"
+    )
 
 
 def test_presets_draw_different_pictures(drawn: dict[str, Drawn]) -> None:
