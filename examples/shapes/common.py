@@ -73,7 +73,7 @@ def plot_curves(log: Path, picture: Path, names: tuple[str, ...]) -> None:
     for axis, name in zip(axes[0], names, strict=True):
         points = [(r["step"], r[name]) for r in records if name in r]
         axis.plot(*zip(*points, strict=True), linewidth=1)
-        axis.set(xlabel="step", title=name)
+        axis.set(xlabel="step", title=name, yscale="log")
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(picture, dpi=90)

@@ -21,6 +21,8 @@ from vllm_kvcompress.testing import tokenizer as janus
 from vllm_kvcompress.testing.configs import transformers_config, transformers_files
 
 DTYPE = "bfloat16"
+GUIDANCE_SCALE = 1.5
+"""What the files recommend; Janus-Pro's 5 makes this small model repeat itself."""
 HELD_OUT_FIRST, HELD_OUT_SCENES = 1000, 256
 """Of the validation stream; training looks at its first scenes only."""
 
@@ -45,7 +47,9 @@ def export(vq: dict[str, torch.Tensor], lm: dict[str, torch.Tensor], tokenizer_f
     config.save_pretrained(out)
     state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    for name, content in transformers_files(GEOMETRY, ids).items():
+    files = transformers_files(GEOMETRY, ids)
+    files["generation_config.json"]["guidance_scale"] = GUIDANCE_SCALE
+    for name, content in files.items():
         text = (
             content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         )
@@ -55,7 +59,9 @@ def export(vq: dict[str, torch.Tensor], lm: dict[str, torch.Tensor], tokenizer_f
 
 def export_scenes(centres: torch.Tensor, out: Path) -> None:
     """Write held-out scenes as training would have seen them, for the harness's replay."""
-    pixels, captions = scene_batch(VALID_STREAM, HELD_OUT_FIRST, HELD_OUT_SCENES)
+    pixels, captions = scene_batch(VALID_STREAM, GUIDANCE_SCALE = 1.5
+"""What the files recommend; Janus-Pro's 5 makes this small model repeat itself."""
+HELD_OUT_FIRST, HELD_OUT_SCENES)
     held_out.save(out / held_out.FILE, captions, nearest(to_patches(pixels), centres).numpy())
 
 

@@ -20,7 +20,7 @@ from transformers import JanusForConditionalGeneration
 
 from vllm_kvcompress.testing import tokenizer as janus
 
-GUIDANCE = 5.0
+GUIDANCE = 1.5
 
 
 @torch.inference_mode()
