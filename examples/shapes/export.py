@@ -59,9 +59,7 @@ def export(vq: dict[str, torch.Tensor], lm: dict[str, torch.Tensor], tokenizer_f
 
 def export_scenes(centres: torch.Tensor, out: Path) -> None:
     """Write held-out scenes as training would have seen them, for the harness's replay."""
-    pixels, captions = scene_batch(VALID_STREAM, GUIDANCE_SCALE = 1.5
-"""What the files recommend; Janus-Pro's 5 makes this small model repeat itself."""
-HELD_OUT_FIRST, HELD_OUT_SCENES)
+    pixels, captions = scene_batch(VALID_STREAM, HELD_OUT_FIRST, HELD_OUT_SCENES)
     held_out.save(out / held_out.FILE, captions, nearest(to_patches(pixels), centres).numpy())
 
 
