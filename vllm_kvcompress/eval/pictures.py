@@ -1,6 +1,5 @@
 """Draw the evaluation's prompts under one policy, and judge the pictures."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -107,15 +106,3 @@ def _sized(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if picture.shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
         return picture
     return np.asarray(cv2.resize(picture, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA), np.uint8)
-
-
-def contact_sheet(rows: Sequence[Sequence[NDArray[np.uint8]]], gap: int = 4) -> NDArray[np.uint8]:
-    """Pictures of one size on a white sheet, a list a row."""
-    height, width, _ = rows[0][0].shape
-    columns = max(map(len, rows))
-    sheet = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
-    for line, row in enumerate(rows):
-        for column, picture in enumerate(row):
-            top, left = gap + line * (height + gap), gap + column * (width + gap)
-            sheet[top : top + height, left : left + width] = picture
-    return sheet
