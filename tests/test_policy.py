@@ -58,9 +58,9 @@ def test_defaults_on_the_janus_grid() -> None:
     assert shape(Policy("h2o", 0.2)) == [None, (115, 0, 24)]
     assert shape(Policy("line_ar", 1 / 6)) == [None, (96, 4, 24)]
     assert shape(Policy("line_ar", 1 / 8)) == [None, (72, 4, 22)]
-    assert shape(Policy("ssd", 0.2)) == [(48, 0, 48), (159, 0, 24)]
-    assert shape(Policy("decoupled", 0.2)) == [(48, 4, 44), (159, 4, 24)]
-    assert shape(Policy("decoupled", 1 / 8)) == [(48, 4, 44), (88, 4, 24)]
+    assert shape(Policy("ssd", 0.2)) == [(72, 0, 72), (143, 0, 24)]
+    assert shape(Policy("decoupled", 0.2)) == [(76, 4, 72), (141, 4, 24)]
+    assert shape(Policy("decoupled", 1 / 8)) == [(72, 4, 68), (72, 4, 22)]
     assert shape(Policy("decoupled", 1.0)) == [(576, 4, 572), (576, 4, 24)]
 
 

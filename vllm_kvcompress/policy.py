@@ -128,7 +128,7 @@ class Preset:
     score: Score = "inter_line"
     anchors: int = 0
     recent_lines: int = 1
-    spatial_lines: int = 2
+    spatial_lines: int = 3  # docs/quality.md: with two, shapes lose their height
     evicts: bool = True
     value_norm: bool = False
     smooth_row: bool = False
@@ -158,7 +158,8 @@ class Policy:
         being written included: 0.2 of 576 is 115 slots. `full` keeps everything whatever the budget.
     spatial_tokens : int, optional
         Resident image slots of a spatial head; the semantic heads get the rest. None: the preset's
-        number of lines (two), at most the mean, and more only where semantic heads already keep all.
+        number of lines (three) beside the anchors, at most the mean, and more only where semantic
+        heads already keep all.
     anchor_tokens : int, optional
         Anchors. None: the preset's number (4 or 0), at most a quarter of what a line of victims leaves.
     recent_tokens : int, optional
@@ -298,7 +299,10 @@ class Policy:
         spatial = wanted
         if spatial is None:
             most = (total - n_semantic * least_semantic) // n_spatial
-            spatial = max(least_spatial, min(PRESETS[self.preset].spatial_lines * line, mean, most))
+            preset = PRESETS[self.preset]
+            # Whole lines beside the anchors: a few tokens short of a line cost half of what it gives.
+            first = preset.anchors if self.anchor_tokens is None else anchors
+            spatial = max(least_spatial, min(first + preset.spatial_lines * line, mean, most))
         semantic = min(image, (total - n_spatial * spatial) // n_semantic)
         if wanted is None and semantic == image:
             spatial = max(spatial, min(image, (total - n_semantic * image) // n_spatial))

@@ -101,7 +101,7 @@ def ablation(width: int, budgets: Sequence[str]) -> list[Cell]:
 
 def _factors(width: int) -> dict[str, dict[str, dict[str, Any]]]:
     """Factor -> option -> what it changes in the configuration."""
-    lines = {"1 line": 1, "1.5 lines": 1.5, "2 lines": 2, "2.5 lines": 2.5, "3 lines": 3}
+    lines = {f"{n:g} lines": n for n in (1, 1.5, 2, 2.5, 3, 3.5, 4)}
     return {
         "defaults": {"decoupled": {}, "line_ar": {"preset": "line_ar"}, "streaming": {"preset": "streaming"}},
         "spatial tokens": {k: {"spatial_tokens": 4 + int(n * width)} for k, n in lines.items()},

@@ -50,7 +50,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
                 budget, value, [below, above], label=preset, color=COLOURS.get(preset), marker="o", capsize=3
             )
         axis.set(xlabel="budget (share of the image's tokens)", ylabel=label, xscale="log")
-        ticks = sorted({r["budget"] for r in shown})
+        ticks = sorted({r["budget"] for r in shown if r["preset"] != FULL}) or [1.0]
         axis.set_xticks(ticks, [f"{b:.3g}" for b in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)

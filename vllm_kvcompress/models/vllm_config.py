@@ -8,7 +8,6 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from vllm_kvcompress import patches
 from vllm_kvcompress.config import FP8, is_compressed, parse_config
-from vllm_kvcompress.guidance import MAX_SCALE
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.config import raster_of
 from vllm_kvcompress.models.registry import (
@@ -135,6 +134,7 @@ def resolve_tokens(model_config: "ModelConfig") -> None:
     """Find begin-of-sentence, padding and begin-of-image by name in the checkpoint's tokenizer."""
     from vllm.tokenizers import get_tokenizer
 
+    from vllm_kvcompress.guidance import MAX_SCALE
     from vllm_kvcompress.models.prompt import resolve_special_ids
     from vllm_kvcompress.models.tokenizer import check_tokenizer
 
