@@ -1,7 +1,7 @@
 # make demo   a picture from a served model, on any machine
 # make test   the tests        make lint   ruff and mypy        make soak   the slow ones
 # make bench  side by side with transformers and vLLM's full cache, half an hour; make bench-full: hours
-PROMPT ?= a big red circle left of a small blue square on a striped yellow ground
+PROMPT ?= a big blue star on a striped yellow ground
 SEED ?= 0
 N ?= 1
 COMPRESSED ?=

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vllm_kvcompress.testing.server import Server, ServerError
 
+GAP = 2  # pixels between pictures
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ROOT / "examples" / "shapes" / "model"
 SERVER_ARGS = (
@@ -24,16 +25,17 @@ SERVER_ARGS = (
 
 
 def contact_sheet(pictures: list[Image.Image]) -> Image.Image:
-    """The pictures side by side."""
+    """The pictures side by side, a little apart."""
     width, height = pictures[0].size
-    sheet = Image.new("RGB", (width * len(pictures), height))
+    step = width + GAP
+    sheet = Image.new("RGB", (step * len(pictures) - GAP, height), "white")
     for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i * width, 0))
+        sheet.paste(picture, (i * step, 0))
     return sheet
 
 
 def main(
-    prompt: str = "a big red circle left of a small blue square on a striped yellow ground",
+    prompt: str = "a big blue star on a striped yellow ground",
     seed: int = 0,
     n: int = 1,
     model: Path = SHAPES,
