@@ -44,6 +44,8 @@ FAMILIES = {"single": 0.36, "count": 0.16, "two": 0.36, "groups": 0.08, "three":
 """Shares of the scene families in training."""
 EASY_FAMILIES = {"single": 0.75, "two": 0.25}
 """Shares with which training may begin: what a word means is learned from pictures of few objects."""
+PAIR_FAMILIES = {"single": 0.2, "count": 0.1, "two": 0.62, "groups": 0.04, "three": 0.04}
+"""Shares of a stage between the two, mostly pairs: which word belongs to which object is learned there."""
 ALL_KINDS: tuple[Kind, ...] = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 TRAIN_KINDS: tuple[Kind, ...] = tuple(kind for kind in ALL_KINDS if kind not in HELD_OUT_KINDS)
 SIZE_SYNONYMS = {"small": ("small", "little"), "medium": ("medium",), "big": ("big", "large")}
