@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-constexpr int32_t kAbi = 1;
+constexpr int32_t kAbi = 2;
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
@@ -24,7 +24,8 @@ struct HeadType {
   int64_t table_row;
   int32_t heads, page;
   int32_t capacity, line, image, anchors, recent;
-  int32_t ring, accumulate, evicts;
+  int32_t ring, evicts;
+  float decay;  // what a line's end leaves of a score
 };
 
 // One step's rows. Query head g of cache head c is head_index[c] * group + g.

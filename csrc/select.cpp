@@ -37,7 +37,11 @@ struct Chooser {
         for (int32_t i = 0; i < here; i++)
           if (token[i] >= type.anchors && token[i] < newest)
             slots.push_back({key(score[i], token[i]), s + i - prefix});
-      if (!type.accumulate) std::fill(score, score + here, 0.0f);
+      if (type.decay == 0) {
+        std::fill(score, score + here, 0.0f);  // also what is not finite
+      } else if (type.decay != 1) {
+        for (int32_t i = 0; i < here; i++) score[i] *= type.decay;
+      }
       s += here;
     }
     due = std::min<int32_t>(due, slots.size());

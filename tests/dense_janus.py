@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vllm_kvcompress.policy import HeadRule
+from vllm_kvcompress.rule import HeadRule
 
 
 @dataclass
@@ -60,8 +60,7 @@ class DenseHead:
             free = [t for t in self.seen if rule.anchors <= t < drawn - rule.recent]
             self.queue = sorted(free, key=lambda t: (self.score[t], t))[:due]
             self.victims[drawn] = list(self.queue)
-        if not rule.accumulate:
-            self.score = dict.fromkeys(self.score, 0.0)
+        self.score = {t: mass * rule.decay for t, mass in self.score.items()}
 
 
 def draw_dense(

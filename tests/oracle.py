@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, settings, strategies
 from vllm_kvcompress.attention.pages import HeadType, Plan, page_bytes, pages_from_bytes
 from vllm_kvcompress.attention.prefill import prefill
 from vllm_kvcompress.attention.reference import decode, select_victims
-from vllm_kvcompress.policy import PRESETS, REFINEMENTS, HeadRule, Policy
+from vllm_kvcompress.policy import DECAY, PRESETS, REFINEMENTS, Policy
 from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.rule import HeadRule
 
 
 @dataclass
@@ -60,8 +61,7 @@ def draw(rule: HeadRule, prefix: int, q: np.ndarray, k: np.ndarray, v: np.ndarra
             if due > 0:
                 queue = _choose(rule, drawn, holds, score, v[prefix:])[:due]
                 done.victims[drawn] = list(queue)
-            if not rule.accumulate:
-                score[:] = [0.0] * len(score)
+            score[:] = [rule.decay * mass for mass in score]
     return done
 
 
@@ -100,7 +100,9 @@ class World:
 
 def world(preset: str, budget: float, raster: Raster, spatial: list[list[int]], **geometry) -> World:
     """A world under a preset; ``spatial`` counts only for presets that read a head profile."""
-    refine = {name: geometry.pop(name) for name in (*REFINEMENTS, "anchor_tokens") if name in geometry}
+    refine = {
+        name: geometry.pop(name) for name in (*REFINEMENTS, "anchor_tokens", "score") if name in geometry
+    }
     heads, types = np.array(spatial, bool), PRESETS[preset].head_types
     if types != "profile":
         heads[:] = types == "spatial"
@@ -125,6 +127,7 @@ def worlds(draw_) -> World:
         group=draw_(strategies.integers(1, 3)),
         head_size=4,
         pages=(draw_(strategies.integers(1, 7)), draw_(strategies.integers(1, 7))),
+        score=draw_(strategies.sampled_from([None, *DECAY])),
         **{name: draw_(strategies.booleans()) for name in REFINEMENTS},
     )
     if draw_(strategies.booleans()):  # anchors and recent beyond what the defaults choose

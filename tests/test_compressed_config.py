@@ -39,7 +39,7 @@ def test_every_setting_has_a_default() -> None:
         ({"budget": 1.5}, r"^budget: 1.5 is not a share"),
         ({"budget": float("nan")}, r"^budget: nan is not a share"),
         ({"preset": "ful"}, r"^preset: unknown 'ful'; one of full, streaming, h2o, line_ar, ssd, decoupled$"),
-        ({"score": "sum"}, r"kvcompress.score: .*'inter_line' or 'accumulated'.*got 'sum'$"),
+        ({"score": "sum"}, r"kvcompress.score: .*'inter_line', 'averaged' or 'accumulated'.*got 'sum'$"),
         ({"head_types": "mixed"}, r"kvcompress.head_types: .*got 'mixed'$"),
         ({"anchor_tokens": -1}, r"^anchor_tokens: -1 is not a number of tokens; need a whole number >= 0$"),
         ({"anchor_tokens": 2.5}, r"kvcompress.anchor_tokens: .*integer, got 2.5$"),

@@ -12,8 +12,9 @@ from parity import load_reference
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from vllm_kvcompress.policy import PRESETS, HeadRule, Policy
+from vllm_kvcompress.policy import PRESETS, Policy
 from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.rule import HeadRule
 from vllm_kvcompress.scheduler import REPORT
 from vllm_kvcompress.testing.checkpoints import CheckpointGeometry, make_checkpoint
 
@@ -118,8 +119,8 @@ def test_the_dense_simulation_is_the_oracle() -> None:
     import numpy as np
 
     gen = np.random.default_rng(0)
-    for accumulate, ring in ((False, False), (True, False), (False, True)):
-        rule = HeadRule(9, 4, 24, anchors=2, recent=7 if ring else 3, ring=ring, accumulate=accumulate)
+    for decay, ring in ((0.0, False), (0.5, False), (1.0, False), (0.0, True)):
+        rule = HeadRule(9, 4, 24, anchors=2, recent=7 if ring else 3, ring=ring, decay=decay)
         q, k, v = (gen.normal(size=(29, *size, 4)) for size in ((3,), (), ()))
         head, want = DenseHead(rule, 5), oracle_draw(rule, 5, q, k, v, 0.5)
         for now in range(29):

@@ -6,8 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
+from vllm_kvcompress.eval.captions import compose
 from vllm_kvcompress.eval.judge import find_objects, judge
-from vllm_kvcompress.eval.scenes import compose, render, sample_pair
+from vllm_kvcompress.eval.scenes import render, sample_pair
 from vllm_kvcompress.eval.world import (
     COLOURS,
     GROUND_COLOURS,

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import bounded
 
-from vllm_kvcompress.policy import PRESETS, REFINEMENTS, HeadRule, Policy
+from vllm_kvcompress.policy import PRESETS, REFINEMENTS, Policy
 from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.rule import HeadRule
 
 JANUS = Raster(24, 24)
 
@@ -71,7 +72,7 @@ def test_what_the_user_sets_is_taken_as_it_is() -> None:
     assert semantic == HeadRule(158, 24, 576, 24, 30)
     rule = Policy("line_ar", 0.2, score="accumulated", smooth_row=True).rules(JANUS, 0, 8)[1]
     assert rule is not None
-    assert (rule.accumulate, rule.smooth_row, rule.value_norm, rule.stratify) == (True, True, False, False)
+    assert (rule.decay, rule.smooth_row, rule.value_norm, rule.stratify) == (1, True, False, False)
     assert Policy("decoupled", 0.2, head_types="spatial").rules(JANUS, 8, 0)[1] is None
     assert Policy("decoupled", 1.0, spatial_tokens=48).rules(JANUS, 1, 1)[0].capacity == 48  # type: ignore
     only = Policy("decoupled", 0.2, spatial_tokens=48).rules(JANUS, 9, 0)[0]
@@ -99,7 +100,7 @@ def test_presets_that_carry_a_papers_name_refine_nothing() -> None:
         ({"anchor_tokens": -1}, "^anchor_tokens: -1"),
         ({"recent_tokens": 2.5}, "^recent_tokens: 2.5"),
         ({"spatial_tokens": "2"}, "^spatial_tokens: '2'"),
-        ({"score": "mean"}, "^score: unknown 'mean'; one of inter_line, accumulated"),
+        ({"score": "mean"}, "^score: unknown 'mean'; one of inter_line, averaged, accumulated"),
         ({"head_types": "both"}, "^head_types: unknown 'both'; one of profile, semantic, spatial"),
         ({"smooth_row": "yes"}, "^smooth_row: unknown 'yes'; one of False, True"),
         ({"preset": "h2o", "spatial_tokens": 48}, "^spatial_tokens: all heads are semantic"),

@@ -18,8 +18,9 @@ from vllm_kvcompress.attention.pages import (
 )
 from vllm_kvcompress.attention.reference import decode, slot_of
 from vllm_kvcompress.attention.select import select_victims, victim_order
-from vllm_kvcompress.policy import PRESETS, HeadRule, Preset
+from vllm_kvcompress.policy import PRESETS, Preset
 from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.rule import HeadRule
 
 _threads = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -91,7 +92,7 @@ def test_preset(preset: str) -> None:
 
 
 def test_a_seventh_preset_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    seventh = Preset("profile", score="accumulated", anchors=1, recent_lines=2, stratify=True)
+    seventh = Preset("profile", score="averaged", anchors=1, recent_lines=2, stratify=True)
     monkeypatch.setitem(PRESETS, "seventh", seventh)
     check_preset("seventh")
 

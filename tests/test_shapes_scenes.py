@@ -5,8 +5,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from vllm_kvcompress.eval.captions import compose
 from vllm_kvcompress.eval.prompts import CATEGORIES, all_prompts, prompts
-from vllm_kvcompress.eval.scenes import TRAIN_KINDS, compose, outline, relation_holds, render, sample_pair
+from vllm_kvcompress.eval.scenes import TRAIN_KINDS, outline, relation_holds, render, sample_pair
 from vllm_kvcompress.eval.world import (
     HELD_OUT_KINDS,
     IMAGE_SIZE,

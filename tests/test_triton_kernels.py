@@ -23,8 +23,8 @@ from torch import Tensor
 
 from vllm_kvcompress.attention import reference, select, triton_decode, triton_select
 from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan, page_bytes, pages_from_bytes
-from vllm_kvcompress.policy import HeadRule
 from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.rule import HeadRule
 
 launch = triton_select.launch
 TOLERANCE = {
@@ -196,8 +196,8 @@ def pictures_of_4160_tokens() -> None:
 def victims_of_long_rows() -> None:
     """More slots than a tile, few distinct scores, zeros of both signs; other rows are left alone."""
     prefix, length = [3, 1, 5, 2, 2], [3 + 280, 1 + 279, 0, 2, 2 + 180]  # line's end, middle, padding, prompt
-    for accumulate in (False, True):
-        rule = HeadRule(200, 20, 300, 4, 20, accumulate=accumulate)
+    for decay in (0.0, 0.5, 1.0):
+        rule = HeadRule(200, 20, 300, 4, 20, decay=decay)
         kind = steady(rule, 16, 7, torch.float32, length, prefix)
         few = torch.tensor([0.0, -0.0, 1.0, 2.5, -1.0])
         kind.pages.score.copy_(few[torch.randint(0, 5, kind.pages.score.shape)])
@@ -221,7 +221,7 @@ def ties_go_to_the_older() -> None:
 def two_types_in_one_launch() -> None:
     """Each by its own rule and pages; spatial heads need no launch at all."""
     prefix, length = [3, 1, 5], [3 + 280, 1 + 279, 5 + 180]
-    rules = (HeadRule(200, 20, 300, 4, 20), HeadRule(90, 20, 300, 0, 7, accumulate=True))
+    rules = (HeadRule(200, 20, 300, 4, 20), HeadRule(90, 20, 300, 0, 7, decay=1.0))
     pages = zip(rules, (7, 3), strict=True)
     types = [steady(rule, 16, page, torch.float32, length, prefix) for rule, page in pages]
     plain, plan = copied(types), plan_of(prefix, length)

@@ -42,7 +42,7 @@ class CompressionConfig(BaseModel):
     spatial_tokens: int | None = None
     anchor_tokens: int | None = None
     recent_tokens: int | None = None
-    score: Literal["inter_line", "accumulated"] | None = None
+    score: Literal["inter_line", "averaged", "accumulated"] | None = None
     head_types: Literal["profile", "semantic", "spatial"] | None = None
     value_norm: bool | None = None
     smooth_row: bool | None = None

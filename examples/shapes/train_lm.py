@@ -133,7 +133,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of all that is written")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--easy", type=int, default=4000, help="first steps, on scenes of few objects")
-    parser.add_argument("--pairs", type=int, default=0, help="steps, after the easy ones, mostly on pairs: up to this one")
+    parser.add_argument(
+        "--pairs", type=int, default=0, help="steps, after the easy ones, mostly on pairs: up to this one"
+    )
     parser.add_argument("--decay", type=int, default=1500, help="last steps, of falling rate")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -158,9 +160,7 @@ def main() -> None:
     validation = make_batch(centres, tokenizer, VALID_STREAM, 0, VALID_BATCH)
 
     for step in tqdm(range(first, args.steps), initial=first, total=args.steps):
-        families = (
-            EASY_FAMILIES if step < args.easy else PAIR_FAMILIES if step < args.pairs else FAMILIES
-        )
+        families = EASY_FAMILIES if step < args.easy else PAIR_FAMILIES if step < args.pairs else FAMILIES
         batch = make_batch(centres, tokenizer, TRAIN_STREAM, step * args.batch, args.batch, families)
         image, words = losses(model, batch)
         (image + TEXT_WEIGHT * words).backward()

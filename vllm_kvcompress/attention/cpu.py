@@ -19,7 +19,7 @@ from torch import Tensor
 from vllm_kvcompress.attention import reference
 from vllm_kvcompress.attention import select as torch_select
 from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan
-from vllm_kvcompress.policy import HeadRule
+from vllm_kvcompress.rule import HeadRule
 
 __all__ = ["decode", "isa", "select_victims", "set_isa", "use_huge_pages"]
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 ISAS = ("portable", "avx2", "avx512")
-_ABI = 1
+_ABI = 2
 _PAGED = ("kv", "score", "token", "victim")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -38,7 +38,8 @@ class _HeadType(Structure):
         *((f"{name}_{axis}", c_int64) for name in _PAGED for axis in ("block", "head")),
         ("table_row", c_int64),
         *((name, c_int32) for name in ("heads", "page", "capacity", "line", "image", "anchors", "recent")),
-        *((name, c_int32) for name in ("ring", "accumulate", "evicts")),
+        *((name, c_int32) for name in ("ring", "evicts")),
+        ("decay", c_float),
     )
 
 
@@ -108,8 +109,9 @@ class _Native:
             setattr(struct, f"{name}_head", tensor.stride(1))
         struct.heads, struct.page = pages.kv.shape[1], pages.page
         struct.head_index = head_index.data_ptr()
-        for name in ("capacity", "line", "image", "anchors", "recent", "ring", "accumulate", "evicts"):
+        for name in ("capacity", "line", "image", "anchors", "recent", "ring", "evicts"):
             setattr(struct, name, int(getattr(rule, name)))
+        struct.decay = rule.decay
         side = (pages.score, pages.token, pages.victim)
         self.fits = (
             pages.kv.is_cpu

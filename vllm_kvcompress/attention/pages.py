@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.policy import HeadRule
+from vllm_kvcompress.rule import HeadRule
 
 SIDE_BYTES = 8  # per head and slot: float32 score, int16 token, int16 victim
 

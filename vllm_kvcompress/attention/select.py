@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.attention.pages import HeadType, Plan, locate
-from vllm_kvcompress.policy import HeadRule
+from vllm_kvcompress.rule import HeadRule
 
 
 def select_victims(type_all_layers: HeadType, plan: Plan) -> None:
     """Choose the victims of every row whose line has just ended; once per step, after the last layer.
 
     Every cache head chooses for itself, lowest score first, the older token first among equals, among
-    the resident slots that hold neither an anchor nor a recent token. Scores of `inter_line` rules are
-    then reset, whether or not victims were due. A second call for the same step would choose by the
-    reset scores: rows that `prefill` has taken to a line's end must come as padding rows.
+    the resident slots that hold neither an anchor nor a recent token. Scores are then
+    multiplied by `HeadRule.decay`, whether or not victims were due. A second call for the same step would
+    choose by those: rows that `prefill` has taken to a line's end must come as padding rows.
 
     Parameters
     ----------
@@ -54,9 +54,10 @@ def select_victims(type_all_layers: HeadType, plan: Plan) -> None:
         order = victim_order(score, token, kept, rule)
         at, offset = locate(table, nth.expand(len(rows), -1), pages.page, nth < due)
         pages.victim[at[row, turn], :, offset[row, turn]] = order[row, :, turn].to(torch.int16)
-    if not rule.accumulate:
+    if rule.decay < 1:
         row, turn = resident.nonzero(as_tuple=True)
-        pages.score[block[row, turn], :, place[row, turn]] = 0.0
+        at, offset = block[row, turn], place[row, turn]
+        pages.score[at, :, offset] = pages.score[at, :, offset] * rule.decay if rule.decay else 0.0
 
 
 def victim_order(score: Tensor, token: Tensor, kept: Tensor, rule: HeadRule) -> Tensor:

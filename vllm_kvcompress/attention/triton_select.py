@@ -43,7 +43,7 @@ def _keys(kind, head, table, prefix, slot, resident, drawn, PAGE: tl.constexpr):
 
 @triton.jit
 def _heads(
-    kind, group, prefix, length, PAGE: tl.constexpr, ACCUMULATE: tl.constexpr, HEADS: tl.constexpr
+    kind, group, prefix, length, PAGE: tl.constexpr, DECAY: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
     """Victims of HEADS cache heads of one row of one head type."""
     BLOCK: tl.constexpr = 128
@@ -71,28 +71,31 @@ def _heads(
                     block = tl.load(table + turn // PAGE, mask=goes, other=0).to(tl.int64)
                     to = block * kind.victim_block + head * kind.victim_head + turn % PAGE
                     tl.store(kind.victim + to, slot.to(tl.int16), mask=goes)
-            if not ACCUMULATE:
+            if DECAY < 1:
                 tl.debug_barrier()  # every thread has read the scores
                 for start in range(0, resident, BLOCK):
                     slot = start + tl.arange(0, BLOCK)
                     logical = before + slot
                     block = tl.load(table + logical // PAGE, mask=slot < resident, other=0).to(tl.int64)
                     to = block * kind.score_block + head * kind.score_head + logical % PAGE
-                    tl.store(kind.score + to, tl.zeros([BLOCK], tl.float32), mask=slot < resident)
+                    left = tl.zeros([BLOCK], tl.float32)
+                    if DECAY > 0:
+                        left = tl.load(kind.score + to, mask=slot < resident, other=0.0) * DECAY
+                    tl.store(kind.score + to, left, mask=slot < resident)
 
 
 @triton.jit
 def _select(
     one, two, prefix, length,
-    TYPES: tl.constexpr, PAGE_1: tl.constexpr, ACCUMULATE_1: tl.constexpr, PAGE_2: tl.constexpr,
-    ACCUMULATE_2: tl.constexpr, HEADS: tl.constexpr,
+    TYPES: tl.constexpr, PAGE_1: tl.constexpr, DECAY_1: tl.constexpr, PAGE_2: tl.constexpr,
+    DECAY_2: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Grid: groups of HEADS cache heads of both types, rows."""
     group, ours = tl.program_id(0), tl.cdiv(one.heads, HEADS)
     if group < ours:
-        _heads(one, group, prefix, length, PAGE_1, ACCUMULATE_1, HEADS)
+        _heads(one, group, prefix, length, PAGE_1, DECAY_1, HEADS)
     elif TYPES == 2:  # otherwise not compiled
-        _heads(two, group - ours, prefix, length, PAGE_2, ACCUMULATE_2, HEADS)
+        _heads(two, group - ours, prefix, length, PAGE_2, DECAY_2, HEADS)
 
 
 def native(type_all_layers: HeadType) -> bool:
@@ -104,9 +107,9 @@ def native(type_all_layers: HeadType) -> bool:
 def launch(types: Sequence[HeadType], plan: Plan) -> Launch:
     """The launch that `select_all` makes for one or two head types that score and are `native`."""
     kinds: list[KindArgs] = [kind_args(kind) for kind in types]
-    constants = {"TYPES": len(types), "HEADS": HEADS, "num_warps": 4}
+    constants: dict[str, float] = {"TYPES": len(types), "HEADS": HEADS, "num_warps": 4}
     for n, kind in enumerate((types[0], types[-1]), 1):
-        constants |= {f"PAGE_{n}": kind.pages.page, f"ACCUMULATE_{n}": kind.rule.accumulate}
+        constants |= {f"PAGE_{n}": kind.pages.page, f"DECAY_{n}": kind.rule.decay}
     groups = sum(triton.cdiv(kind.heads, HEADS) for kind in kinds)
     return Launch((groups, len(plan.length)), (kinds[0], kinds[-1], plan.prefix, plan.length), constants)
 

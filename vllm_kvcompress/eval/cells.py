@@ -114,8 +114,9 @@ def _factors(width: int) -> dict[str, dict[str, dict[str, Any]]]:
         "score of line_ar": {
             **{
                 name: {"preset": "line_ar", "score_function": name}
-                for name in ("sum", "max", "last query", "average of lines", "random")
+                for name in ("sum", "max", "last query", "random")
             },
+            "averaged": {"preset": "line_ar", "score": "averaged"},
             "accumulated": {"preset": "line_ar", "score": "accumulated"},
             "value norm": {"preset": "line_ar", "value_norm": True},
             "smooth row": {"preset": "line_ar", "smooth_row": True},
@@ -123,6 +124,7 @@ def _factors(width: int) -> dict[str, dict[str, dict[str, Any]]]:
             "all three": {"preset": "line_ar", "value_norm": True, "smooth_row": True, "stratify": True},
         },
         "score of decoupled": {
+            "averaged": {"score": "averaged"},
             "accumulated": {"score": "accumulated"},
             "value norm": {"value_norm": True},
             "smooth row": {"smooth_row": True},

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vllm_kvcompress.cache.layout import BRANCHES, CacheLayout
 from vllm_kvcompress.eval.replay import FullReplay, Rows
-from vllm_kvcompress.policy import HeadRule
+from vllm_kvcompress.rule import HeadRule
 
 Choice = Callable[["Line"], Tensor]
 """Scores ``[rows, heads, tokens]`` of a line's end, from which the lowest are the victims."""
@@ -30,9 +30,8 @@ class Line:
 
 
 def summed(line: Line) -> Tensor:
-    """The papers' score: attention mass of the last line's queries, or of all."""
-    mass = line.probability.sum((2, 3))
-    return mass + line.before if line.rule.accumulate else mass
+    """Serving's score: attention mass of the last line's queries, and what is left of those before."""
+    return line.probability.sum((2, 3)) + line.rule.decay * line.before
 
 
 class DenseReplay:

@@ -10,7 +10,8 @@ from itertools import permutations, product
 
 import numpy as np
 
-from .scenes import TRAIN_KINDS, compose
+from .captions import compose
+from .scenes import TRAIN_KINDS
 from .world import (
     HELD_OUT_KINDS,
     MAX_OBJECTS,

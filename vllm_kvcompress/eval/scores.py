@@ -1,7 +1,8 @@
 """Scores to compare with the presets' own: what could say that a token will not be missed.
 
-Each takes a `Line` and gives ``[rows, heads, tokens]``; the lowest are overwritten. Serving has `sum`
-with the refinements of `HeadRule`; the others are here to be measured (`vllm-kvcompress eval --ablation`).
+Each takes a `Line` and gives ``[rows, heads, tokens]``; the lowest are overwritten. Serving has `sum`,
+its decay and the refinements of `HeadRule`; the others are here to be measured
+(`vllm-kvcompress eval --ablation`).
 """
 
 import torch
@@ -20,11 +21,6 @@ def last_query(line: Line) -> Tensor:
     return line.probability[..., -1, :].sum(2)
 
 
-def averaged(line: Line) -> Tensor:
-    """Exponential average over lines: half of it is the last line's."""
-    return 0.5 * line.before + 0.5 * line.probability.sum((2, 3))
-
-
 def random(line: Line) -> Tensor:
     """No score: chance decides. The floor that a score has to beat."""
     generator = torch.Generator(device=line.probability.device).manual_seed(line.probability.shape[-1])
@@ -41,7 +37,6 @@ SCORES: dict[str, Choice] = {
     "sum": summed,
     "max": largest,
     "last query": last_query,
-    "average of lines": averaged,
     "sum x value norm": value_weighted,
     "random": random,
 }
