@@ -126,3 +126,25 @@ def test_touching_objects_of_two_colours_are_told_apart() -> None:
 def test_wrong_array_is_refused() -> None:
     with pytest.raises(ValueError, match="expected uint8"):
         find_objects(np.zeros((96, 96, 3), np.float32))
+
+
+def test_others_beside_what_is_asked_for_are_present_but_not_all_right() -> None:
+    """GenEval's rule, except that a number is a number there too."""
+    three = render(Scene((RED_CIRCLE, BLUE_STAR, replace(RED_CIRCLE, x=72.0, y=16.0)), GREY))
+    two = judge(three, compose(SAYS_TWO, "left of"))
+    assert two.present
+    assert not two.correct
+    assert judge(three, compose((Phrase(2, "circle", "red"),))).present
+    assert not judge(three, compose((Phrase(3, "circle", "red"),))).present
+    assert judge(three, compose((Phrase(1, "circle", "red"),))).present
+    assert not judge(three, compose(SAYS_TWO, "below")).present
+    assert not judge(three, compose((Phrase(1, "circle", "blue"), Phrase(1, "star", "red")))).present
+    four = render(Scene((RED_CIRCLE, BLUE_STAR, *(replace(RED_CIRCLE, y=y) for y in (16.0, 80.0))), GREY))
+    assert not judge(four, compose((Phrase(2, "circle", "red"),))).present
+
+
+def test_all_right_is_present() -> None:
+    for index in range(100):
+        scene, prompt = sample_pair((13, index))
+        verdict = judge(render(scene), prompt)
+        assert verdict.present >= verdict.correct

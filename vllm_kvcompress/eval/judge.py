@@ -210,6 +210,8 @@ class Verdict:
     `objects`: every phrase matched by exactly its count in shape (and colour and size where said), and
     nothing left over; `shapes`, `colours`: the same for shapes alone and for shape with colour;
     `count`: the number of objects; `relation`, `place`: see `Prompt`, on objects that fit the phrases.
+    `present`: GenEval's own, milder rule: what is asked for is there, as often as a number says and in
+    the relation asked for, whatever else is in the picture.
     """
 
     objects: bool
@@ -219,6 +221,7 @@ class Verdict:
     size: bool | None
     relation: bool | None
     place: bool | None
+    present: bool
 
     @property
     def correct(self) -> bool:
@@ -227,19 +230,25 @@ class Verdict:
 
 
 def _matches(
-    seen: list[Seen], phrases: Sequence[Phrase], colour: bool, size: bool
+    seen: list[Seen], phrases: Sequence[Phrase], colour: bool, size: bool, beside: bool = False
 ) -> Iterator[list[list[Seen]]]:
-    """All ways to split the objects among the phrases, exactly each phrase's count to it, none left over."""
+    """All ways to split the objects among the phrases, exactly each phrase's count to it.
+
+    None is left over, unless others may stand `beside` them; those are of other kinds where a phrase
+    names a number above one.
+    """
     if not phrases:
-        if not seen:
+        if beside or not seen:
             yield []
         return
     head = phrases[0]
     wanted = Phrase(head.count, head.shape, head.colour if colour else None, head.size if size else None)
     fitting = [s for s in seen if wanted.describes(s.shape, s.colour, s.size)]
+    if beside and head.count > 1 and len(fitting) > head.count:
+        return
     for chosen in combinations(fitting, head.count):
         rest = [s for s in seen if s not in chosen]
-        for others in _matches(rest, phrases[1:], colour, size):
+        for others in _matches(rest, phrases[1:], colour, size, beside):
             yield [list(chosen), *others]
 
 
@@ -256,6 +265,11 @@ def judge(image: NDArray[np.uint8], prompt: Prompt) -> Verdict:
         relation = any(_related(prompt.relation, *groups) for groups in fits)
     if prompt.place is not None:
         place = any(_in_place(prompt.place, groups[0][0]) for groups in fits)
+    present = any(
+        (prompt.relation is None or _related(prompt.relation, *groups))
+        and (prompt.place is None or _in_place(prompt.place, groups[0][0]))
+        for groups in _matches(seen, phrases, colour=True, size=True, beside=True)
+    )
     return Verdict(
         objects=bool(sized),
         shapes=shapes,
@@ -264,6 +278,7 @@ def judge(image: NDArray[np.uint8], prompt: Prompt) -> Verdict:
         size=bool(sized) if any(phrase.size for phrase in phrases) else None,
         relation=relation,
         place=place,
+        present=present,
     )
 
 

@@ -12,6 +12,9 @@ from vllm_kvcompress.eval.likelihood import Likelihood
 from vllm_kvcompress.eval.prompts import GENEVAL
 from vllm_kvcompress.eval.stats import Estimate, mean, share
 
+RULES = ("correct", "present")
+"""Of `judge.Verdict`: nothing but what is asked for; what is asked for, and maybe more (GenEval's)."""
+
 Judged = Mapping[str, Mapping[str, Any]]
 
 
@@ -20,11 +23,10 @@ def summarise(
 ) -> list[dict[str, Any]]:
     """One record a cell, in order; estimates are ``[value, low, high]`` with 95% intervals.
 
-    ``nll_over_full`` and ``correct_over_full`` are means of paired differences: same pictures, same
-    prompts and seeds.
+    ``nll_over_full``, ``correct_over_full`` and ``present_over_full`` are means of paired differences: same
+    pictures, same prompts and seeds. ``correct`` and ``present`` are the judge's two rules.
     """
     full_nll = likelihoods[FULL].nll if FULL in likelihoods else None
-    full_right = _right(judged.get(FULL))
     records = []
     for cell in cells:
         record: dict[str, Any] = {"name": cell.name, "preset": cell.preset, "budget": cell.budget}
@@ -41,12 +43,14 @@ def summarise(
             record["resident"] = one.resident
             record["head_error"], record["head_error_by_layer"] = _head_errors(one)
         if verdicts is not None:
-            right = _right(verdicts)
-            record["correct"] = _list(share(sum(right), len(right)))
-            if full_right and len(full_right) == len(right):
-                record["correct_over_full"] = _list(mean(np.subtract(right, full_right).tolist()))
-            record["categories"] = _by_category(verdicts)
-            record["geneval"] = _geneval(record["categories"])
+            for rule in RULES:
+                right, full_right = _right(verdicts, rule), _right(judged.get(FULL), rule)
+                record[rule] = _list(share(sum(right), len(right)))
+                if full_right and len(full_right) == len(right):
+                    record[f"{rule}_over_full"] = _list(mean(np.subtract(right, full_right).tolist()))
+            record["categories"] = _by_category(verdicts, "correct")
+            record["categories_present"] = _by_category(verdicts, "present")
+            record["geneval"] = _geneval(record["categories_present"])
             record["frechet"] = verdicts["frechet"]
             if "same_as" in verdicts:
                 record["same_as"] = verdicts["same_as"]
@@ -54,13 +58,13 @@ def summarise(
     return records
 
 
-def _right(verdicts: Mapping[str, Any] | None) -> list[int]:
-    return [int(v["correct"]) for v in verdicts["verdicts"]] if verdicts else []
+def _right(verdicts: Mapping[str, Any] | None, rule: str) -> list[int]:
+    return [int(v[rule]) for v in verdicts["verdicts"]] if verdicts else []
 
 
-def _by_category(verdicts: Mapping[str, Any]) -> dict[str, list[float]]:
+def _by_category(verdicts: Mapping[str, Any], rule: str) -> dict[str, list[float]]:
     names = list(dict.fromkeys(v["category"] for v in verdicts["verdicts"]))
-    by = {name: [int(v["correct"]) for v in verdicts["verdicts"] if v["category"] == name] for name in names}
+    by = {name: [int(v[rule]) for v in verdicts["verdicts"] if v["category"] == name] for name in names}
     return {name: _list(share(sum(right), len(right))) for name, right in by.items()}
 
 
@@ -112,23 +116,29 @@ def markdown(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], 
 def _pictures_table(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     shown = [r for r in records if "correct" in r]
     categories = list(shown[0]["categories"])
-    head = ["preset", "budget", "all right", "less than full", *categories, "Fréchet"]
+    totals_head = [name for rule in ("all right", "there") for name in (rule, "less than full")]
+    head = ["preset", "budget", *totals_head, *categories, "Fréchet"]
     rows = []
     for r in shown:
-        over = Estimate(*r["correct_over_full"]) if "correct_over_full" in r else None
+        totals = []
+        for rule in RULES:
+            over = r.get(f"{rule}_over_full") if r["name"] != FULL else None
+            totals += [Estimate(*r[rule]).text(1, 100), Estimate(*over).text(1, 100) if over else ""]
+        pairs = [(r["categories"][c][0], r["categories_present"][c][0]) for c in categories]
         rows.append(
             [
                 r["preset"],
                 _budget(r),
-                Estimate(*r["correct"]).text(1, 100),
-                over.text(1, 100) if over and r["name"] != FULL else "",
-                *(f"{100 * r['categories'][c][0]:.0f}" for c in categories),
+                *totals,
+                *(f"{100 * strict:.0f} / {100 * there:.0f}" for strict, there in pairs),
                 f"{r['frechet']:.2f}" if r["frechet"] is not None else "",
             ]
         )
     note = (
-        f"Percent of pictures with everything right, {settings['number']} a category, 95% intervals; the "
-        f"difference to the full cache is paired (same prompts, same seeds). Fréchet: {EXTRACTOR}."
+        f"Percent of pictures, {settings['number']} a category, 95% intervals; differences to the full cache "
+        "are paired (same prompts, same seeds). All right: what the prompt asks for and nothing else. There: "
+        "GenEval's milder rule, what the prompt asks for, maybe more. Categories: all right / there. "
+        f"Fréchet: {EXTRACTOR}."
     )
     return f"### Pictures\n\n{note}\n\n{_table(head, rows)}\n"
 

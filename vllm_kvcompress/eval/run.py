@@ -6,7 +6,7 @@ settings are refused rather than mixed in.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from vllm_kvcompress.eval import held_out
 from vllm_kvcompress.eval.cells import Cell
 from vllm_kvcompress.eval.engine import in_process, start
+from vllm_kvcompress.eval.judge import Verdict
 from vllm_kvcompress.eval.kept import draw_kept, kvcompress_kept
 from vllm_kvcompress.eval.likelihood import Likelihood, Trial, replay_batches
 from vllm_kvcompress.eval.pictures import Asked, draw, judge_all, true_scenes
@@ -98,7 +99,7 @@ class Evaluation:
             if cell.keeps_all and cell is not same:
                 continue
             judged = self.folder / "judged" / f"{cell.name}.json"
-            if not judged.exists():
+            if not _judged_by_this_judge(judged):
                 raw = self.raw(cell)
                 if not raw.exists():
                     try:
@@ -125,6 +126,14 @@ class Evaluation:
     def raw(self, cell: Cell) -> Path:
         """Where a cell's pictures are."""
         return self.folder / "pictures" / f"{cell.name}.npz"
+
+
+def _judged_by_this_judge(path: Path) -> bool:
+    """Whether verdicts are there, and have all that a verdict has now."""
+    if not path.exists():
+        return False
+    verdicts = json.loads(path.read_text())["verdicts"]
+    return all(field.name in one for one in verdicts for field in fields(Verdict))
 
 
 def _truth() -> Any:
