@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from inprocess import Engine, in_process  # noqa: F401
@@ -137,6 +138,7 @@ def test_auto_calibrates_once_and_says_where(checkpoints: dict[str, Path], log: 
     assert profile.neighbourhood == 16
     assert profile.model_hash == first.model.fingerprint != ""
     assert len(profile.prompts_hash) == 16
+    assert profile.threshold == pytest.approx(np.quantile(profile.scores, 0.25), abs=1e-6)
 
     stamp = path.stat().st_mtime_ns
     second = Engine.get(checkpoints["gqa-hf"], kvcompress={}, **SMALL)
