@@ -150,7 +150,11 @@ def test_auto_calibrates_once_and_says_where(checkpoints: dict[str, Path], log: 
     assert path.stat().st_mtime_ns > stamp
     assert HeadProfile.load(path) == profile, "the same weights give the same scores"
     assert len(log.said("Head profile calibrated")) == 2
-    Engine.started |= {"first": first, "third": third}  # stopped with the others
+
+    profile.model_copy(update={"threshold": 0.9}).save(path)  # of a version with another default
+    fourth = Engine(checkpoints["gqa-hf"], kvcompress={}, **SMALL)
+    assert HeadProfile.load(path) == profile
+    Engine.started |= {"first": first, "third": third, "fourth": fourth}  # stopped with the others
 
 
 def test_an_explicit_profile_is_read_and_the_cache_left_alone(

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from tqdm import tqdm
 from vllm import envs
 
@@ -52,12 +53,19 @@ def provide_profile(
     if path.exists() and not config.recalibrate:
         profile = HeadProfile.load(path)
         profile.check_model("", mark, *geometry)
-        logger.info("Head profile: %s", path)
-        return profile
+        # A version with another default left it here; a threshold of one's own is set in the configuration.
+        if abs(profile.threshold - default_threshold(torch.tensor(profile.scores))) < 1e-5:
+            logger.info("Head profile: %s", path)
+            return profile
     profile = calibrate(vllm_config, model, name, mark)
     profile.save(path)
     logger.info("Head profile calibrated on %d prompts, kept in %s", len(PROMPTS), path)
     return profile
+
+
+def default_threshold(scores: torch.Tensor) -> float:
+    """The score up to which heads are spatial: SSD does not publish one, so a fixed share of them is."""
+    return float(scores.flatten().quantile(_SPATIAL_SHARE).clamp(0, 1))
 
 
 def calibrate(
@@ -89,8 +97,7 @@ def calibrate(
         model=name,
         model_hash=mark,
         metric=METRIC,
-        # SSD does not publish its threshold; this makes a fixed share of the heads spatial.
-        threshold=float(scores.flatten().quantile(_SPATIAL_SHARE).clamp(0, 1)),
+        threshold=default_threshold(scores),
         prompts_hash=hashlib.sha256("\n".join(PROMPTS).encode()).hexdigest()[:16],
         neighbourhood=neighbourhood,
         layers=text.num_hidden_layers,
