@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_kvcompress.policy import Policy
+from vllm_kvcompress.policy import HeadTypes, Policy, Score
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -42,8 +42,8 @@ class CompressionConfig(BaseModel):
     spatial_tokens: int | None = None
     anchor_tokens: int | None = None
     recent_tokens: int | None = None
-    score: Literal["inter_line", "averaged", "accumulated"] | None = None
-    head_types: Literal["profile", "semantic", "spatial"] | None = None
+    score: Score | None = None
+    head_types: HeadTypes | None = None
     value_norm: bool | None = None
     smooth_row: bool | None = None
     stratify: bool | None = None

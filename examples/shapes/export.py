@@ -13,6 +13,7 @@ import torch
 from common import VALID_STREAM, scene_batch
 from geometry import GEOMETRY, MODEL_FOLDER, load_tokenizer
 from safetensors.torch import save_file
+from sampling import GUIDANCE
 from transformers import JanusForConditionalGeneration
 
 from patches import nearest, to_patches
@@ -21,8 +22,6 @@ from vllm_kvcompress.testing import tokenizer as janus
 from vllm_kvcompress.testing.configs import transformers_config, transformers_files
 
 DTYPE = "bfloat16"
-GUIDANCE_SCALE = 1.5
-"""What the files recommend; Janus-Pro's 5 makes this small model repeat itself."""
 HELD_OUT_FIRST, HELD_OUT_SCENES = 1000, 256
 """Of the validation stream; training looks at its first scenes only."""
 
@@ -48,7 +47,7 @@ def export(vq: dict[str, torch.Tensor], lm: dict[str, torch.Tensor], tokenizer_f
     state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     files = transformers_files(GEOMETRY, ids)
-    files["generation_config.json"]["guidance_scale"] = GUIDANCE_SCALE
+    files["generation_config.json"]["guidance_scale"] = GUIDANCE
     for name, content in files.items():
         text = (
             content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"

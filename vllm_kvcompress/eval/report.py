@@ -27,6 +27,7 @@ def summarise(
     pictures, same prompts and seeds. ``correct`` and ``present`` are the judge's two rules.
     """
     full_nll = likelihoods[FULL].nll if FULL in likelihoods else None
+    full_right_by = {rule: _right(judged.get(FULL), rule) for rule in RULES}
     records = []
     for cell in cells:
         record: dict[str, Any] = {"name": cell.name, "preset": cell.preset, "budget": cell.budget}
@@ -43,8 +44,8 @@ def summarise(
             record["resident"] = one.resident
             record["head_error"], record["head_error_by_layer"] = _head_errors(one)
         if verdicts is not None:
-            for rule in RULES:
-                right, full_right = _right(verdicts, rule), _right(judged.get(FULL), rule)
+            for rule, full_right in full_right_by.items():
+                right = _right(verdicts, rule)
                 record[rule] = _list(share(sum(right), len(right)))
                 if full_right and len(full_right) == len(right):
                     record[f"{rule}_over_full"] = _list(mean(np.subtract(right, full_right).tolist()))

@@ -22,7 +22,7 @@ logger = logger_for(__name__)
 
 METRIC = "attention mass outside the neighbourhood"
 AUTO = "auto"
-_NEIGHBOURHOOD_LINES = 2  # docs/quality.md: one to four lines choose much the same heads
+_NEIGHBOURHOOD_LINES = 2  # docs/quality.md: one to four lines cost the same
 _SPATIAL_SHARE = 1 / 4  # docs/quality.md: with a third or half of the heads spatial, objects are drawn twice
 
 
