@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_kvcompress.attention import cpu, reference
 from vllm_kvcompress.attention.pages import HeadType, Plan, page_bytes, pages_from_bytes
-from vllm_kvcompress.rule import HeadRule
+from vllm_kvcompress.policy.rule import HeadRule
 
 GIB = 2**30
 DRAWN = 300  # image tokens drawn so far: mid-line, far past the capacity

@@ -65,7 +65,7 @@ class Caches:
     ) -> None:
         from vllm_kvcompress.attention.pages import HeadType, Plan, page_bytes, pages_from_bytes
         from vllm_kvcompress.policy import Policy
-        from vllm_kvcompress.raster import Raster
+        from vllm_kvcompress.policy.raster import Raster
 
         half, layers = shape.heads // 2, shape.layers
         rules = Policy(budget=budget).rules(Raster(shape.lines, shape.width), layers * half, layers * half)

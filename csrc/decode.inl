@@ -162,8 +162,10 @@ struct Chunk {
                      dim * sizeof(raw));
     __builtin_memcpy(mine + dim, step.v + (row * step.v_row + source * step.v_head) * sizeof(raw),
                      dim * sizeof(raw));
-    type.token[blocks[slot / page] * type.token_block + head * type.token_head + slot % page] = phase.token;
-    *score_at(slot, head) = 0;
+    if (type.evicts && !type.ring) {  // others have no such arrays
+      type.token[blocks[slot / page] * type.token_block + head * type.token_head + slot % page] = phase.token;
+      *score_at(slot, head) = 0;
+    }
 
     const int64_t at = int64_t(head - first) * group;
     for (int32_t g = 0; g < group; g++) {

@@ -20,7 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_kvcompress.models.config import ImageModel
-from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.serving.images import PATH, ImagesEndpoint
 
 # Nothing square, and no size a power of two.

@@ -16,8 +16,8 @@ from vllm_kvcompress.attention.pages import HeadType, Plan, page_bytes, pages_fr
 from vllm_kvcompress.attention.prefill import prefill
 from vllm_kvcompress.attention.reference import decode, select_victims
 from vllm_kvcompress.policy import DECAY, PRESETS, REFINEMENTS, Policy
-from vllm_kvcompress.raster import Raster
-from vllm_kvcompress.rule import HeadRule
+from vllm_kvcompress.policy.raster import Raster
+from vllm_kvcompress.policy.rule import HeadRule
 
 
 @dataclass

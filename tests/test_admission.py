@@ -12,7 +12,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_kvcompress.admission import admit, admit_request, drawn_in_prompt
 from vllm_kvcompress.models.config import ImageModel
-from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.policy.raster import Raster
 
 MODEL = ImageModel(Raster(lines=6, width=5), text_vocab=300, codes=200, bos=1, pad=2, boi=3)
 TOKENS = 30

@@ -14,7 +14,7 @@ from vllm_kvcompress.cache.plan import plan_layout
 from vllm_kvcompress.config import CompressionConfig, parse_config
 from vllm_kvcompress.models.vllm_config import check_conflicts
 from vllm_kvcompress.policy import PRESETS
-from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.policy.raster import Raster
 
 
 def parsed(**section: Any) -> CompressionConfig:

@@ -13,8 +13,8 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from vllm_kvcompress.policy import PRESETS, Policy
-from vllm_kvcompress.raster import Raster
-from vllm_kvcompress.rule import HeadRule
+from vllm_kvcompress.policy.raster import Raster
+from vllm_kvcompress.policy.rule import HeadRule
 from vllm_kvcompress.scheduler import REPORT
 from vllm_kvcompress.testing.checkpoints import CheckpointGeometry, make_checkpoint
 

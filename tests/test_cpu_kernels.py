@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_kvcompress.attention import cpu, reference
 from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan, page_bytes, pages_from_bytes
-from vllm_kvcompress.rule import HeadRule
+from vllm_kvcompress.policy.rule import HeadRule
 
 needs_kernels = pytest.mark.skipif(cpu.isa() is None, reason="the kernels were not built")
 

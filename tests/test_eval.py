@@ -19,7 +19,7 @@ from vllm_kvcompress.eval.cells import BUDGETS, ablation, grid, parse_budget
 from vllm_kvcompress.eval.features import Frechet
 from vllm_kvcompress.eval.pictures import true_scenes
 from vllm_kvcompress.policy import PRESETS, Policy
-from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.policy.raster import Raster
 
 
 @given(st.integers(1, 400), st.data())

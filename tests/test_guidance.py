@@ -21,7 +21,7 @@ from vllm_kvcompress.guidance import (
     unpack_scale,
 )
 from vllm_kvcompress.models.config import ImageModel
-from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.requests_v1 import RequestTracker
 
 MODEL = ImageModel(Raster(lines=6, width=5), text_vocab=300, codes=200, bos=1, pad=2, boi=3)

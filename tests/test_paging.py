@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vllm_kvcompress.cache.layout import BRANCHES, CacheLayout, footprint
 from vllm_kvcompress.cache.paging import MAX_WASTE, Paging, plan_paging
 from vllm_kvcompress.policy import PRESETS, Policy
-from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.policy.raster import Raster
 
 GRID = Raster(24, 24)
 PREFIX = 20

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from oracle import bounded
 
 from vllm_kvcompress.policy import PRESETS, REFINEMENTS, Policy
-from vllm_kvcompress.raster import Raster
-from vllm_kvcompress.rule import HeadRule
+from vllm_kvcompress.policy.raster import Raster
+from vllm_kvcompress.policy.rule import HeadRule
 
 JANUS = Raster(24, 24)
 

@@ -10,7 +10,7 @@ from oracle import Run, World, bounded, one_thread, world, worlds
 
 from vllm_kvcompress.attention.prefill import prefill
 from vllm_kvcompress.policy import PRESETS
-from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.policy.raster import Raster
 
 _threads = pytest.fixture(scope="module", autouse=True)(one_thread)
 

@@ -12,7 +12,7 @@ from vllm.tokenizers import get_tokenizer, maybe_make_thread_pool
 from vllm_kvcompress.models.config import ImageModel
 from vllm_kvcompress.models.prompt import image_prompt_ids, negative_ids, resolve_special_ids
 from vllm_kvcompress.models.tokenizer import BOI, BOS, PAD
-from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.testing import TINY
 from vllm_kvcompress.testing.checkpoints import make_checkpoint
 from vllm_kvcompress.testing.tokenizer import build_tokenizer, special_tokens

@@ -19,8 +19,8 @@ from vllm_kvcompress.attention.pages import (
 from vllm_kvcompress.attention.reference import decode, slot_of
 from vllm_kvcompress.attention.select import select_victims, victim_order
 from vllm_kvcompress.policy import PRESETS, Preset
-from vllm_kvcompress.raster import Raster
-from vllm_kvcompress.rule import HeadRule
+from vllm_kvcompress.policy.raster import Raster
+from vllm_kvcompress.policy.rule import HeadRule
 
 _threads = pytest.fixture(scope="module", autouse=True)(one_thread)
 

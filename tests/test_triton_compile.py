@@ -21,7 +21,7 @@ import triton
 from vllm_kvcompress.attention import triton_decode, triton_select
 from vllm_kvcompress.attention.pages import HeadType, Plan, page_bytes, pages_from_bytes
 from vllm_kvcompress.policy import Policy
-from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.policy.raster import Raster
 
 ARCHITECTURES = (80, 90, 100)
 # dtype, the cache's dtype, head size, query heads per KV head; the first is Janus-Pro's

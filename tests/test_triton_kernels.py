@@ -23,8 +23,8 @@ from torch import Tensor
 
 from vllm_kvcompress.attention import reference, select, triton_decode, triton_select
 from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan, page_bytes, pages_from_bytes
-from vllm_kvcompress.raster import Raster
-from vllm_kvcompress.rule import HeadRule
+from vllm_kvcompress.policy.raster import Raster
+from vllm_kvcompress.policy.rule import HeadRule
 
 launch = triton_select.launch
 TOLERANCE = {

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from vllm_kvcompress.models.config import raster_of
 from vllm_kvcompress.models.vq import VQDecoder, vq_name
-from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.testing.checkpoints import make_checkpoint
 
 TOKENS = 64

@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 from vllm_kvcompress.heads.profile import HeadProfile
-from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.testing.checkpoints import SMALL_24, CheckpointGeometry, janus_pro_1b, make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

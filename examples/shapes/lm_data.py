@@ -32,6 +32,17 @@ class Batch:
     image: Tensor
     text: Tensor
 
+    def twice(self, boi: int, pad: int) -> Batch:
+        """Every scene as both guidance branches: its rows with captions, then the same without them."""
+        blank = self.ids.clone()
+        words = (self.ids != boi).cumprod(1).bool()
+        words[:, 0] = False  # BOS stays
+        blank[words] = pad
+        unsaid = torch.zeros_like(self.text)
+        return Batch(
+            torch.cat([self.ids, blank]), self.codes, self.image.repeat(2, 1), torch.cat([self.text, unsaid])
+        )
+
 
 def unconditional(prompt: list[int], pad: int) -> list[int]:
     """The prompt of the guidance branch: every id but BOS and begin-of-image becomes the pad id."""
@@ -45,13 +56,14 @@ def make_batch(
     first: int,
     number: int,
     families: Mapping[str, float] = FAMILIES,
+    unconditional_share: float = UNCONDITIONAL,
 ) -> Batch:
     """Scenes `first .. first + number` of a stream as one padded batch; deterministic."""
     pixels, captions = scene_batch(stream, first, number, families)
     codes = nearest(to_patches(pixels), centres)
     pad = tokenizer.token_to_id(janus.PAD)
     prompts = [tokenizer.encode(chat_prompt(caption)).ids for caption in captions]
-    blank = np.random.default_rng((stream, first, number)).random(number) < UNCONDITIONAL
+    blank = np.random.default_rng((stream, first, number)).random(number) < unconditional_share
     length = max(map(len, prompts)) + GEOMETRY.image_tokens - 1
     ids = torch.full((number, length), pad)
     image = torch.zeros(number, length, dtype=torch.bool)

@@ -3,7 +3,10 @@
 The model is transformers' `JanusForConditionalGeneration`. It computes in bfloat16; the optimizers
 keep float32 weights: Muon for the matrices inside the Llama blocks, AdamW for everything else.
 The rate warms up, stays constant and falls to zero over the last `--decay` steps, so a run stopped
-before its decay is extended by a larger `--steps`.
+before its decay is extended by a larger `--steps`. `--start` begins with the weights of an exported model.
+
+The last `--guided` steps take the loss on the guided logits, `u + w (c - u)` with w drawn from 1 to
+`MOST_GUIDANCE` for every scene, both branches in one pass: what drawing samples from is what is trained.
 
     python examples/shapes/train_lm.py --codes out/shapes/codes.pt --run out/shapes/lm --steps 20000
 """
@@ -11,14 +14,17 @@ before its decay is extended by a larger `--steps`.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import attention
+import numpy as np
 import torch
 import torch.nn.functional as F
 from common import TRAIN_STREAM, VALID_STREAM, log_record, plot_curves, save_checkpoint, trapezoid
 from geometry import GEOMETRY, load_tokenizer
 from lm_data import Batch, make_batch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import JanusForConditionalGeneration
@@ -31,6 +37,8 @@ from vllm_kvcompress.testing.configs import transformers_config
 TEXT_WEIGHT = 0.05
 """Weight of the captions' own next-word loss beside the image loss."""
 VALID_BATCH = 32
+MOST_GUIDANCE = 5.0
+"""Janus-Pro's own scale."""
 
 
 def build_model(vectors: Tensor, image_token_id: int, seed: int) -> JanusForConditionalGeneration:
@@ -109,20 +117,49 @@ class Trained:
         self.round()
 
 
-def losses(model: JanusForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy in nats of the image codes, and of the captions' words."""
+def hidden_states(model: JanusForConditionalGeneration, ids: Tensor) -> Tensor:
+    """`[B, T]` ids of the one id space -> `[B, T, hidden]`."""
     inner = model.model
     codes = inner.generation_aligner(inner.generation_embeddings.weight)
     table = torch.cat([inner.language_model.embed_tokens.weight, codes])
-    length = batch.ids.shape[1]
-    ids = F.pad(batch.ids, (0, PADDED - length))
-    hidden = inner.language_model(inputs_embeds=F.embedding(ids, table), use_cache=False).last_hidden_state[
-        :, :length
-    ]
-    image = F.cross_entropy(inner.generation_head(hidden[batch.image]).float(), batch.codes.flatten())
+    length = ids.shape[1]
+    embeds = F.embedding(F.pad(ids, (0, PADDED - length)), table)
+    return inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :length]
+
+
+def losses(
+    model: JanusForConditionalGeneration, batch: Batch, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy in nats of the image codes, and of the captions' words.
+
+    With `scales`, `[scenes]` guidance scales, the batch is `Batch.twice` and the codes' logits are guided.
+    """
+    hidden = hidden_states(model, batch.ids)
+    logits = model.model.generation_head(hidden[batch.image]).float()
+    if scales is not None:
+        given, free = logits.unflatten(0, (2, len(scales), -1))
+        logits = (free + scales[:, None, None] * (given - free)).flatten(0, 1)
+    image = F.cross_entropy(logits, batch.codes.flatten())
     following = batch.ids.roll(-1, 1)[batch.text]
     words = F.cross_entropy(model.lm_head(hidden[batch.text]).float(), following)
     return image, words
+
+
+def plain_batch(
+    centres: Tensor, tokenizer: Tokenizer, first: int, number: int, families: Mapping[str, float]
+) -> Batch:
+    """A training batch with some captions blanked."""
+    return make_batch(centres, tokenizer, TRAIN_STREAM, first, number, families)
+
+
+def guided_batch(
+    centres: Tensor, tokenizer: Tokenizer, first: int, number: int, families: Mapping[str, float]
+) -> tuple[Batch, Tensor]:
+    """A training batch as both branches, and a guidance scale for each scene."""
+    ids = [tokenizer.token_to_id(token) for token in (janus.BOI, janus.PAD)]
+    batch = make_batch(centres, tokenizer, TRAIN_STREAM, first, number, families, unconditional_share=0.0)
+    scales = np.random.default_rng((TRAIN_STREAM, first)).uniform(1, MOST_GUIDANCE, number)
+    return batch.twice(*ids), torch.tensor(scales, dtype=torch.float32)
 
 
 def main() -> None:
@@ -136,6 +173,9 @@ def main() -> None:
     parser.add_argument(
         "--pairs", type=int, default=0, help="steps, after the easy ones, mostly on pairs: up to this one"
     )
+    parser.add_argument("--guided", type=int, default=0, help="last steps, with the loss on guided logits")
+    parser.add_argument("--start", type=Path, help="folder of an exported model to begin with")
+    parser.add_argument("--start-step", type=int, default=0, help="the step it was exported at")
     parser.add_argument("--decay", type=int, default=1500, help="last steps, of falling rate")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -151,9 +191,12 @@ def main() -> None:
     saved = torch.load(checkpoint) if checkpoint.exists() else None
     centres = torch.load(args.codes)
     model = build_model(code_vectors(centres), tokenizer.token_to_id(janus.IMAGE), args.seed)
+    if args.start and not saved:
+        there = JanusForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
+        model.load_state_dict(there.state_dict())
     trained = Trained(model, args.rate)
     compile_for_training(model)
-    first = 0
+    first = args.start_step
     if saved:
         trained.load(saved)
         first = saved["step"]
@@ -161,10 +204,13 @@ def main() -> None:
 
     for step in tqdm(range(first, args.steps), initial=first, total=args.steps):
         families = EASY_FAMILIES if step < args.easy else PAIR_FAMILIES if step < args.pairs else FAMILIES
-        batch = make_batch(centres, tokenizer, TRAIN_STREAM, step * args.batch, args.batch, families)
-        image, words = losses(model, batch)
+        scenes = (centres, tokenizer, step * args.batch, args.batch, families)
+        guided = step >= args.steps - args.guided
+        batch, scales = guided_batch(*scenes) if guided else (plain_batch(*scenes), None)
+        image, words = losses(model, batch, scales)
         (image + TEXT_WEIGHT * words).backward()
-        trained.step(args.rate * trapezoid(step, 100, args.steps, args.decay))
+        at, total = step - args.start_step, args.steps - args.start_step
+        trained.step(args.rate * trapezoid(at, 100, total, args.decay))
         done = step + 1
         if done % 20 == 0:
             log_record(log, step=done, image_loss=image.item(), text_loss=words.item())

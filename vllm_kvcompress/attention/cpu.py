@@ -19,7 +19,7 @@ from torch import Tensor
 from vllm_kvcompress.attention import reference
 from vllm_kvcompress.attention import select as torch_select
 from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan
-from vllm_kvcompress.rule import HeadRule
+from vllm_kvcompress.policy.rule import HeadRule
 
 __all__ = ["decode", "isa", "select_victims", "set_isa", "use_huge_pages"]
 

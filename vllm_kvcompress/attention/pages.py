@@ -10,9 +10,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.rule import HeadRule
+from vllm_kvcompress.policy.rule import HeadRule
 
-SIDE_BYTES = 8  # per head and slot: float32 score, int16 token, int16 victim
+SIDE_BYTES = 8  # per scored head and slot: float32 score, int16 token, int16 victim
 
 
 @dataclass
@@ -24,7 +24,9 @@ class HeadPages:
     kv : Tensor
         [blocks, heads, page, 2 * head_size], cache dtype: K (after RoPE), then V. Any strides.
     score : Tensor
-        [blocks, heads, page], float32: attention mass that the slot received.
+        [blocks, heads, page], float32: attention mass that the slot received. This and the next two have
+        no slots ([blocks, heads, 0]) where the rule does not score (rings, and heads that keep all): which
+        token is where is then arithmetic.
     token : Tensor
         [blocks, heads, page], int16: index of the image token in the slot, -1 for a prefix token.
     victim : Tensor
@@ -97,12 +99,19 @@ class Plan:
     length: Tensor
 
 
-def page_bytes(heads: int, page: int, head_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one page: K, V and the side state (score, token, victim) of ``heads * page`` slots."""
-    return heads * page * (2 * head_size * dtype.itemsize + SIDE_BYTES)
+def slot_bytes(head_size: int, dtype: torch.dtype, scores: bool) -> int:
+    """Bytes of one slot of one head: K, V and, where the rule ``scores``, score, token and victim."""
+    return 2 * head_size * dtype.itemsize + (SIDE_BYTES if scores else 0)
 
 
-def pages_from_bytes(raw: Tensor, heads: int, page: int, head_size: int, dtype: torch.dtype) -> HeadPages:
+def page_bytes(heads: int, page: int, head_size: int, dtype: torch.dtype, scores: bool = True) -> int:
+    """Bytes of one page of ``heads * page`` slots; ``scores`` as in `slot_bytes`."""
+    return heads * page * slot_bytes(head_size, dtype, scores)
+
+
+def pages_from_bytes(
+    raw: Tensor, heads: int, page: int, head_size: int, dtype: torch.dtype, scores: bool = True
+) -> HeadPages:
     """Lay the cache of one head type over raw memory; everything returned is a view of ``raw``.
 
     Each page holds K and V of all heads, then scores, then tokens, then victims, then padding.
@@ -115,13 +124,15 @@ def pages_from_bytes(raw: Tensor, heads: int, page: int, head_size: int, dtype: 
         Cache heads of all layers and branches, slots per page, numbers per key.
     dtype : torch.dtype
         Of K and V.
+    scores : bool
+        Whether the rule scores: else there is no side state.
 
     Raises
     ------
     ValueError
         If a page is too small, or a field would not be aligned to its type.
     """
-    need = page_bytes(heads, page, head_size, dtype)
+    need = page_bytes(heads, page, head_size, dtype, scores)
     if raw.dim() != 2 or raw.dtype.itemsize != 1 or raw.stride(1) != 1 or raw.shape[1] < need:
         raise ValueError(
             f"raw: {list(raw.shape)} {raw.dtype}; need [blocks, at least {need}] bytes for {heads} heads x "
@@ -139,12 +150,15 @@ def pages_from_bytes(raw: Tensor, heads: int, page: int, head_size: int, dtype: 
         return raw[:, start : start + prod(shape) * size].view(kind).unflatten(1, shape)
 
     slots = heads * page
-    score = slots * 2 * head_size * dtype.itemsize
+    kv, side = view(0, dtype, heads, page, 2 * head_size), slots * 2 * head_size * dtype.itemsize
+    if not scores:
+        none = torch.empty(len(raw), heads, 0, dtype=torch.int16, device=raw.device)
+        return HeadPages(kv, none.float(), none, none)
     return HeadPages(
-        view(0, dtype, heads, page, 2 * head_size),
-        view(score, torch.float32, heads, page),
-        view(score + 4 * slots, torch.int16, heads, page),
-        view(score + 6 * slots, torch.int16, heads, page),
+        kv,
+        view(side, torch.float32, heads, page),
+        view(side + 4 * slots, torch.int16, heads, page),
+        view(side + 6 * slots, torch.int16, heads, page),
     )
 
 

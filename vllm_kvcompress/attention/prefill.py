@@ -126,8 +126,9 @@ def _begin(
         block = kind.block_table[row, position // pages.page].long()
         place = position % pages.page
         pages.kv[block, :, place] = torch.cat((k[:, heads], v[:, heads]), -1).to(pages.kv.dtype)
-        pages.token[block, :, place] = -1
-        pages.score[block, :, place] = 0.0
+        if kind.rule.scores:
+            pages.token[block, :, place] = -1
+            pages.score[block, :, place] = 0.0
 
 
 def _prompt(q: Tensor, k: Tensor, v: Tensor, kind: HeadType, position: int, scale: float) -> Tensor:
@@ -136,8 +137,9 @@ def _prompt(q: Tensor, k: Tensor, v: Tensor, kind: HeadType, position: int, scal
     slot = torch.arange(position + count, device=q.device)
     block, place = (x[0] for x in locate(kind.block_table, slot[None], pages.page))
     pages.kv[block[position:], :, place[position:]] = torch.cat((k, v), -1).to(pages.kv.dtype)
-    pages.token[block[position:], :, place[position:]] = -1
-    pages.score[block[position:], :, place[position:]] = 0.0
+    if kind.rule.scores:
+        pages.token[block[position:], :, place[position:]] = -1
+        pages.score[block[position:], :, place[position:]] = 0.0
     key, value = pages.kv[block, :, place].to(q.dtype).transpose(0, 1).chunk(2, -1)  # [heads, slots, D]
     mask = torch.ones(count, position + count, dtype=torch.bool, device=q.device).tril(position)
     out = scaled_dot_product_attention(
@@ -171,13 +173,14 @@ def _line(q: Tensor, k: Tensor, v: Tensor, kind: HeadType, prefix: int, token: i
     logits = torch.einsum("nhgd,shd->hgns", q.float(), key) * scale
     probability = logits.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
 
-    mass = probability.sum((1, 2)) if rule.scores else probability.new_zeros(heads, held + count)
-    pages.score[block[prefix:], :, place[prefix:]] += mass[:, prefix:held].T
-    block, place = locate(kind.block_table.expand(count, -1), slot, pages.page)
+    at, to = locate(kind.block_table.expand(count, -1), slot, pages.page)
     head = torch.arange(heads, device=q.device)
-    pages.kv[block, head, place] = fresh
-    pages.token[block, head, place] = (token + nth).to(torch.int16)[:, None]
-    pages.score[block, head, place] = mass[:, held:].T
+    pages.kv[at, head, to] = fresh
+    if rule.scores:
+        mass = probability.sum((1, 2))
+        pages.score[block[prefix:], :, place[prefix:]] += mass[:, prefix:held].T
+        pages.token[at, head, to] = (token + nth).to(torch.int16)[:, None]
+        pages.score[at, head, to] = mass[:, held:].T
     if (token + count) % rule.line == 0:
         length = torch.tensor([prefix, prefix + token + count], device=q.device)
         select_victims(kind, Plan(length[:1], length[1:]))

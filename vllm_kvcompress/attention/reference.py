@@ -92,8 +92,9 @@ def _write(k: Tensor, v: Tensor, kind: HeadType, table: Tensor, prefix: Tensor, 
     block, place = locate(table, logical, pages.page)
     head = torch.arange(logical.shape[1], device=logical.device)
     pages.kv[block, head, place] = torch.cat((k, v), -1).to(pages.kv.dtype)
-    pages.token[block, head, place] = token.clamp(min=-1).to(torch.int16)[:, None]
-    pages.score[block, head, place] = 0.0
+    if kind.rule.scores:
+        pages.token[block, head, place] = token.clamp(min=-1).to(torch.int16)[:, None]
+        pages.score[block, head, place] = 0.0
 
 
 def _attend(q: Tensor, kind: HeadType, table: Tensor, prefix: Tensor, length: Tensor, scale: float) -> Tensor:

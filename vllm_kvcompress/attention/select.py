@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.attention.pages import HeadType, Plan, locate
-from vllm_kvcompress.rule import HeadRule
+from vllm_kvcompress.policy.rule import HeadRule
 
 
 def select_victims(type_all_layers: HeadType, plan: Plan) -> None:

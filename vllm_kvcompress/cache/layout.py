@@ -7,7 +7,7 @@ from vllm.utils.math_utils import cdiv
 
 from vllm_kvcompress.attention.pages import SIDE_BYTES, page_bytes
 from vllm_kvcompress.cache.paging import Paging
-from vllm_kvcompress.rule import HeadRule
+from vllm_kvcompress.policy.rule import HeadRule
 
 BRANCHES = 2
 TYPICAL_PREFIX = 20  # tokens of a short prompt, for the figures in the log

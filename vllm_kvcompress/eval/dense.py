@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vllm_kvcompress.cache.layout import BRANCHES, CacheLayout
 from vllm_kvcompress.eval.replay import FullReplay, Rows
-from vllm_kvcompress.rule import HeadRule
+from vllm_kvcompress.policy.rule import HeadRule
 
 Choice = Callable[["Line"], Tensor]
 """Scores ``[rows, heads, tokens]`` of a line's end, from which the lowest are the victims."""

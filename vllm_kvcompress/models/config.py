@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from transformers import JanusVQVAEConfig, LlamaConfig, PreTrainedConfig
 
-from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.policy.raster import Raster
 
 ORIGINAL_LAYOUT = "multi_modality"
 TRANSFORMERS_LAYOUT = "janus"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
 
-from vllm_kvcompress.raster import Raster
+from vllm_kvcompress.policy.raster import Raster
 
 _PREFIX = re.compile(r"^(?:model\.vqmodel|gen_vision_model)\.")
 # The encoder's side, and a training statistic that only the original layout stores.

@@ -6,6 +6,7 @@ docs/design.md, "The method". The attention code needs to know nothing else of a
 from dataclasses import dataclass
 
 MAX_IMAGE = 2**15 - 1  # token and victim indices are stored as int16 beside the pages
+MAX_TYPES = 6  # head types of one layout: KV-cache groups, block tables, code paths of a GPU kernel
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,21 @@
+"""What each attention head keeps of a picture: the line rule, and the presets. No torch, no vLLM.
+
+The method is docs/design.md, "The method".
+"""
+
+from vllm_kvcompress.policy.presets import DECAY, PRESETS, REFINEMENTS, HeadTypes, Policy, Preset, Score
+from vllm_kvcompress.policy.raster import Raster
+from vllm_kvcompress.policy.rule import MAX_TYPES, HeadRule
+
+__all__ = [
+    "DECAY",
+    "MAX_TYPES",
+    "PRESETS",
+    "REFINEMENTS",
+    "HeadRule",
+    "HeadTypes",
+    "Policy",
+    "Preset",
+    "Raster",
+    "Score",
+]
