@@ -1,12 +1,14 @@
 """Builds the CPU kernels (csrc/) beside vllm_kvcompress/attention/cpu.py; metadata is in pyproject.toml.
 
 The library knows nothing of Python or torch: it is loaded with ctypes. Without a working compiler the
-package installs all the same and falls back to torch, with a warning at run time.
+package installs all the same and falls back to torch, with a warning at run time. And one wheel per platform
+serves every Python.
 """
 
 import platform
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 COMMON = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
@@ -38,6 +40,13 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(objects, path, extra_postargs=["-fopenmp"], target_lang="c++")
 
 
+class PlatformWheel(bdist_wheel):
+    """Tagged ``py3-none-PLATFORM``: nothing in it is compiled against one Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     ext_modules=[
         Extension(
@@ -47,5 +56,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"bdist_wheel": PlatformWheel, "build_ext": BuildKernels},
 )

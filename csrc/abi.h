@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-constexpr int32_t kAbi = 2;
+constexpr int32_t kAbi = 3;
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
@@ -12,7 +12,7 @@ enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 // All heads of one type in one layer (decode) or in all layers (select). Strides count elements.
 struct HeadType {
   char* kv;                    // [blocks, heads, page, 2 * D], K then V; [page, 2 * D] is contiguous
-  float* score;                // [blocks, heads, page]
+  float* score;                // [blocks, heads, page]; this and the next two: only where slots are scored
   int16_t* token;              // [blocks, heads, page]; -1 for the prefix
   int16_t* victim;             // [blocks, heads, page]; at a row's logical slot j: its j-th victim
   const int32_t* head_index;   // [heads]: position on the 2 * Hkv axis of k and v (decode only)
@@ -25,7 +25,9 @@ struct HeadType {
   int32_t heads, page;
   int32_t capacity, line, image, anchors, recent;
   int32_t ring, evicts;
-  float decay;  // what a line's end leaves of a score
+  int32_t dim, dtype;              // of kv
+  int32_t value_norm, smooth_row;  // refinements of the score (select only)
+  float decay;                     // what a line's end leaves of a score
 };
 
 // One step's rows. Query head g of cache head c is head_index[c] * group + g.

@@ -52,12 +52,12 @@ class FakeEngine:
         self.renderer = SimpleNamespace(get_tokenizer=lambda: "tokenizer")
         self.model_config = SimpleNamespace(max_model_len=100)
         self.input_processor = None
-        self.errored = self.is_running = False
+        self.errored = self.is_running = self.should_keep_api_server_alive = False
         self.dead_error = EngineDeadError()
         self.params, self.prompts = {}, {}
         self.running, self.aborted = set(), []
         self.decoding = self.most_decoding = 0
-        self.decoded_lines = []
+        self.decoded_lines, self.calls = [], []
         self.step = lambda position: asyncio.sleep(0)
         self.decode_step = lambda: asyncio.sleep(0)
         self.draw_code = code
@@ -100,19 +100,24 @@ class FakeEngine:
         self.aborted.append(request_id)
 
     async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
-        assert method == "kvcompress_decode_image"
-        (codes,) = args
-        lines, rest = divmod(len(codes), MODEL.raster.width)
-        assert lines
-        assert not rest
+        assert method == "kvcompress_decode_images"
+        (pictures,) = args
+        assert pictures
+        self.calls.append(len(pictures))
         self.decoding += 1
         self.most_decoding = max(self.most_decoding, self.decoding)
         try:
             await self.decode_step()
         finally:
             self.decoding -= 1
+        return [None, [self._decoded(codes) for codes in pictures], None]
+
+    def _decoded(self, codes):
+        lines, rest = divmod(len(codes), MODEL.raster.width)
+        assert lines
+        assert not rest
         self.decoded_lines.append(lines)
-        return [None, (WIDTH, lines * MODEL.raster.patch, pixels(codes)), None]
+        return WIDTH, lines * MODEL.raster.patch, pixels(codes)
 
 
 def pixels(codes):
@@ -197,12 +202,15 @@ async def still_serves(client):
 
 
 class AsgiCall:
-    """A request whose client can hang up: ``messages`` is what it received until then."""
+    """A request whose client can hang up: ``messages`` is what it received until then.
 
-    def __init__(self, app, body, spec_version="2.3"):
+    With None for a body it sends none.
+    """
+
+    def __init__(self, app, body, spec_version="2.3", headers=()):
         self.messages = []
         self.hang_up = asyncio.Event()
-        self._body = [body]
+        self._body = [] if body is None else [body]
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": spec_version},
@@ -211,7 +219,7 @@ class AsgiCall:
             "path": PATH,
             "raw_path": PATH.encode(),
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), *headers],
         }
         self.task = asyncio.create_task(app(scope, self._receive, self._send))
 

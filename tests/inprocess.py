@@ -10,8 +10,6 @@ from unittest import mock
 import pytest
 import torch
 
-from vllm_kvcompress.attention import kernels
-
 KERNELS = ("torch", "cpu")
 MEMORY = 8 << 20
 SET_NUM_THREADS = torch.set_num_threads  # vLLM's CPU worker replaces it by one that does nothing
@@ -98,13 +96,8 @@ class Engine:
 
         return image_prompt_ids(self.llm.get_tokenizer(), self.image, text)
 
-    def use(self) -> None:
-        """Compiled or torch kernels are a choice of the process: make it this engine's."""
-        kernels.use(self.section.get("kernels", "auto"), "cpu")
-
     def outputs(self, prompts: Sequence[Sequence[int]], params: Any) -> list[Any]:
         """Finished ``RequestOutput``s of prompts given as ids."""
-        self.use()
         asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
         return self.llm.generate(asked, params, use_tqdm=False)
 
@@ -117,7 +110,6 @@ class Engine:
 
     def steps(self, limit: int | None = None) -> dict[str, Any]:
         """Step until nothing is left to do, or ``limit`` times; what finished, by name."""
-        self.use()
         done, engine = {}, self.llm.llm_engine
         while engine.has_unfinished_requests() and limit != 0:
             done |= {out.request_id: out for out in engine.step() if out.finished}

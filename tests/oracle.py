@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, settings, strategies
 from vllm_kvcompress.attention.pages import HeadType, Plan, page_bytes, pages_from_bytes
 from vllm_kvcompress.attention.prefill import prefill
 from vllm_kvcompress.attention.reference import decode, select_victims
+from vllm_kvcompress.heads.curves import LossCurves, candidate_types
+from vllm_kvcompress.heads.fit import fit
 from vllm_kvcompress.policy import DECAY, PRESETS, REFINEMENTS, Policy
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.policy.rule import HeadRule
@@ -83,32 +85,53 @@ def _choose(rule: HeadRule, drawn: int, holds: list[int], score: list[float], v:
 
 @dataclass
 class World:
-    """A small model's geometry: its layers' head types, and one rule per type."""
+    """A small model's geometry: the head type of each cache head, and one rule per type."""
 
-    rules: tuple[HeadRule | None, HeadRule | None]
-    spatial: np.ndarray  # [layers, kv_heads] bool
+    rules: tuple[HeadRule, ...]
+    kinds: np.ndarray  # [layers, branches * kv_heads] int: index into rules
     group: int = 1  # query heads per KV head
     head_size: int = 8
-    pages: tuple[int, int] = (4, 4)  # slots per page of each type
-    branches: int = 2
+    pages: tuple[int, ...] = (4, 4)  # slots per page of each type, from the first again where types are more
 
     def members(self, kind: int, layer: int) -> np.ndarray:
         """Places of a type's cache heads on the branch * Hkv axis of one layer."""
-        mine = np.flatnonzero(self.spatial[layer] == (kind == 0))
-        return np.concatenate([mine + b * self.spatial.shape[1] for b in range(self.branches)])
+        return np.flatnonzero(self.kinds[layer] == kind)
+
+    def page(self, kind: int) -> int:
+        """Slots per page of a type."""
+        return self.pages[kind % len(self.pages)]
 
 
 def world(preset: str, budget: float, raster: Raster, spatial: list[list[int]], **geometry) -> World:
-    """A world under a preset; ``spatial`` counts only for presets that read a head profile."""
+    """A world under a preset; ``spatial`` counts only for presets that read a head profile.
+
+    Under `fitted` the types are fitted to made-up losses.
+    """
     refine = {
         name: geometry.pop(name) for name in (*REFINEMENTS, "anchor_tokens", "score") if name in geometry
     }
+    branches = geometry.pop("branches", 2)
     heads, types = np.array(spatial, bool), PRESETS[preset].head_types
+    if types == "fitted":
+        found = made_up_fit(raster, budget, (heads.shape[0], 2 * heads.shape[1]))
+        return World(found.rules, found.types[:, : branches * heads.shape[1]], **geometry)
     if types != "profile":
         heads[:] = types == "spatial"
     refine = {} if types == "spatial" else refine
-    rules = Policy(preset, budget, **refine).rules(raster, int(heads.sum()), int((~heads).sum()))
-    return World(rules, heads, **geometry)
+    both = Policy(preset, budget, **refine).rules(raster, int(heads.sum()), int((~heads).sum()))
+    rules = tuple(rule for rule in both if rule is not None)
+    kinds = np.where(heads, 0, len(rules) - 1)
+    return World(rules, np.concatenate([kinds] * branches, 1), **geometry)
+
+
+def made_up_fit(raster: Raster, budget: float, heads: tuple[int, int], types: int = 6, seed: int = 0):
+    """A fit to losses that fall with the slots, each head in its own way."""
+    candidates, rng = candidate_types(raster), np.random.default_rng(seed)
+    slots = np.array([rule.capacity for rule in candidates])
+    need, reach = rng.lognormal(0, 2, (*heads, 1)), rng.uniform(0.5, 4, (*heads, 1)) * raster.width
+    losses = need * np.exp(-slots / reach) * rng.uniform(0.8, 1.2, (*heads, len(candidates)))
+    losses[..., [not rule.evicts for rule in candidates]] = 0
+    return fit(LossCurves(candidates, losses), np.floor(budget * raster.tokens + 1e-9), types)
 
 
 @strategies.composite
@@ -116,6 +139,13 @@ def worlds(draw_) -> World:
     """Any small world: grids, presets, budgets, anchors, head profiles that differ by layer, page sizes."""
     raster = Raster(draw_(strategies.integers(1, 6)), draw_(strategies.integers(1, 6)))
     layers, heads = draw_(strategies.integers(1, 3)), draw_(strategies.integers(1, 3))
+    geometry = {
+        "group": draw_(strategies.integers(1, 3)),
+        "head_size": 4,
+        "pages": tuple(draw_(strategies.lists(strategies.integers(1, 7), min_size=2, max_size=6))),
+    }
+    if draw_(strategies.booleans()):
+        return draw_(mixed_worlds(raster, layers, heads, geometry))
     head = strategies.lists(strategies.integers(0, 1), min_size=heads, max_size=heads)
     whole = strategies.sampled_from([[0] * heads, [1] * heads])
     slots = draw_(strategies.integers(raster.width, raster.tokens))
@@ -124,20 +154,43 @@ def worlds(draw_) -> World:
         slots / raster.tokens,
         raster,
         [draw_(head | whole) for _ in range(layers)],
-        group=draw_(strategies.integers(1, 3)),
-        head_size=4,
-        pages=(draw_(strategies.integers(1, 7)), draw_(strategies.integers(1, 7))),
         score=draw_(strategies.sampled_from([None, *DECAY])),
         **{name: draw_(strategies.booleans()) for name in REFINEMENTS},
+        **geometry,
     )
     if draw_(strategies.booleans()):  # anchors and recent beyond what the defaults choose
-        room = [rule.capacity - rule.line if rule else 0 for rule in found.rules]
+        room = [rule.capacity - rule.line for rule in found.rules]
         kept = [draw_(strategies.integers(0, n)) for n in room]
         recent = [draw_(strategies.integers(0, n - m)) for n, m in zip(room, kept, strict=True)]
         changes = [{"anchors": m, "recent": n} for m, n in zip(kept, recent, strict=True)]
-        spatial, semantic = found.rules
-        found.rules = spatial and replace(spatial, **changes[0]), semantic and replace(semantic, **changes[1])
+        found.rules = tuple(
+            replace(rule, **change) for rule, change in zip(found.rules, changes, strict=True)
+        )
     return found
+
+
+@strategies.composite
+def head_rules(draw_, raster: Raster) -> HeadRule:
+    """Any rule on a grid."""
+    slots = draw_(strategies.integers(raster.width, raster.tokens))
+    room = raster.tokens if slots == raster.tokens else slots - raster.width
+    anchors = draw_(strategies.integers(0, room))
+    ring = draw_(strategies.booleans())
+    if ring:
+        return HeadRule(slots, raster.width, raster.tokens, anchors, slots - anchors, ring=True)
+    refine = {name: draw_(strategies.booleans()) for name in REFINEMENTS}
+    recent = draw_(strategies.integers(0, room - anchors))
+    decay = draw_(strategies.sampled_from([0.0, 0.5, 1.0]))
+    return HeadRule(slots, raster.width, raster.tokens, anchors, recent, decay=decay, **refine)
+
+
+@strategies.composite
+def mixed_worlds(draw_, raster: Raster, layers: int, heads: int, geometry: dict) -> World:
+    """One to six types of any mix; layers in which a type has no head, branches that differ."""
+    rules = draw_(strategies.lists(head_rules(raster), min_size=1, max_size=6))
+    kind = strategies.integers(0, len(rules) - 1)
+    row = strategies.lists(kind, min_size=2 * heads, max_size=2 * heads)
+    return World(tuple(rules), np.array([draw_(row) for _ in range(layers)]), **geometry)
 
 
 def one_thread() -> Iterator[None]:
@@ -168,10 +221,10 @@ class Run:
 
     def __post_init__(self) -> None:
         world, gen = self.world, torch.Generator().manual_seed(self.seed)
-        layers, heads = world.spatial.shape
+        layers, heads = world.kinds.shape
         rows, most = len(self.prefix), max(self.total)
         self.length = [0] * rows
-        kv = (rows, most, layers, world.branches * heads, world.head_size)
+        kv = (rows, most, layers, heads, world.head_size)
         self.k, self.v = torch.randn(kv, generator=gen), torch.randn(kv, generator=gen)
         self.q = torch.randn((*kv[:3], kv[3] * world.group, kv[4]), generator=gen)
         self.out = torch.full(self.q.shape, torch.nan)
@@ -179,15 +232,15 @@ class Run:
         self.types: list[HeadType | None] = []
         for kind, rule in enumerate(world.rules):
             owned = sum(len(world.members(kind, layer)) for layer in range(layers))
-            if rule is None or not owned:
+            if not owned:
                 self.types.append(None)
                 continue
-            page = world.pages[kind]
+            page = world.page(kind)
             need = [-(-(p + rule.capacity) // page) for p in self.prefix]
             blocks = sum(need) + 2
-            size = -(-page_bytes(owned, page, world.head_size, self.dtype) // 4) * 4 + 8
+            size = -(-page_bytes(owned, page, world.head_size, self.dtype, rule.scores) // 4) * 4 + 8
             raw = torch.zeros((blocks, size), dtype=torch.int8)
-            pages = pages_from_bytes(raw, owned, page, world.head_size, self.dtype)
+            pages = pages_from_bytes(raw, owned, page, world.head_size, self.dtype, rule.scores)
             pages.kv.fill_(torch.nan)
             pages.score.fill_(torch.nan)
             pages.token.fill_(-77)
@@ -218,7 +271,7 @@ class Run:
         at = [self.length[row] - 1 for row in rows]
         length = [self.length[row] if row >= 0 else 0 for row in rows]
         plan = Plan(_int32([self.prefix[row] for row in rows]), _int32(length))
-        for layer in range(len(self.world.spatial)):
+        for layer in range(len(self.world.kinds)):
             q, k, v = (x[rows, at, layer] for x in (self.q, self.k, self.v))
             out = torch.full_like(q, torch.nan)
             self.decode(q, k, v, self.layer(layer, rows), plan, self.scale, out)
@@ -240,7 +293,7 @@ class Run:
             self.length[row] = end
         rows = list(counts)
         prefix, length = _int32([self.prefix[r] for r in rows]), _int32([end for *_, end in spans])
-        for layer in range(len(self.world.spatial)):
+        for layer in range(len(self.world.kinds)):
             mine = [x[:, :, layer] for x in (self.q, self.k, self.v)]
             q, k, v = (torch.cat([x[row, first:end] for row, first, end in spans]) for x in mine)
             out = torch.full_like(q, torch.nan)
@@ -258,7 +311,7 @@ class Run:
         """Remember the victims that each row's last line left, per type."""
         for row, (kind, whole) in product((row for row in rows if row >= 0), enumerate(self.types)):
             drawn = self.length[row] - self.prefix[row]
-            if whole and not whole.rule.ring and drawn > 0:
+            if whole and whole.rule.scores and drawn > 0:
                 due = range(whole.rule.victims_due(drawn))
                 self.victims[row][drawn, kind] = self.read(row, whole, "victim", due) if due else None
 
@@ -275,7 +328,7 @@ class Run:
                 cache_head = 0
                 if whole is None or not n:
                     continue
-                for layer in range(len(self.world.spatial)):
+                for layer in range(len(self.world.kinds)):
                     q, k, v = (x[row, :n, layer].double().numpy() for x in (self.q, self.k, self.v))
                     for head in self.world.members(kind, layer):
                         group = slice(head * self.world.group, (head + 1) * self.world.group)
@@ -292,8 +345,10 @@ class Run:
         slots = range(prefix, prefix + len(want.holds))
         if whole is None or not slots:
             return
-        assert self.read(row, whole, "token", slots)[head].tolist() == want.holds
-        if whole.rule.scores:
+        if not whole.rule.scores:
+            assert whole.rule.held(len(want.mask) - prefix) == want.holds
+        else:
+            assert self.read(row, whole, "token", slots)[head].tolist() == want.holds
             score = self.read(row, whole, "score", slots)[head].double().numpy()
             np.testing.assert_allclose(score, want.score, atol=10 * atol, rtol=1e-5)
 

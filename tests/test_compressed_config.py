@@ -5,13 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from inprocess import Engine, in_process  # noqa: F401
 
 from vllm_kvcompress.attention import kernels
-from vllm_kvcompress.cache.plan import plan_layout
 from vllm_kvcompress.config import CompressionConfig, parse_config
+from vllm_kvcompress.heads.curves import LossCurves, candidate_types
+from vllm_kvcompress.models.compression import plan_cache
 from vllm_kvcompress.models.vllm_config import check_conflicts
 from vllm_kvcompress.policy import PRESETS
 from vllm_kvcompress.policy.raster import Raster
@@ -24,9 +26,10 @@ def parsed(**section: Any) -> CompressionConfig:
 def test_every_setting_has_a_default() -> None:
     for nothing in ({}, None, {"kvcompress": {}}, {"another_plugin": {"x": 1}}):
         config = parse_config(nothing)
-        assert (config.preset, config.budget, config.head_profile) == ("decoupled", 0.2, "auto")
+        assert (config.preset, config.budget, config.head_profile) == ("fitted", 0.2, "auto")
     assert parsed(preset="line_ar", budget=0.1667, anchor_tokens=24).policy.anchor_tokens == 24
     assert all(parsed(preset=preset).policy.preset == preset for preset in PRESETS)
+    assert parsed(budget="auto", tolerance=0.01, max_types=3).policy.budget == "auto"
 
 
 @pytest.mark.parametrize(
@@ -34,14 +37,41 @@ def test_every_setting_has_a_default() -> None:
     [
         ({"bugdet": 0.2}, r"^additional_config.kvcompress has no setting 'bugdet'; did you mean budget\?$"),
         ({"zzz": 1}, r"no setting 'zzz'; known: preset, budget, spatial_tokens, .*kernels$"),
-        ({"budget": "a fifth"}, r"^additional_config.kvcompress.budget: .*valid number, got 'a fifth'$"),
+        ({"budget": "a fifth"}, r"^additional_config.kvcompress.budget: .*valid number.* got 'a fifth'$"),
+        (
+            {"budget": "auto", "preset": "ssd"},
+            r"^budget: 'auto' is not a share .*, or auto under the preset fitted$",
+        ),
+        (
+            {"spatial_tokens": 48},
+            r"^spatial_tokens: preset fitted chooses .*; leave it out, or set preset to",
+        ),
+        ({"score": "averaged"}, r"^score: preset fitted chooses every head's rule by measured losses"),
+        ({"head_types": "semantic"}, r"^head_types: preset fitted chooses"),
+        (
+            {"head_types": "fitted", "preset": "ssd"},
+            r"^head_types: unknown 'fitted'; one of profile, semantic",
+        ),
+        ({"threshold": 0.5}, r"kvcompress.threshold: preset fitted has no locality threshold"),
+        ({"max_types": 7}, r"kvcompress.max_types: .*less than or equal to 6, got 7$"),
+        (
+            {"max_types": 2, "preset": "ssd"},
+            r"kvcompress.max_types: goes with preset fitted only; leave it out$",
+        ),
+        ({"tolerance": 0.01}, r"kvcompress.tolerance: goes with budget auto only; leave it out$"),
         ({"budget": 0}, r"^budget: 0.* is not a share of the image; need 0 < budget <= 1$"),
         ({"budget": 1.5}, r"^budget: 1.5 is not a share"),
         ({"budget": float("nan")}, r"^budget: nan is not a share"),
-        ({"preset": "ful"}, r"^preset: unknown 'ful'; one of full, streaming, h2o, line_ar, ssd, decoupled$"),
+        (
+            {"preset": "ful"},
+            r"^preset: unknown 'ful'; one of full, streaming, h2o, line_ar, ssd, decoupled, fitted$",
+        ),
         ({"score": "sum"}, r"kvcompress.score: .*'inter_line', 'averaged' or 'accumulated'.*got 'sum'$"),
         ({"head_types": "mixed"}, r"kvcompress.head_types: .*got 'mixed'$"),
-        ({"anchor_tokens": -1}, r"^anchor_tokens: -1 is not a number of tokens; need a whole number >= 0$"),
+        (
+            {"anchor_tokens": -1, "preset": "ssd"},
+            r"^anchor_tokens: -1 is not a number of tokens; need a whole number >= 0$",
+        ),
         ({"anchor_tokens": 2.5}, r"kvcompress.anchor_tokens: .*integer, got 2.5$"),
         ({"recent_tokens": True}, r"kvcompress.recent_tokens: .*integer, got True$"),
         ({"stratify": "yes"}, r"kvcompress.stratify: .*boolean, got 'yes'$"),
@@ -146,10 +176,22 @@ def test_what_cannot_be_combined_is_refused(changes: dict[str, Any], match: str)
             {"budget": 0.03},
             r"^budget: budget 0.03 of 576 tokens is 17 slots per head, .*set budget to",
         ),
-        ({"recent_tokens": 400}, r"^recent_tokens: .*lower recent_tokens or set budget to at least"),
-        ({"anchor_tokens": 120}, r"^anchor_tokens: .*lower anchor_tokens or set budget to at least"),
-        ({"spatial_tokens": 10}, r"^spatial_tokens: 10, a line of 24 beside 0 anchors needs 24$"),
-        ({"spatial_tokens": 500, "budget": 0.3}, r"^spatial_tokens: .*lower spatial_tokens or set budget"),
+        (
+            {"preset": "decoupled", "recent_tokens": 400},
+            r"^recent_tokens: .*lower recent_tokens or set budget to at least",
+        ),
+        (
+            {"preset": "decoupled", "anchor_tokens": 120},
+            r"^anchor_tokens: .*lower anchor_tokens or set budget to at least",
+        ),
+        (
+            {"preset": "decoupled", "spatial_tokens": 10},
+            r"^spatial_tokens: 10, a line of 24 beside 0 anchors needs 24$",
+        ),
+        (
+            {"preset": "decoupled", "spatial_tokens": 500, "budget": 0.3},
+            r"^spatial_tokens: .*lower spatial_tokens or set budget",
+        ),
         ({"preset": "line_ar", "budget": 0.1, "recent_tokens": 48}, r"^recent_tokens: "),
         ({"preset": "streaming", "budget": 0.03}, r"^budget: "),
     ],
@@ -162,11 +204,11 @@ def test_settings_without_room_for_a_line_of_victims(section: dict[str, Any], ma
 
 def test_unusable_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"cpu kernels can't be used, the cache is on cuda; set auto"):
-        kernels.use("cpu", "cuda")
+        kernels.kernels_for("cpu", "cuda")
     monkeypatch.setattr("vllm_kvcompress.attention.kernels.cpu.isa", lambda: None)
     with pytest.raises(ValueError, match="they were not built"):
-        kernels.use("cpu", "cpu")
-    assert kernels.use("auto", "cpu") == "torch"
+        kernels.kernels_for("cpu", "cpu")
+    assert kernels.kernels_for("auto", "cpu").name == "torch"
 
 
 def test_the_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,31 +219,29 @@ def test_the_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match=r"^additional_config.kvcompress.kernels: triton .* TRITON_INTERPRET=1"
     ):
-        kernels.use("triton", "cpu")
+        kernels.kernels_for("triton", "cpu")
     monkeypatch.setattr("vllm_kvcompress.attention.kernels.interpreted", lambda: True)
     assert kernels.choose("triton", "cpu") == "triton"
 
 
 def test_models_that_the_triton_kernels_cannot_serve_are_refused_at_start_up() -> None:
-    assert kernels.use("auto", "cuda") == "triton"
-    try:
-        kernels.check_shape(256, 16)
-        for shape in ((512, 1), (128, 32)):
-            with pytest.raises(ValueError, match=r"kvcompress.kernels: triton .*; set torch$"):
-                kernels.check_shape(*shape)
-    finally:
-        kernels.use("auto", "cpu")
-    kernels.check_shape(512, 32)
+    found = kernels.kernels_for("auto", "cuda")
+    assert found.name == "triton"
+    found.check_shape(256, 16)
+    for shape in ((512, 1), (128, 32)):
+        with pytest.raises(ValueError, match=r"kvcompress.kernels: triton .*; set torch$"):
+            found.check_shape(*shape)
+    kernels.kernels_for("auto", "cpu").check_shape(512, 32)
 
 
 def test_an_8_bit_cache_on_a_cpu_is_read_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_kvcompress.attention.kernels.cpu.isa", lambda: "avx2")
     fp8 = torch.float8_e4m3fn
-    assert kernels.use("auto", "cpu", fp8) == "torch (the CPU kernels read no 8-bit cache)"
-    assert kernels.use("torch", "cpu", fp8) == "torch"
+    assert kernels.kernels_for("auto", "cpu", fp8).name == "torch (the CPU kernels read no 8-bit cache)"
+    assert kernels.kernels_for("torch", "cpu", fp8).name == "torch"
     assert kernels.choose("auto", "cuda", fp8) == "triton"
     with pytest.raises(ValueError, match=r"kernels: cpu .* no 8-bit cache \(--kv-cache-dtype\); set auto$"):
-        kernels.use("cpu", "cpu", fp8)
+        kernels.kernels_for("cpu", "cpu", fp8)
 
 
 def profile_at(path: Path, **changes: Any) -> str:
@@ -212,7 +252,7 @@ def profile_at(path: Path, **changes: Any) -> str:
 
 
 def model_of(layers: int, kv_heads: int) -> Any:
-    """As much of the served model as ``plan_layout`` reads."""
+    """As much of the served model as ``plan_cache`` reads."""
     text = SimpleNamespace(
         num_hidden_layers=layers, num_key_value_heads=kv_heads, head_dim=32, hidden_size=64,
         num_attention_heads=2,
@@ -229,14 +269,33 @@ def planned(section: dict[str, Any], model: Any) -> Any:
     config = vllm_config(section)
     config.model_config.model = "some/model"
     config.model_config.max_model_len = 128
-    return plan_layout(config, model)
+    layout, _ = plan_cache(config, model)
+    return layout
 
 
 def test_a_profile_decides_the_heads(tmp_path: Path) -> None:
-    layout = planned({"head_profile": profile_at(tmp_path / "p.json")}, model_of(2, 2))
-    assert layout.spatial == ((0,), (0,))
-    layout = planned({"head_profile": profile_at(tmp_path / "p.json"), "threshold": 0.15}, model_of(2, 2))
-    assert layout.spatial == ((0,), ())
+    section = {"preset": "decoupled", "head_profile": profile_at(tmp_path / "p.json")}
+    layout = planned(section, model_of(2, 2))
+    assert layout.types == ((0, 1, 0, 1), (0, 1, 0, 1))
+    layout = planned(section | {"threshold": 0.15}, model_of(2, 2))
+    assert layout.types == ((0, 1, 0, 1), (1, 1, 1, 1))
+
+
+def test_a_profile_without_curves_is_refused_by_the_fit(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^head_profile: .*format 1.*; calibrate again, or set preset"
+    ) as caught:
+        planned({"head_profile": profile_at(tmp_path / "p.json")}, model_of(2, 2))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_profile_of_another_grid_is_one_line(tmp_path: Path) -> None:
+    curves = LossCurves(candidate_types(Raster(6, 6)), np.zeros((2, 4, len(candidate_types(Raster(6, 6))))))
+    path = profile_at(tmp_path / "p.json", format=2, head_size=32, dtype="float32", curves=curves.dump())
+    with pytest.raises(
+        ValueError, match=r"^head_profile: measured on lines of 6 in pictures of 36 tokens, .* 8 and 64"
+    ):
+        planned({"head_profile": path}, model_of(2, 2))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_kvcompress.attention import cpu, reference
 from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan, page_bytes, pages_from_bytes
-from vllm_kvcompress.policy.rule import HeadRule
+from vllm_kvcompress.policy.rule import MAX_TYPES, HeadRule
 
 needs_kernels = pytest.mark.skipif(cpu.isa() is None, reason="the kernels were not built")
 
@@ -60,11 +60,12 @@ class Scene:
         for rule, heads in zip(self.rules, self.kv_heads, strict=True):
             n, rows = len(heads) * self.layers, len(self.prefix)
             blocks = -(-(max(self.prefix) + rule.capacity) // self.page)
-            size = (page_bytes(n, self.page, self.dim, self.dtype) + 3) // 4 * 4 + self.tail * 4
+            size = (page_bytes(n, self.page, self.dim, self.dtype, rule.scores) + 3) // 4 * 4 + self.tail * 4
             raw = torch.full((rows * blocks + 1, size), 0xFF, dtype=torch.uint8)
             table = torch.full((rows, blocks + 2), 2**30, dtype=torch.int32)  # must not be followed
             table[:, :blocks] = torch.randperm(rows * blocks + 1)[: rows * blocks].view(rows, blocks)
-            made.append((pages_from_bytes(raw, n, self.page, self.dim, self.dtype), table))
+            pages = pages_from_bytes(raw, n, self.page, self.dim, self.dtype, rule.scores)
+            made.append((pages, table))
         return made
 
     def types(self, caches: list[tuple[HeadPages, Tensor]], layer: int | None) -> list[HeadType]:
@@ -89,16 +90,19 @@ def scenes(draw: st.DrawFn) -> Scene:
     line, lines = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     image = line * lines
     hkv = draw(st.integers(1, 3))
-    split = draw(st.lists(st.booleans(), min_size=2 * hkv, max_size=2 * hkv))
 
     def rule(ring: bool) -> HeadRule:
         capacity = draw(st.integers(line, image))
         room = image if capacity == image else capacity - line
         anchors = draw(st.integers(0, room))
         recent = draw(st.integers(0, room - anchors))
-        return HeadRule(capacity, line, image, anchors, recent, ring, draw(st.booleans()))
+        decay = draw(st.sampled_from([0.0, 0.5, 1.0]))
+        refine = {name: draw(st.booleans()) for name in ("value_norm", "smooth_row")}
+        return HeadRule(capacity, line, image, anchors, recent, ring, decay, **({} if ring else refine))
 
-    kinds = [(rule(ring), [h for h in range(2 * hkv) if split[h] == ring]) for ring in set(split)]
+    number = draw(st.integers(1, MAX_TYPES))
+    split = draw(st.lists(st.integers(0, number - 1), min_size=2 * hkv, max_size=2 * hkv))
+    kinds = [(rule(draw(st.booleans())), [h for h in range(2 * hkv) if split[h] == n]) for n in set(split)]
     rows = draw(st.integers(1, 4))
     return Scene(
         rules=[r for r, _ in kinds],
@@ -239,11 +243,10 @@ def test_rewritten_rule_and_moved_table():
             torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("refinement", ["value_norm", "smooth_row", "stratify"])
-def test_refined_scores_are_left_to_torch(refinement, monkeypatch):
+def test_choice_within_columns_is_left_to_torch(monkeypatch):
     called = []
     monkeypatch.setattr(cpu.torch_select, "select_victims", lambda kind, plan: called.append(kind))
-    rule = HeadRule(4, 2, 8, **{refinement: True})
+    rule = HeadRule(4, 2, 8, stratify=True)
     scene = Scene([rule], [[0, 1]], 1, 1, 16, 2, torch.float32, [2], [0], 0, 0)
     kind = scene.types(scene.caches(), None)[0]
     cpu.select_victims(kind, scene.plan(7))
@@ -255,7 +258,7 @@ def test_without_the_library(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "missing.so")
     cpu._library.cache_clear()
     try:
-        with caplog.at_level(logging.WARNING, "vllm_kvcompress"):
+        with caplog.at_level(logging.WARNING, "vllm.kvcompress"):
             scene = Scene([HeadRule(4, 2, 8)], [[0, 1]], 1, 2, 16, 4, torch.bfloat16, [2], [0], 0, 0)
             play(scene)
             assert cpu.isa() is None
@@ -270,7 +273,7 @@ def test_unreadable_inputs(caplog):
     scene = Scene([HeadRule(4, 2, 8)], [[0, 1]], 1, 1, 16, 4, torch.bfloat16, [2], [0], 0, 0)
     kind = scene.types(scene.caches(), 0)[0]
     cpu._warn_layout.cache_clear()
-    with caplog.at_level(logging.WARNING, "vllm_kvcompress"):
+    with caplog.at_level(logging.WARNING, "vllm.kvcompress"):
         for step in range(3):
             q, k, v = torch.randn(3, 1, 2, 16).unbind()
             out = torch.full_like(q, torch.nan)

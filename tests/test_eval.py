@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from vllm_kvcompress.cli import app
-from vllm_kvcompress.eval import held_out, stats
+from vllm_kvcompress.eval import held_out, run, stats
 from vllm_kvcompress.eval.cells import BUDGETS, ablation, grid, parse_budget
 from vllm_kvcompress.eval.features import Frechet
-from vllm_kvcompress.eval.pictures import true_scenes
+from vllm_kvcompress.eval.pictures import Asked, true_scenes
+from vllm_kvcompress.eval.report import markdown, summarise
+from vllm_kvcompress.eval.scenes import render
+from vllm_kvcompress.eval.world import Ground, Scene, Thing
 from vllm_kvcompress.policy import PRESETS, Policy
 from vllm_kvcompress.policy.raster import Raster
 
@@ -92,6 +95,60 @@ def test_held_out_scenes_come_back(tmp_path: Path) -> None:
     path.write_bytes(b"not a zip")
     with pytest.raises(ValueError, match="cannot read"):
         held_out.load(path, 1)
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> run.Evaluation:
+    """Pictures of two cells on disc: the full cache's as asked for, of the other's some with a half gone."""
+    monkeypatch.setattr(run, "_truth", lambda: Frechet.of(true_scenes(100)))
+    evaluation = run.Evaluation(
+        "model", tmp_path, grid(["line_ar"], ["0.5"]), Asked(categories=("colors", "counting"), number=3)
+    )
+    (tmp_path / "pictures").mkdir()
+    right, cut = [], []
+    for prompt in evaluation.asked.prompts():
+        [phrase] = prompt.phrases
+        corners = ((24.0, 24.0), (72.0, 24.0), (24.0, 72.0), (72.0, 72.0))[: phrase.count]
+        things = (Thing(phrase.shape, str(phrase.colour), "medium", x, y) for x, y in corners)
+        right.append(render(Scene(tuple(things), Ground("plain", "white"))))
+        cut.append(right[-1].copy())
+        if prompt.category == "colors":
+            cut[-1][:24] = right[-1][0, 0]
+    for cell, pictures in zip(evaluation.cells, (right, cut), strict=True):
+        np.savez_compressed(evaluation.raw(cell), pictures=np.stack(pictures))
+    return evaluation
+
+
+def test_the_report_tells_damaged_pictures(drawn: run.Evaluation) -> None:
+    full, other = summarise(drawn.cells, {}, drawn.pictures())
+    assert full["correct"][0] == full["whole"][0] == full["present"][0] == 1
+    assert other["whole"] == pytest.approx(list(vars(stats.share(3, 6)).values()))
+    assert other["categories_whole"]["colors"][0] == 0
+    assert other["categories_whole"]["counting"][0] == 1
+    low, high = other["whole_over_full"][1:]
+    assert low < other["whole_over_full"][0] == -0.5 < high
+    asked = [sum(phrase.count for phrase in prompt.phrases) for prompt in drawn.asked.prompts()]
+    assert full["objects"][0] == pytest.approx(np.mean(asked))
+    head, _, first, second = markdown([full, other], {"number": 3}, "eval").split("\n\n")[-1].splitlines()
+    names = [name.strip() for name in head.split("|")[1:-1]]
+    assert names[2:9] == [
+        "all right", "less than full", "whole", "less than full", "there", "less than full", "objects"
+    ]  # fmt: skip
+    assert [cell.strip()[:5] for cell in first.split("|")[5:7]] == ["100.0", ""]
+    assert [cell.strip()[:5] for cell in second.split("|")[5:7]] == ["50.0 ", "-50.0"]
+
+
+def test_an_older_judges_verdicts_are_judged_again(drawn: run.Evaluation) -> None:
+    found = drawn.pictures()
+    judged = drawn.folder / "judged" / "line_ar-0.5.json"
+    before = json.loads(judged.read_text())
+    for name in ("whole", "objects_seen"):
+        older = {**before, "verdicts": [{**v} for v in before["verdicts"]]}
+        for verdict in older["verdicts"]:
+            del verdict[name]
+        judged.write_text(json.dumps(older))
+        assert drawn.pictures() == found
+        assert json.loads(judged.read_text()) == before
 
 
 def arguments(model: Path, folder: Path, *more: str) -> list[str]:

@@ -38,10 +38,15 @@ async def ask():
         yield ask
 
 
+def register(changes):
+    for change in changes:
+        change()
+
+
 def test_register_adds_one_backend_once(registry):
     before = len(registry)
-    bench.register()
-    bench.register()
+    register(bench.changes())
+    register(bench.changes())
     assert len(registry) == before + 1
     assert client.OPENAI_COMPATIBLE_BACKENDS.count(bench.BACKEND) == 1
 
@@ -52,12 +57,12 @@ def test_register_adds_one_backend_once(registry):
 )
 def test_register_only_in_benchmarks(registry, monkeypatch, arguments, registered):
     monkeypatch.setattr(sys, "argv", ["vllm", *arguments])
-    bench.register_if_benchmarking()
+    register(bench.changes_if_benchmarking())
     assert (bench.BACKEND in registry) is registered
 
 
 def test_the_command_line_takes_it():
-    bench.register()
+    register(bench.changes())
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
     arguments = ["--model", "m", "--backend", bench.BACKEND, "--endpoint", PATH]

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import time
 from http import HTTPStatus
 
@@ -12,6 +13,7 @@ from images_fakes import (
     MODEL,
     PATH,
     SIZE,
+    AsgiCall,
     FakeEngine,
     draw,
     expected_rgb,
@@ -20,13 +22,17 @@ from images_fakes import (
     openai_client,
     rgb,
     still_serves,
+    until,
 )
 from PIL import Image
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.sampling_params import RequestOutputKind
 
+from vllm_kvcompress.serving import decoder
+from vllm_kvcompress.serving.decoder import MOST
 from vllm_kvcompress.serving.images import ImagesEndpoint
+from vllm_kvcompress.serving.protocol import MAX_BODY_BYTES, MAX_PROMPT_CHARACTERS
 
 TOKENS = MODEL.raster.tokens
 
@@ -123,13 +129,31 @@ async def test_sixteen_clients_and_one_decoder(app, engine):
     await asyncio.gather(*map(one, range(16)))
     assert len(engine.params) == 32
     assert engine.most_decoding == 1
+    assert sum(engine.calls) == 32
+
+
+async def test_pictures_that_end_while_others_are_decoded_go_in_one_call(client, engine):
+    first, decoded = asyncio.Event(), asyncio.Event()
+    engine.decode_step = decoded.wait
+    engine.step = lambda position: asyncio.sleep(0) if first.is_set() else first.wait()
+    early = asyncio.create_task(draw(client, seed=50))
+    await until(lambda: engine.running)
+    first.set()
+    await until(lambda: engine.decoding)
+    late = asyncio.create_task(draw(client, n=10, seed=5))
+    await until(lambda: len(engine.params) == 11 and not engine.running)
+    decoded.set()
+    assert [rgb(p["b64_json"]) for p in (await early)["data"]] == [expected_rgb(50)]
+    assert [rgb(p["b64_json"]) for p in (await late)["data"]] == [expected_rgb(5 + i) for i in range(10)]
+    assert engine.calls == [1, MOST, 10 - MOST]
+    assert engine.most_decoding == 1
 
 
 async def test_usage_has_room_for_the_cache(engine):
     async def summary(outputs):
         return {"pictures": len(outputs), "ids": [o.request_id for o in outputs]}
 
-    async with http_client(await make_app(engine, usage_extra=summary)) as client:
+    async with http_client(await make_app(engine, usage_extra=lambda client: summary)) as client:
         usage = (await draw(client, n=2))["usage"]
         assert usage["kv_cache"] == {"pictures": 2, "ids": list(engine.params)}
         assert '"kv_cache"' in (await client.post(PATH, json={"prompt": "a cat", "stream": True})).text
@@ -180,6 +204,43 @@ async def test_bodies_that_are_wrong(client, content, content_type, parameter):
     await still_serves(client)
 
 
+async def test_a_body_that_says_it_is_too_long_is_not_read(app, engine):
+    """Answered before any of it is there."""
+    call = AsgiCall(app, None, headers=[(b"content-length", str(MAX_BODY_BYTES + 1).encode())])
+    await asyncio.wait_for(call.task, 5)
+    assert call.messages[0]["status"] == 413
+    error = json.loads(call.messages[1]["body"])["error"]
+    assert (error["code"], error["param"]) == (413, "body")
+    assert str(MAX_BODY_BYTES) in error["message"]
+    assert not engine.params
+
+
+async def test_a_body_of_unknown_length_is_read_up_to_the_limit(client, engine):
+    sent = 0
+
+    async def endless():
+        nonlocal sent
+        while True:
+            sent += 2**16
+            yield b" " * 2**16
+
+    answer = await client.post(PATH, content=endless(), headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+    assert MAX_BODY_BYTES < sent <= MAX_BODY_BYTES + 2**18
+    assert not engine.params
+    await still_serves(client)
+
+
+async def test_the_longest_texts_fit_the_body(client):
+    """Whatever they are written in; they are refused for what they are."""
+    text = "\N{GRINNING FACE}" * MAX_PROMPT_CHARACTERS
+    body = json.dumps({"prompt": text, "negative_prompt": text}).encode()
+    assert len(body) <= MAX_BODY_BYTES
+    answer = await client.post(PATH, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt"
+
+
 async def test_model_names(sdk):
     for name in ("janus", "alias"):
         assert (await sdk.images.generate(prompt="a cat", model=name)).data
@@ -203,6 +264,13 @@ async def test_request_id(client, engine):
         answer = await client.post(PATH, json={"prompt": "a cat"}, headers={"X-Request-Id": "mine"})
         assert answer.headers["X-Request-Id"] == "mine"
     assert len({i for i in engine.params if "mine" in i}) == 2
+
+
+async def test_a_long_request_id_is_cut(client, engine):
+    await client.post(PATH, json={"prompt": "a cat"}, headers={"X-Request-Id": "x" * 5000})
+    (used,) = engine.params
+    assert "x" * 128 in used
+    assert len(used) < 200
 
 
 async def test_a_dead_engine(client, engine, app):
@@ -248,6 +316,19 @@ async def test_a_decoder_that_fails_is_not_the_clients_fault(client, engine):
     error = (await draw(client, 500))["error"]
     assert error["message"] == "the picture could not be decoded"
     engine.decode_step = lambda: asyncio.sleep(0)
+    await still_serves(client)
+
+
+async def test_an_engine_that_dies_while_it_decodes(client, engine, monkeypatch):
+    """Nobody tells the call."""
+    monkeypatch.setattr(decoder, "LOOK_S", 0.01)
+    engine.decode_step = asyncio.Event().wait
+    asked = asyncio.create_task(draw(client, 500))
+    await until(lambda: engine.decoding)
+    engine.errored = True
+    assert (await asyncio.wait_for(asked, 5))["error"]["type"] == "InternalServerError"
+    assert engine.decoding == 0
+    engine.errored, engine.decode_step = False, lambda: asyncio.sleep(0)
     await still_serves(client)
 
 

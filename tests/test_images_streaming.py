@@ -1,6 +1,7 @@
 """The images route on a fake engine: server-sent events, and clients that leave."""
 
 import asyncio
+import gc
 import json
 
 import openai
@@ -184,7 +185,32 @@ async def test_leaving_while_a_picture_is_decoded(engine, fields):
         decoded.set()
         await other
     assert engine.most_decoding == 1
-    assert len(engine.decoded_lines) == 2  # the one that had begun, and the other client's
+    # Those of the call that had begun, and the other client's: what only waited is not decoded for nobody.
+    assert len(engine.calls) == 2
+    assert len(engine.decoded_lines) == engine.calls[0] + 1
+
+
+async def test_a_call_that_fails_after_its_client_left_is_no_news(engine, caplog):
+    """asyncio complains of an exception that nobody looks at, once the future is collected."""
+    app, ended = await make_app(engine), asyncio.Event()
+
+    async def fail():
+        await ended.wait()
+        raise ValueError("the engine is draining")
+
+    engine.decode_step = fail
+    call = AsgiCall(app, body())
+    await until(lambda: engine.decoding)
+    call.hang_up.set()
+    await asyncio.wait_for(call.task, 5)
+    ended.set()
+    await until(lambda: not engine.decoding)
+    await asyncio.sleep(0.01)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+    engine.decode_step = lambda: asyncio.sleep(0)
+    async with http_client(app) as client:
+        await still_serves(client)
 
 
 async def test_a_server_that_shuts_down_stops_the_drawing(engine):

@@ -2,7 +2,6 @@
 
 from math import ceil, lcm
 
-import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -13,14 +12,17 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.cache.manager import BoundedManager
-from vllm_kvcompress.cache.spec import HeadTypeSpec, SemanticSpec, SpatialSpec
+from vllm_kvcompress.cache.spec import HeadTypeSpec
+from vllm_kvcompress.policy import MAX_TYPES
 
 IMAGE = 64
 CONTEXT = 120
 
 
-def spec(kind: type[HeadTypeSpec], page: int, capacity: int) -> HeadTypeSpec:
-    return kind(
+def spec(kind: int, page: int, capacity: int) -> HeadTypeSpec:
+    return HeadTypeSpec(
+        kind=kind,
+        scored=bool(kind % 2),
         block_size=page,
         num_kv_heads=4,
         head_size=8,
@@ -56,13 +58,11 @@ class Pool(RuleBasedStateMachine):
     """Admit, step, finish, abort and preempt; the machine checks who owns what after each."""
 
     @initialize(
-        kinds=st.sampled_from([(SpatialSpec, SemanticSpec), (SpatialSpec,), (SemanticSpec,)]),
-        pages=st.tuples(st.integers(1, 16), st.integers(1, 16)),
-        capacities=st.tuples(st.integers(8, IMAGE), st.integers(8, IMAGE)),
+        types=st.lists(st.tuples(st.integers(1, 16), st.integers(8, IMAGE)), min_size=1, max_size=MAX_TYPES),
         images=st.floats(1.0, 5.0),
     )
-    def start(self, kinds: tuple, pages: tuple[int, int], capacities: tuple[int, int], images: float) -> None:
-        self.specs = [spec(*args) for args in zip(kinds, pages, capacities, strict=False)]
+    def start(self, types: list[tuple[int, int]], images: float) -> None:
+        self.specs = [spec(kind, *pages_slots) for kind, pages_slots in enumerate(types)]
         blocks = 1 + int(images * sum(needed(self.specs, CONTEXT - IMAGE)))  # one is vLLM's null block
         self.manager = manager_of(self.specs, blocks)
         self.start_free = self.free
@@ -203,7 +203,7 @@ TestPool.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 
-BOTH = [spec(SpatialSpec, 16, 24), spec(SemanticSpec, 5, 40)]
+BOTH = [spec(0, 16, 24), spec(1, 5, 40)]
 
 
 def test_a_full_pool_queues_and_later_serves() -> None:
@@ -236,9 +236,20 @@ def test_chunks_of_a_prompt_take_everything_with_the_first() -> None:
         assert manager.get_block_ids("a") == taken
 
 
-@pytest.mark.parametrize("kind", [SpatialSpec, SemanticSpec])
-def test_no_request_holds_more_than_the_context(kind: type[HeadTypeSpec]) -> None:
-    one = spec(kind, 8, 30)
+def test_types_of_equal_pages_stay_groups_of_their_own() -> None:
+    """vLLM merges specs that it takes for the same; each head type needs its own block table."""
+    from vllm.v1.core.kv_cache_utils import is_kv_cache_spec_uniform
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    specs = {f"kvcompress.{kind}": spec(kind, 8, 30) for kind in range(3)}
+    assert not is_kv_cache_spec_uniform(specs)
+    assert UniformTypeKVCacheSpecs.from_specs(specs) is None
+    one = {"kvcompress.0": specs["kvcompress.0"]}
+    assert is_kv_cache_spec_uniform(one)
+
+
+def test_no_request_holds_more_than_the_context() -> None:
+    one = spec(0, 8, 30)
     assert one.blocks_for(CONTEXT) == CONTEXT // 8
     assert one.blocks_for(20) == ceil(50 / 8)
     assert not one.prefix_cacheable

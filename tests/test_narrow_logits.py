@@ -3,6 +3,7 @@
 On the V1 runner; tests/test_v2_runner.py compares the V2 runner with it, text beside pictures included.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,54 @@ def test_scoring_a_prompt_takes_the_whole_vocabulary(engine: Engine, widths: lis
     assert set(widths) == {engine.image.vocab}
     assert list(scored.outputs[0].token_ids) == ids(draw(engine, GREEDY))[0]
     assert len(scored.prompt_logprobs) == len(prompt)
+
+
+FOREIGN = """
+import torch
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor
+
+class Foreign(LogitsProcessor):
+    def __init__(self, *args):
+        pass
+
+    def is_argmax_invariant(self):
+        return False
+
+    def update_state(self, batch_update):
+        pass
+
+    def apply(self, logits):
+        logits[:, TOKEN] += 1e6
+        return logits
+"""
+
+
+@pytest.fixture(scope="module")
+def foreign(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, engine: Engine
+) -> Iterator[tuple[Engine, int]]:
+    """An engine beside an installed package whose processor wants one id, and that id."""
+    folder = tmp_path_factory.mktemp("foreign")
+    token = engine.image.text_vocab + 7
+    package = folder / "foreign-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1\n")
+    (package / "entry_points.txt").write_text(
+        "[vllm.logits_processors]\nforeign = foreign_of_tests:Foreign\n"
+    )
+    (folder / "foreign_of_tests.py").write_text(FOREIGN.replace("TOKEN", str(token)))
+    with pytest.MonkeyPatch.context() as installed:
+        installed.syspath_prepend(folder)
+        other = Engine.get(checkpoints["tiny-hf"], backend=None, max_model_len=96)
+    yield other, token
+    sys.modules.pop("foreign_of_tests")
+
+
+def test_another_packages_processor_gets_the_ids_that_it_knows(
+    foreign: tuple[Engine, int], widths: list[int]
+) -> None:
+    """vLLM loads it because it is installed; nobody has asked for it."""
+    engine, token = foreign
+    [tokens] = ids(draw(engine, GREEDY))
+    assert set(widths) == {engine.image.vocab}
+    assert tokens == [token] * engine.image.raster.tokens

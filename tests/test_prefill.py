@@ -44,7 +44,7 @@ def pieces(total: int, rng: random.Random, longest: int) -> list[int]:
 @given(worlds(), st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(0, 999))
 def test_chunks_and_replay_equal_drawing(world: World, prefix: list[int], seed: int) -> None:
     rng = random.Random(seed)
-    image = next(rule for rule in world.rules if rule).image
+    image = world.rules[0].image
     total = [p + rng.randint(1, image) for p in prefix]
     drawn, replayed = (Run(world, prefix, total, seed) for _ in range(2))
     for row, n in enumerate(total):

@@ -106,7 +106,9 @@ def assert_callable_like(ours: Callable, theirs: Callable, where: str) -> None:
     for name, parameter in needed.items():
         if parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
             continue
-        assert name in mine or any_keyword, f"{where} is called with {name}, which ours does not take"
+        assert name in mine or any_keyword or any_position, (
+            f"{where} is called with {name}, which ours does not take"
+        )
     named = [name for name, p in mine.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     places = [name for name, p in needed.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     for ours_name, theirs_name in zip(named, places, strict=False):
@@ -149,12 +151,12 @@ FIELDS = {
         "num_reqs seq_lens block_table_tensor max_query_len query_start_loc query_start_loc_cpu "
         "seq_lens_cpu_upper_bound"
     ),
-    "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping_np",
+    "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping_np query_start_loc num_tokens_after_padding",
     "vllm.v1.core.sched.output:NewRequestData": "req_id sampling_params prompt_token_ids",
     "vllm.v1.sample.logits_processor.interface:BatchUpdate": "removed added moved",
     "vllm.config:VllmConfig": (
         "additional_config attention_config cache_config compilation_config device_config kv_transfer_config "
-        "lora_config model_config parallel_config scheduler_config speculative_config"
+        "lora_config model_config parallel_config scheduler_config speculative_config use_v2_model_runner"
     ),
     "vllm.config:AttentionConfig": "backend",
     "vllm.config:ModelConfig": "model tokenizer tokenizer_mode logits_processors max_model_len dtype",
@@ -165,7 +167,7 @@ FIELDS = {
     "vllm.v1.sample.metadata:SamplingMetadata": "generators top_k",
     "vllm.v1.attention.backends.fa_utils": "get_flash_attn_version is_flash_attn_varlen_func_available",
     "vllm.config:ParallelConfig": (
-        "tensor_parallel_size pipeline_parallel_size decode_context_parallel_size"
+        "tensor_parallel_size pipeline_parallel_size decode_context_parallel_size use_ubatching"
     ),
     "vllm.forward_context:ForwardContext": "attn_metadata no_compile_layers",
     "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups num_blocks",
@@ -210,7 +212,6 @@ def test_backend_name_parses_and_crosses_processes() -> None:
     # The engine process reads its configuration before it loads plugins.
     assert pickle.loads(pickle.dumps(backend)) is backend
     assert b"KVCOMPRESS" not in pickle.dumps(backend)
-    assert backend.get_path() == "vllm_kvcompress.attention.backend.KVCompressBackend"
 
 
 def test_block_managers_are_registered() -> None:
@@ -348,6 +349,39 @@ def test_v2_runner_asks_the_model_for_its_state() -> None:
 
     assert "get_model_state_cls" in inspect.getsource(model_states)
     assert JanusForImageGeneration.get_model_state_cls() is JanusModelState
+
+
+def test_v2_sampler_has_its_processors_in_a_list() -> None:
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+    from vllm_kvcompress.requests_v2 import _HARMLESS
+
+    source = inspect.getsource(Sampler.__init__)
+    assert "self.logits_processors: list[LogitsProcessor] = [" in source
+    for kind in ("LogitBiasState", "PenaltiesState", "BadWordsState"):
+        assert f"{kind}(vllm_config" in source
+        assert kind in {known.__name__ for known in _HARMLESS}
+
+
+def test_attention_layers_are_asked_for_their_backend() -> None:
+    """After they were made, which is when ``hear_token_rows`` gives them another."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.worker import gpu_model_runner
+
+    assert "return self.attn_backend" in inspect.getsource(Attention.get_attn_backend)
+    assert "layers[layer_name].get_attn_backend()" in inspect.getsource(gpu_model_runner)
+
+
+def test_metrics_have_vllms_labels() -> None:
+    from vllm.v1.engine.core_client import MPClient
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    from vllm_kvcompress.serving.metrics import LABELS
+
+    source = inspect.getsource(PrometheusStatLogger.__init__)
+    assert f'labelnames = ["{LABELS[0]}", "{LABELS[1]}"]' in source
+    assert "model_name = vllm_config.model_config.served_model_name" in source
+    assert "self.engine_ranks_managed" in inspect.getsource(MPClient.__init__)
 
 
 def test_llama_takes_another_attention() -> None:

@@ -12,9 +12,9 @@ from vllm_kvcompress.models.tokenizer import (
     BOS,
     PAD,
     check_tokenizer,
-    register_tokenizer_fix,
     resolve_special_ids,
     token_id,
+    tokenizer_fix,
 )
 from vllm_kvcompress.testing import TINY
 from vllm_kvcompress.testing.checkpoints import make_checkpoint
@@ -39,7 +39,7 @@ def original(tmp_path_factory):
 @pytest.fixture
 def fix():
     before = TOKENIZER_MAPPING_NAMES.get("multi_modality")
-    register_tokenizer_fix()
+    tokenizer_fix()()
     yield
     restore(before)
 
@@ -92,9 +92,9 @@ def test_transformers_layout_is_right_either_way(hf, load, state, request):
 
 def test_fix_touches_one_model_type_and_is_idempotent(no_fix):
     before = dict(TOKENIZER_MAPPING_NAMES)
-    register_tokenizer_fix()
+    tokenizer_fix()()
     once = dict(TOKENIZER_MAPPING_NAMES)
-    register_tokenizer_fix()
+    tokenizer_fix()()
     assert dict(TOKENIZER_MAPPING_NAMES) == once
     assert once.items() - before.items() == {("multi_modality", "TokenizersBackend")}
 

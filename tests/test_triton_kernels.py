@@ -9,24 +9,26 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from oracle import Run, World, world
 from torch import Tensor
 
-from vllm_kvcompress.attention import reference, select, triton_decode, triton_select
+from vllm_kvcompress.attention import reference, select, triton_decode, triton_kinds, triton_select
 from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan, page_bytes, pages_from_bytes
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.policy.rule import HeadRule
 
-launch = triton_select.launch
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.bfloat16: {"rtol": 2**-7, "atol": 1e-3},
@@ -64,6 +66,15 @@ def copied(types: Sequence[HeadType]) -> list[HeadType]:
     return [replace(kind, pages=pages) for kind, pages in zip(types, every, strict=True)]
 
 
+@contextmanager
+def counted(module: Any) -> Iterator[list[Any]]:
+    """A list that grows with every launch of a module's kernel."""
+    launches: list[Any] = []
+    launch = module.launch
+    with mock.patch.object(module, "launch", lambda *a: launches.append(a) or launch(*a)):
+        yield launches
+
+
 def decode_both(
     q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], plan: Plan, scale: float, out: Tensor,
     **tolerance: float,
@@ -74,7 +85,9 @@ def decode_both(
     fused = torch.cat((q, k, v, k[:, :1]), 1).to(dtype)  # views of it: rows are further apart than heads * D
     q, k, v, _ = fused.split(sizes, 1)
     plain, expected, found = copied(types), torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
-    triton_decode.decode(q, k, v, types, plan, scale, found)
+    with counted(triton_decode) as launches:
+        triton_decode.decode(q, k, v, types, plan, scale, found)
+    assert len(launches) == 1
     reference.decode(q, k, v, plain, plan, scale, expected)
     torch.testing.assert_close(found, expected, **(TOLERANCE[dtype] | tolerance))
     for mine, theirs in zip(types, plain, strict=True):
@@ -82,18 +95,20 @@ def decode_both(
     out.copy_(found)
 
 
-def select_both(kind: HeadType, plan: Plan) -> None:
+def select_both(*types_and_plan: HeadType | Plan) -> None:
     """From the same scores: the same victims, bit for bit, and the same scores afterwards."""
-    plain = copied([kind])[0]
-    triton_select.select_victims(kind, plan)
-    select.select_victims(plain, plan)
-    same_cache(kind.pages, plain.pages, 0)
+    *types, plan = types_and_plan
+    plain = copied(types)
+    triton_select.select_all(types, plan)
+    for mine, theirs in zip(types, plain, strict=True):
+        select.select_victims(theirs, plan)
+        same_cache(mine.pages, theirs.pages, 0)
 
 
 def draw(geometry: World, prefix: list[int], late: int, dtype: torch.dtype = torch.float32) -> None:
     """Draw two whole pictures, the second ``late`` steps after the first, and padding rows at either end."""
-    rule = geometry.rules[0] or geometry.rules[1]
-    run = Run(geometry, prefix, [p + rule.image for p in prefix], 0, decode_both, select_both, dtype=dtype)
+    image = geometry.rules[0].image
+    run = Run(geometry, prefix, [p + image for p in prefix], 0, decode_both, select_both, dtype=dtype)
     for step in range(max(run.total) + late):
         live = [row for row in (0, 1) if step >= row * late and run.length[row] < run.total[row]]
         run.step([-1, *live[::-1], -1])
@@ -114,6 +129,41 @@ def whole_pictures_equal_the_oracle() -> None:
     draw(world("full", 0.5, Raster(2, 3), both, group=8, head_size=16, pages=(2, 3)), [1, 2], 1)
     odd = {"anchor_tokens": 1, "head_size": 16, "pages": (2, 5)}
     draw(world("decoupled", 0.7, Raster(4, 3), both, value_norm=True, stratify=True, **odd), [2, 1], 1)
+
+
+FITTED = (  # six types as a fit picks them, for pictures of 4 lines of 3
+    *(HeadRule(slots, 3, 12, 1, slots - 1, ring=True) for slots in (4, 7)),
+    HeadRule(8, 3, 12, 1, 2, decay=0.5, value_norm=True, smooth_row=True),
+    HeadRule(9, 3, 12, 2, 3, value_norm=True),
+    HeadRule(6, 3, 12, 1, 2, decay=1.0, smooth_row=True),
+    HeadRule(12, 3, 12),
+)
+
+
+@check
+def six_types_equal_the_oracle() -> None:
+    """Refined scores, rings without side state, layers without some types, one of a single type."""
+    kinds = [[0, 1, 2, 3, 4, 5], [4, 2, 2, 3, 5, 2], [2] * 6]
+    draw(World(FITTED, np.array(kinds), head_size=16, pages=(3, 1, 4, 2, 5, 7)), [3, 1], 2)
+
+
+@check
+def any_list_of_types_equals_the_oracle() -> None:
+    """One to six types, in any order and on any heads; some have none."""
+    random = np.random.default_rng(0)
+    for count in range(1, 7):
+        rules = tuple(FITTED[n] for n in random.permutation(6)[:count])
+        kinds, pages = random.integers(0, count, (1 + count % 2, 4)), random.integers(1, 8, count)
+        shape = {"group": 1 + count // 3, "head_size": 16, "pages": tuple(pages.tolist())}
+        draw(World(rules, kinds, **shape), random.integers(1, 4, 2).tolist(), 1)
+
+
+@check
+def numbers_as_the_compiler_gets_them() -> None:
+    """The interpreter takes plain numbers and no spare types; here it takes what is compiled on a GPU."""
+    with mock.patch.object(triton_kinds, "PLAIN", tl.constexpr(False)):
+        assert triton_kinds.odd(0) == 3
+        draw(World(FITTED[:4], np.array([[0, 1, 2, 3]]), head_size=16, pages=(3, 1, 4, 2)), [2, 1], 1)
 
 
 @check
@@ -196,11 +246,13 @@ def pictures_of_4160_tokens() -> None:
 def victims_of_long_rows() -> None:
     """More slots than a tile, few distinct scores, zeros of both signs; other rows are left alone."""
     prefix, length = [3, 1, 5, 2, 2], [3 + 280, 1 + 279, 0, 2, 2 + 180]  # line's end, middle, padding, prompt
-    for decay in (0.0, 0.5, 1.0):
-        rule = HeadRule(200, 20, 300, 4, 20, decay=decay)
+    for decay, norm, smooth in product((0.0, 0.5, 1.0), (False, True), (False, True)):
+        rule = HeadRule(200, 20, 300, 4, 20, decay=decay, value_norm=norm, smooth_row=smooth)
         kind = steady(rule, 16, 7, torch.float32, length, prefix)
         few = torch.tensor([0.0, -0.0, 1.0, 2.5, -1.0])
         kind.pages.score.copy_(few[torch.randint(0, 5, kind.pages.score.shape)])
+        lengths = torch.randint(1, 4, kind.pages.score.shape)  # of V: norms that are exact, and few
+        kind.pages.kv[..., 16:] = lengths[..., None] * torch.eye(16)[torch.randint(0, 16, lengths.shape)]
         before = kind.pages.victim.clone()
         select_both(kind, plan_of(prefix, length))
         assert not torch.equal(before, kind.pages.victim)
@@ -218,22 +270,23 @@ def ties_go_to_the_older() -> None:
 
 
 @check
-def two_types_in_one_launch() -> None:
-    """Each by its own rule and pages; spatial heads need no launch at all."""
+def one_launch_for_all_types() -> None:
+    """Each by its own rule and pages; rings need no launch at all."""
     prefix, length = [3, 1, 5], [3 + 280, 1 + 279, 5 + 180]
-    rules = (HeadRule(200, 20, 300, 4, 20), HeadRule(90, 20, 300, 0, 7, decay=1.0))
-    pages = zip(rules, (7, 3), strict=True)
+    rules = [
+        HeadRule(200, 20, 300, 4, 20),
+        HeadRule(90, 20, 300, 0, 7, decay=1.0),
+        HeadRule(130, 20, 300, 4, 20, decay=0.5, smooth_row=True),
+        HeadRule(60, 20, 300, 4, 20, value_norm=True, smooth_row=True),
+        HeadRule(40, 20, 300, 4, 9, decay=0.3, value_norm=True),
+    ]
+    pages = zip(rules, (7, 3, 1, 9, 4), strict=True)
     types = [steady(rule, 16, page, torch.float32, length, prefix) for rule, page in pages]
-    plain, plan = copied(types), plan_of(prefix, length)
     ring = steady(HeadRule(100, 20, 300, 4, 96, ring=True), 16, 5, torch.float32, length, prefix)
-    launches: list[int] = []
-    with mock.patch.object(triton_select, "launch", lambda *a: launches.append(1) or launch(*a)):
-        triton_select.select_all([ring, *types], plan)
-        triton_select.select_all([ring], plan)
+    with counted(triton_select) as launches:
+        select_both(ring, *types, plan_of(prefix, length))
+        triton_select.select_all([ring], plan_of(prefix, length))
     assert len(launches) == 1
-    for mine, theirs in zip(types, plain, strict=True):
-        select.select_victims(theirs, plan)
-        same_cache(mine.pages, theirs.pages, 0)
 
 
 @check
@@ -255,14 +308,15 @@ def what_the_kernel_cannot_do_is_refused() -> None:
     kind = steady(HeadRule(4, 2, 8), 16, 4, torch.float32, [6], [2])
     q, plan = torch.randn(1, 2, 16), plan_of([2], [6])
     wide = torch.randn(1, 2, 32)[..., ::2]
-    for word, query, key in (
-        ("bfloat16", q.bfloat16(), q),
-        ("17 query heads", torch.randn(1, 34, 16), q),
-        ("numbers of a head", wide, q),
-        ("numbers of a head", q, wide),
+    for word, query, key, types in (
+        ("bfloat16", q.bfloat16(), q, [kind]),
+        ("17 query heads", torch.randn(1, 34, 16), q, [kind]),
+        ("7 head types", q, q, [kind] * 7),
+        ("numbers of a head", wide, q, [kind]),
+        ("numbers of a head", q, wide, [kind]),
     ):
         with pytest.raises(ValueError, match=word):
-            triton_decode.decode(query, key, key, [kind], plan, 1.0, torch.empty_like(query))
+            triton_decode.decode(query, key, key, types, plan, 1.0, torch.empty_like(query))
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -270,13 +324,13 @@ def test_interpreted(name: str, failures: dict[str, str]) -> None:
     assert not failures[name], failures[name]
 
 
-def test_refined_scores_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_within_columns_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[HeadType] = []
     monkeypatch.setattr(triton_select.torch_select, "select_victims", lambda kind, plan: called.append(kind))
-    for name in ("value_norm", "smooth_row", "stratify"):
-        kind = steady(HeadRule(4, 2, 8, **{name: True}), 16, 2, torch.float32, [6], [2])
-        triton_select.select_victims(kind, plan_of([2], [6]))
-        assert called.pop() is kind
+    kind = steady(HeadRule(4, 2, 8, stratify=True), 16, 2, torch.float32, [6], [2])
+    assert not triton_select.native(kind.rule)
+    triton_select.select_victims(kind, plan_of([2], [6]))
+    assert called.pop() is kind
 
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "gpu.py"

@@ -13,6 +13,9 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
+from operator import setitem
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,22 +26,28 @@ if TYPE_CHECKING:
 BACKEND = "openai-images"
 
 
-def register() -> None:
-    """Add the backend to vLLM's benchmark client; calling it again changes nothing."""
+def changes() -> list[Callable[[], object]]:
+    """What adds the backend to vLLM's benchmark client, once.
+
+    Raises ImportError or AttributeError if vLLM has moved its tables.
+    """
     from vllm.benchmarks.lib import endpoint_request_func as client
 
-    client.ASYNC_REQUEST_FUNCS[BACKEND] = async_request_openai_images
+    added: list[Callable[[], object]] = [
+        partial(setitem, client.ASYNC_REQUEST_FUNCS, BACKEND, async_request_openai_images)
+    ]
     if BACKEND not in client.OPENAI_COMPATIBLE_BACKENDS:  # these take --temperature, --top-k, --top-p
-        client.OPENAI_COMPATIBLE_BACKENDS.append(BACKEND)
+        added.append(partial(client.OPENAI_COMPATIBLE_BACKENDS.append, BACKEND))
+    return added
 
 
-def register_if_benchmarking() -> None:
-    """``register`` in a ``vllm bench`` process; elsewhere the benchmarks are not even imported.
+def changes_if_benchmarking() -> list[Callable[[], object]]:
+    """``changes`` in a ``vllm bench`` process; elsewhere none, and the benchmarks are not even imported.
 
     The command is recognised as vLLM's own command line does it: the first positional argument.
     """
-    if next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None) == "bench":
-        register()
+    first = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
+    return changes() if first == "bench" else []
 
 
 async def async_request_openai_images(

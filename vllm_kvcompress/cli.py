@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_kvcompress import __version__
 from vllm_kvcompress.eval.command import evaluate
 from vllm_kvcompress.heads.profile import HeadProfile
 
@@ -21,8 +22,18 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vllm-kvcompress {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _about() -> None:
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
     """Compressed KV caches for image models on vLLM: measure attention heads, and look at them."""
 
 
@@ -158,6 +169,15 @@ def _evaluate(**arguments: Any) -> None:
 
 
 app.command("eval")(_evaluate)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what would run on this machine, and what would not. Put it into a bug report."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_kvcompress.doctor import report
+
+    typer.echo("\n".join(report()))
 
 
 def _fail(error: Exception) -> NoReturn:

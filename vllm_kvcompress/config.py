@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_kvcompress.policy import HeadTypes, Policy, Score
+from vllm_kvcompress.policy import AUTO, MAX_TYPES, TOLERANCE, HeadTypes, Policy, Score
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "kvcompress"
 BACKEND = "kvcompress"
-Kernels = Literal["auto", "torch", "cpu", "triton"]
+Choice = Literal["auto", "torch", "cpu", "triton"]  # of kernels
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of an 8-bit cache of e4m3 numbers
 _POLICY_FIELDS = frozenset(Policy.__dataclass_fields__)
 
@@ -24,6 +24,10 @@ class CompressionConfig(BaseModel):
 
     Parameters
     ----------
+    max_types : int
+        Under `fitted`: head types at most, 1 to 6.
+    tolerance : float
+        With ``budget: auto``: the predicted loss that is still accepted, see docs/quality.md.
     head_profile : str
         Path of a head profile, or ``auto``: the user's cache directory, calibrated at start-up if the
         profile isn't there yet. Used by presets that tell spatial from semantic heads.
@@ -37,8 +41,8 @@ class CompressionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    preset: str = "decoupled"
-    budget: float = 0.2
+    preset: str = "fitted"
+    budget: float | Literal["auto"] = 0.2
     spatial_tokens: int | None = None
     anchor_tokens: int | None = None
     recent_tokens: int | None = None
@@ -47,10 +51,12 @@ class CompressionConfig(BaseModel):
     value_norm: bool | None = None
     smooth_row: bool | None = None
     stratify: bool | None = None
+    max_types: int = Field(default=MAX_TYPES, ge=1, le=MAX_TYPES)
+    tolerance: float = Field(default=TOLERANCE, gt=0, allow_inf_nan=False)
     head_profile: str = "auto"
     threshold: float | None = Field(default=None, ge=0, le=1)
     recalibrate: bool = False
-    kernels: Kernels = "auto"
+    kernels: Choice = "auto"
 
     @property
     def policy(self) -> Policy:
@@ -73,7 +79,16 @@ def parse_config(additional_config: Any) -> CompressionConfig:
         config = CompressionConfig(**section)
     except ValidationError as error:
         raise ValueError(_one_line(error)) from None
-    config.policy  # noqa: B018 - raises on a value out of range
+    policy = config.policy  # raises on a value out of range
+    if policy.types == "fitted" and config.threshold is not None:
+        raise ValueError(
+            f"additional_config.{KEY}.threshold: preset fitted has no locality threshold; leave it out, or "
+            "set preset to decoupled"
+        )
+    for name in ("max_types", "tolerance"):
+        if name in section and (policy.types != "fitted" or (name == "tolerance" and policy.budget != AUTO)):
+            where = "budget auto" if policy.types == "fitted" else "preset fitted"
+            raise ValueError(f"additional_config.{KEY}.{name}: goes with {where} only; leave it out")
     return config
 
 

@@ -103,16 +103,19 @@ class RequestRows:
     The tensors keep their addresses from `to` on, so that a CUDA graph can read them: ``scale`` (guidance)
     is float32 and ``prefix`` int32, both ``[max_rows]`` on the model's device; ``negative`` int32
     ``[max_rows, context]`` holds the users' own unconditional prompts, of which ``negative_length`` int32
-    ``[max_rows]`` says how long they are, 0 in a row without; ``is_text`` is bool ``[max_rows]``.
+    ``[max_rows]`` says how long they are, 0 in a row without; ``is_text`` is bool ``[max_rows]``;
+    ``token_rows`` is int64 ``[max_tokens]``, the row of each of the step's tokens.
     """
 
-    def __init__(self, max_rows: int, model: ImageModel, context: int = 0) -> None:
+    def __init__(self, max_rows: int, model: ImageModel, context: int = 0, max_tokens: int = 0) -> None:
         self.model = model
         self.scale = torch.full((max_rows,), model.guidance_scale, dtype=torch.float32)
         self.prefix = torch.full((max_rows,), NO_IMAGE, dtype=torch.int32)
         self.negative = torch.zeros(max_rows, context, dtype=torch.int32)
         self.negative_length = torch.zeros(max_rows, dtype=torch.int32)
         self.is_text = torch.zeros(max_rows, dtype=torch.bool)
+        self.token_rows = torch.zeros(max_tokens, dtype=torch.int64)
+        self._tokens = torch.arange(max_tokens, dtype=torch.int32)
         self.narrow_allowed = True
         self._narrow = False
         self._rows: dict[int, RequestFacts] = {}
@@ -125,6 +128,22 @@ class RequestRows:
             x.to(device) for x in (self.scale, self.prefix, self.is_text)
         )
         self.negative, self.negative_length = self.negative.to(device), self.negative_length.to(device)
+        self.token_rows, self._tokens = self.token_rows.to(device), self._tokens.to(device)
+
+    def place_tokens(self, starts: Tensor, tokens: int | None = None) -> None:
+        """Write ``token_rows``, without waiting. Once per step, before the forward.
+
+        Parameters
+        ----------
+        starts : Tensor
+            ``[rows + 1]`` int32: where each row's tokens start, and the end of the last's.
+        tokens : int, optional
+            How many of ``token_rows`` to write; None writes all. Those past the last row's end are of a row
+            that is there, but mean nothing.
+        """
+        written = self.token_rows[:tokens]
+        torch.searchsorted(starts[1:], self._tokens[:tokens], right=True, out=written)
+        written.clamp_(max=len(self.scale) - 1)
 
     def add(self, row: int, facts: RequestFacts) -> None:
         """A request starts in ``row`` (replacing whatever was there)."""
@@ -209,8 +228,10 @@ def request_rows(vllm_config: "VllmConfig") -> RequestRows:
     key = id(vllm_config.model_config.hf_config)
     rows = _ROWS.get(key)
     if rows is None:
-        model = vllm_config.model_config
-        rows = RequestRows(vllm_config.scheduler_config.max_num_seqs, image_model(model), model.max_model_len)
+        model, limits = vllm_config.model_config, vllm_config.scheduler_config
+        rows = RequestRows(
+            limits.max_num_seqs, image_model(model), model.max_model_len, limits.max_num_batched_tokens
+        )
         _ROWS[key] = rows
     return rows
 

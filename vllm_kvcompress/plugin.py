@@ -1,32 +1,116 @@
-"""Registration only: what vLLM calls in every process, more than once.
+"""Registration only: what vLLM calls in every process, more than once, whatever it serves.
 
-Everything here is a table entry or a thin wrapper that does nothing for models that are not ours;
-modules with weight (torch, transformers, the model) are imported when such a model is served.
+Everything here is a table entry or a thin wrapper that does nothing for models that are not ours. All of
+it is looked up before any of it is set: vLLM calls this function unguarded, so where a name has moved in
+another version the plugin says so in one line and leaves vLLM as it is. The model itself is imported when
+such a model is served.
 """
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+Change = Callable[[], object]
+
+TESTED = ((0, 32),)  # minor versions of vLLM; what pyproject.toml asks for
+REQUIREMENT = "vllm>=0.32,<0.33"
+BACKEND_PATH = "vllm_kvcompress.attention.backend.KVCompressBackend"
 
 _registered = False
 
 
 def register() -> None:
-    """Entry point of group ``vllm.general_plugins``."""
+    """Entry point of group ``vllm.general_plugins``. Raises nothing: a line in the log says what is wrong."""
     global _registered
     if _registered:
         return
+    try:
+        for change in _changes():
+            change()
+    except Exception as error:
+        import logging
+
+        # Not through vllm_kvcompress.log: vLLM's logging may be what has moved.
+        logging.getLogger("vllm.kvcompress.plugin").warning("vllm-kvcompress %s", _says(error))
+        return
     _registered = True
 
+
+def prepare(vllm_config: "VllmConfig") -> None:
+    """One of our models is being configured: what no other model's server needs, or is to see."""
+    from vllm_kvcompress.config import is_compressed
+    from vllm_kvcompress.log import logger_for
+
+    if (message := untested()) is not None:
+        logger_for(__name__).warning(message)
+    if is_compressed(vllm_config):
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+        # The placeholder belongs to whoever is served with it: another package's stays in other servers.
+        register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
+
+
+def prepare_cpu() -> None:
+    """One of our models is being built, in this process, for a CPU.
+
+    vLLM's CPU attention uses AMX tiles, which the kernel grants a process on request only, and not to the
+    programs it starts. Without the request the process dies with SIGILL at the first attention call.
+    """
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
+def untested() -> str | None:
+    """What to say of a vLLM whose minor version was not tested; None of one that was."""
+    import vllm
+
+    if vllm.__version_tuple__[:2] in TESTED:
+        return None
+    return f"vllm-kvcompress was not tested with vLLM {vllm.__version__}: if it fails, install {REQUIREMENT}"
+
+
+def problem() -> str | None:
+    """Why registration would fail in this vLLM, in one line; None if it fits. Changes nothing."""
+    try:
+        _changes()
+    except Exception as error:
+        return _says(error)
+    return None
+
+
+def _says(error: Exception) -> str:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return (
+        "does not fit this vLLM and stays out of it, image models can't be served: "
+        f"{reason}. Install {REQUIREMENT}."
+    )
+
+
+def _changes() -> list[Change]:
+    """What registration sets, everything looked up and nothing set yet.
+
+    Raises ImportError or AttributeError where vLLM or transformers have moved a name.
+    """
     from vllm_kvcompress import bench, patches
-    from vllm_kvcompress.models.tokenizer import register_tokenizer_fix
+    from vllm_kvcompress.models.tokenizer import tokenizer_fix
 
-    _register_models()
-    register_tokenizer_fix()
-    _register_backend()
-    _register_worker_methods()
-    _prepare_cpu()
-    patches.apply()
-    bench.register_if_benchmarking()
+    return [
+        *_models(),
+        tokenizer_fix(),
+        *_backend_name(),
+        *_worker_methods(),
+        *patches.changes(),
+        *bench.changes_if_benchmarking(),
+    ]
 
 
-def _register_models() -> None:
+def _models() -> list[Change]:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.chat_templates.registry import register_chat_template_fallback_path
@@ -37,43 +121,35 @@ def _register_models() -> None:
     from vllm_kvcompress.models.registry import ARCHITECTURES, CHAT_TEMPLATE
     from vllm_kvcompress.models.vllm_config import JanusArchConvertor, JanusConfigCheck
 
-    for architecture, model_class in ARCHITECTURES.items():
-        ModelRegistry.register_model(architecture, model_class)
-        MODELS_CONFIG_MAP[architecture] = JanusConfigCheck
-    _CONFIG_REGISTRY[ORIGINAL_LAYOUT] = MultiModalityConfig
-    for model_type in (ORIGINAL_LAYOUT, TRANSFORMERS_LAYOUT):
-        MODEL_ARCH_CONFIG_CONVERTORS[model_type] = JanusArchConvertor
-    register_chat_template_fallback_path(ORIGINAL_LAYOUT, CHAT_TEMPLATE)
+    set_item = operator.setitem
+    return [
+        # The calls come first: they could fail, entries of a table can't.
+        partial(register_chat_template_fallback_path, ORIGINAL_LAYOUT, CHAT_TEMPLATE),
+        *(partial(ModelRegistry.register_model, name, path) for name, path in ARCHITECTURES.items()),
+        *(partial(set_item, MODELS_CONFIG_MAP, name, JanusConfigCheck) for name in ARCHITECTURES),
+        partial(set_item, _CONFIG_REGISTRY, ORIGINAL_LAYOUT, MultiModalityConfig),
+        *(
+            partial(set_item, MODEL_ARCH_CONFIG_CONVERTORS, layout, JanusArchConvertor)
+            for layout in (ORIGINAL_LAYOUT, TRANSFORMERS_LAYOUT)
+        ),
+    ]
 
 
-def _register_backend() -> None:
-    """``--attention-backend kvcompress``, and the managers of its cache groups.
+def _backend_name() -> list[Change]:
+    """``--attention-backend kvcompress``.
 
     A member of its own would not unpickle in the engine process, which reads its configuration before
     it loads plugins; a second name for vLLM's placeholder does.
     """
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     names = AttentionBackendEnum._member_map_
-    names.setdefault("KVCOMPRESS", AttentionBackendEnum.CUSTOM)
-    register_backend(AttentionBackendEnum.CUSTOM, "vllm_kvcompress.attention.backend.KVCompressBackend")
+    return [partial(names.setdefault, "KVCOMPRESS", AttentionBackendEnum.CUSTOM)]
 
 
-def _register_worker_methods() -> None:
+def _worker_methods() -> list[Change]:
     from vllm.v1.worker.worker_base import WorkerBase
 
     from vllm_kvcompress import worker
 
-    for method in worker.METHODS:
-        setattr(WorkerBase, method.__name__, method)
-
-
-def _prepare_cpu() -> None:
-    """vLLM's CPU attention uses AMX tiles, which the kernel grants a process on request only.
-
-    Without the request the process dies with SIGILL at the first attention call.
-    """
-    import torch
-
-    if torch.cpu._is_amx_tile_supported():
-        torch.cpu._init_amx()
+    return [partial(setattr, WorkerBase, method.__name__, method) for method in worker.METHODS]

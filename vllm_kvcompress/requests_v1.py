@@ -1,18 +1,23 @@
 """How the V1 model runner tells the model about requests: a logits processor that processes nothing.
 
 vLLM calls ``update_state`` before every forward with the requests that entered, left or moved in the
-batch; that is all that guidance needs. The class is listed in the served model's own configuration,
-not as an entry point, so other models never load it.
+batch; that is all that guidance needs of them. The class is listed in the served model's own configuration,
+not as an entry point, so other models never load it. Which row a token is of the runner tells attention
+backends alone, so it is heard there.
 """
 
+from importlib.metadata import entry_points
 from typing import Any
 
 from torch import Tensor
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
+from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
-from vllm_kvcompress.guidance import RequestFacts, request_rows
+from vllm_kvcompress.guidance import RequestFacts, RequestRows, request_rows
 from vllm_kvcompress.patches import seeds
 from vllm_kvcompress.sampling import patch_v1
 
@@ -26,8 +31,10 @@ class RequestTracker(V1LogitsProcessor, V2LogitsProcessor):
 
     def __init__(self, vllm_config: Any, *runner_specific: Any) -> None:
         self.rows = request_rows(vllm_config)
-        # Other processors may look at any id.
-        self.rows.narrow_allowed = len(vllm_config.model_config.logits_processors or ()) <= 1
+        # Other processors may look at any id: those of the command line, and those that vLLM loads from
+        # every installed package. It builds them without telling one of another.
+        listed = len(vllm_config.model_config.logits_processors or ())
+        self.rows.narrow_allowed = listed <= 1 and not entry_points(group=LOGITSPROCS_GROUP)
         patch_v1()
         if vllm_config.device_config.device_type == "cpu":
             seeds.apply()
@@ -55,3 +62,24 @@ class RequestTracker(V1LogitsProcessor, V2LogitsProcessor):
 
     def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
         return logits
+
+
+def hear_token_rows(layer: Attention, rows: RequestRows) -> None:
+    """From now on the layer's metadata builder also tells ``rows`` which row each token is of.
+
+    The builders' input has that, and what they make of it is their own: FlashInfer's metadata has no
+    ``query_start_loc``. vLLM's own local and cross attention extend backends in the same way.
+    """
+    backend = layer.attn_backend
+
+    class Builder(backend.get_builder_cls()):  # type: ignore[misc]
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            fast_build: bool = False,
+        ) -> Any:
+            rows.place_tokens(common_attn_metadata.query_start_loc)
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+    layer.attn_backend = subclass_attention_backend("TokenRows", backend, Builder)

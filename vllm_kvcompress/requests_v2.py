@@ -7,12 +7,19 @@ from torch import Tensor
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
+from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_kvcompress.guidance import RequestFacts, RequestRows
+from vllm_kvcompress.requests_v1 import RequestTracker
 from vllm_kvcompress.sampling import is_narrow, move_up
+
+# vLLM's processors change nothing for a request that names no ids (``sampling.names_ids``), and ours never.
+_HARMLESS = (LogitBiasState, PenaltiesState, BadWordsState, RequestTracker)
 
 
 class ImageSampler(Sampler):
@@ -30,22 +37,30 @@ class ImageSampler(Sampler):
         adopted.rows = rows
         return adopted
 
+    @property
+    def takes_codes(self) -> bool:
+        """Whether logits of codes alone will do: another package's processor may look at any id."""
+        return all(type(processor) in _HARMLESS for processor in self.logits_processors)
+
     def __call__(self, logits: Tensor, input_batch: InputBatch) -> SamplerOutput:
         output = super().__call__(logits, input_batch)
         return move_up(output, self.rows) if is_narrow(logits, self.rows) else output
 
     def _sample_random(
         self, processed_logits: Tensor, expanded_idx_mapping: Tensor, idx_mapping_np: Any, pos: Tensor,
-        top_k: Tensor | None, top_p: Tensor | None, use_fused_sampler: bool,
+        top_k: Tensor | None, top_p: Tensor | None, *how: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """As vLLM's; ``how`` is ``use_fused_sampler``, from vLLM 0.33 on after ``has_topp_only_rows``."""
         where = expanded_idx_mapping, idx_mapping_np, pos
         first, codes = self.rows.model.text_vocab, self.rows.model.codes
         few = None if top_k is None else top_k.clamp(max=codes)
+        # vLLM reckons with all ids whether a row has top-p alone; a top-k beyond the codes is none either.
+        among_codes = how if top_k is None else (*(True for _ in how[:-1]), *how[-1:])
         choose, logits = super()._sample_random, processed_logits
         if is_narrow(logits, self.rows):
-            return choose(logits, *where, few, top_p, use_fused_sampler)
-        code, _ = choose(logits[:, first:].clone(), *where, few, top_p, use_fused_sampler)
-        sampled, processed = choose(logits, *where, top_k, top_p, use_fused_sampler)
+            return choose(logits, *where, few, top_p, *among_codes)
+        code, _ = choose(logits[:, first:].clone(), *where, few, top_p, *among_codes)
+        sampled, processed = choose(logits, *where, top_k, top_p, *how)
         return torch.where(self.rows.is_text[: len(code)], sampled, code + first), processed
 
 
@@ -61,7 +76,7 @@ class JanusModelState(DefaultModelState):
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
         adopted = ImageSampler.adopt(sampler, self.rows)
-        self.rows.narrow_allowed &= adopted is not None
+        self.rows.narrow_allowed &= adopted is not None and adopted.takes_codes
         return None if adopted is None else (adopted, None)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
@@ -85,6 +100,8 @@ class JanusModelState(DefaultModelState):
         self, input_batch: InputBatch, req_states: RequestState
     ) -> dict[str, torch.Tensor | None]:
         self._bring_in_order(input_batch)
+        # In place: a captured step reads it where it was when the graph was made.
+        self.rows.place_tokens(input_batch.query_start_loc, input_batch.num_tokens_after_padding)
         return super().prepare_inputs(input_batch, req_states)
 
     def _bring_in_order(self, input_batch: InputBatch) -> None:

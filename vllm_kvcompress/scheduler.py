@@ -8,7 +8,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.request import Request
 
 from vllm_kvcompress.cache.manager import BoundedManager
-from vllm_kvcompress.cache.spec import HeadTypeSpec, SpatialSpec
+from vllm_kvcompress.cache.spec import HeadTypeSpec
 from vllm_kvcompress.models.registry import image_model
 
 REPORT = "kv_cache"  # key in RequestOutput.kv_transfer_params
@@ -25,7 +25,8 @@ class CacheReport:
     full_bytes : int
         Bytes of K and V of all its tokens, both branches.
     evicted_spatial, evicted_semantic : int
-        Image tokens that a head of the type has overwritten.
+        Image tokens that a head has overwritten, of those with a ring and of those that choose; the mean
+        where such heads differ in size.
     """
 
     resident_bytes: int
@@ -63,7 +64,7 @@ class ImageScheduler(AsyncScheduler):
         config = self.kv_cache_config
         blocks = self.kv_cache_manager.get_block_ids(request.request_id)
         resident = full = 0
-        evicted = {}
+        evicted: dict[str, list[tuple[int, int]]] = {"evicted_spatial": [], "evicted_semantic": []}
         # The last token drawn is never fed back, so it never reaches the cache.
         tokens = request.num_tokens - 1
         prefix = self._prefix(request)
@@ -73,9 +74,13 @@ class ImageScheduler(AsyncScheduler):
             resident += len(ids) * spec.page_size_bytes * layers
             full += tokens * spec.num_kv_heads * 2 * spec.head_size * spec.dtype.itemsize * layers
             if isinstance(spec, HeadTypeSpec):
-                name = "spatial" if isinstance(spec, SpatialSpec) else "semantic"
-                evicted[f"evicted_{name}"] = max(0, tokens - prefix - spec.capacity)
-        return CacheReport(resident, full, **evicted)
+                name = "evicted_semantic" if spec.scored else "evicted_spatial"
+                evicted[name].append((spec.num_kv_heads, max(0, tokens - prefix - spec.capacity)))
+        means = {
+            name: round(sum(n * count for n, count in parts) / max(1, sum(n for n, _ in parts)))
+            for name, parts in evicted.items()
+        }
+        return CacheReport(resident, full, **means)
 
     def _prefix(self, request: Request) -> int:
         """Tokens before the first image token."""

@@ -27,19 +27,29 @@ def kvcompress_decode_image(self: Any, codes: list[int]) -> tuple[int, int, byte
     return width, height, pixels.numpy().tobytes()
 
 
+def kvcompress_decode_images(self: Any, pictures: list[list[int]]) -> list[tuple[int, int, bytes]] | None:
+    """``kvcompress_decode_image`` of several pictures, in order; their lengths may differ.
+
+    One after the other: in a batch a picture's pixels come out up to a dozen levels different in bfloat16,
+    and by one in float32, and the same seed is to draw the same file in any company.
+    """
+    decoded = (kvcompress_decode_image(self, codes) for codes in pictures)
+    return None if self.rank != 0 else [pixels for pixels in decoded if pixels is not None]
+
+
 def kvcompress_head_profile(self: Any) -> str | None:
     """The head profile that the cache was planned with, as JSON; None if the preset needs none.
 
     It is read where start-up took it from, or left it.
     """
     from vllm_kvcompress.config import parse_config
-    from vllm_kvcompress.heads.provide import provide_profile
+    from vllm_kvcompress.models.compression import profile_of
 
     config = parse_config(self.vllm_config.additional_config)
-    if config.policy.types != "profile":
+    if config.policy.types not in ("profile", "fitted"):
         return None
     config = config.model_copy(update={"recalibrate": False})
-    return provide_profile(config, self.vllm_config, self.model_runner.get_model()).model_dump_json()
+    return profile_of(config, self.vllm_config, self.model_runner.get_model()).model_dump_json()
 
 
-METHODS = (kvcompress_decode_image, kvcompress_head_profile)
+METHODS = (kvcompress_decode_image, kvcompress_decode_images, kvcompress_head_profile)

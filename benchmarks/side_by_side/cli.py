@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console()
 
 
-class Mode(str, Enum):
+class Mode(StrEnum):
     """How much is measured."""
 
     quick = "quick"

@@ -22,17 +22,22 @@ from vllm_kvcompress.eval.judge import judge
 from vllm_kvcompress.eval.prompts import CATEGORIES, prompts
 from vllm_kvcompress.eval.scenes import sample_pair
 
+SHOWN = ("correct", "whole", "shapes", "count")
+"""Of a verdict, per category."""
 
-def round_trip(model: JanusForConditionalGeneration, number: int) -> float:
-    """Share of validation scenes that are judged right after encoding and decoding."""
-    right = 0
+
+def round_trip(model: JanusForConditionalGeneration, number: int) -> dict[str, float]:
+    """Shares of validation scenes that are judged right, and whole, after encoding and decoding."""
+    right: Counter[str] = Counter()
     for first in tqdm(range(0, number, 50), desc="round trip"):
         pixels, _ = scene_batch(VALID_STREAM, first, 50)
         with torch.inference_mode():
             codes = model.model.vqmodel.encode(pixels.to(model.dtype)).image_tokens.view(len(pixels), -1)
         meanings = [sample_pair((VALID_STREAM, index))[1] for index in range(first, first + 50)]
-        right += sum(judge(p, m).correct for p, m in zip(to_pictures(model, codes), meanings, strict=True))
-    return right / max(1, number)
+        for picture, meaning in zip(to_pictures(model, codes), meanings, strict=True):
+            verdict = judge(picture, meaning)
+            right += Counter(correct=verdict.correct, whole=verdict.whole)
+    return {key: right[key] / max(1, number) for key in ("correct", "whole")}
 
 
 def main() -> None:
@@ -53,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = JanusForConditionalGeneration.from_pretrained(args.model, dtype=torch.bfloat16)
     tokenizer = load_tokenizer(args.model / "tokenizer.json")
-    report: dict[str, dict[str, float] | float] = {"round_trip": round_trip(model, args.round_trip)}
+    report = {"round_trip": round_trip(model, args.round_trip)}
     shown = []
     for category in args.categories:
         asked = prompts(category, args.number)
@@ -69,8 +74,8 @@ def main() -> None:
         right: Counter[str] = Counter()
         for picture, prompt in zip(pictures, asked, strict=True):
             verdict = judge(picture, prompt)
-            right += Counter(correct=verdict.correct, shapes=verdict.shapes, count=verdict.count)
-        report[category] = {key: right[key] / args.number for key in ("correct", "shapes", "count")}
+            right += Counter({key: getattr(verdict, key) for key in SHOWN})
+        report[category] = {key: right[key] / args.number for key in SHOWN}
         print(category, json.dumps(report[category]), flush=True)
         shown.append(pictures[:10])
     print(json.dumps(report))

@@ -67,7 +67,7 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
         """Full graphs of decode steps where no kernel of such a step looks at the host."""
         config = parse_config(vllm_config.additional_config)
         used = kernels.choose(config.kernels, vllm_config.device_config.device_type)
-        if used == "triton" and not any(config.policy.refinements.values()):
+        if used == "triton" and not config.policy.refinements["stratify"]:  # chosen in torch, on the host
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.NEVER
 

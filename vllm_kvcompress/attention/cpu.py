@@ -6,7 +6,6 @@ kernels need it, the torch reference does the work: slower, same results. docs/c
 """
 
 import ctypes
-import logging
 import sys
 from collections.abc import Sequence
 from ctypes import Structure, byref, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
@@ -19,15 +18,16 @@ from torch import Tensor
 from vllm_kvcompress.attention import reference
 from vllm_kvcompress.attention import select as torch_select
 from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan
+from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.policy.rule import HeadRule
 
-__all__ = ["decode", "isa", "select_victims", "set_isa", "use_huge_pages"]
+__all__ = ["decode", "isa", "select_all", "select_victims", "set_isa", "use_huge_pages"]
 
-logger = logging.getLogger(__name__)
+logger = logger_for(__name__)
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 ISAS = ("portable", "avx2", "avx512")
-_ABI = 2
+_ABI = 3
 _PAGED = ("kv", "score", "token", "victim")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -38,7 +38,7 @@ class _HeadType(Structure):
         *((f"{name}_{axis}", c_int64) for name in _PAGED for axis in ("block", "head")),
         ("table_row", c_int64),
         *((name, c_int32) for name in ("heads", "page", "capacity", "line", "image", "anchors", "recent")),
-        *((name, c_int32) for name in ("ring", "evicts")),
+        *((name, c_int32) for name in ("ring", "evicts", "dim", "dtype", "value_norm", "smooth_row")),
         ("decay", c_float),
     )
 
@@ -109,7 +109,11 @@ class _Native:
             setattr(struct, f"{name}_head", tensor.stride(1))
         struct.heads, struct.page = pages.kv.shape[1], pages.page
         struct.head_index = head_index.data_ptr()
-        for name in ("capacity", "line", "image", "anchors", "recent", "ring", "evicts"):
+        struct.dim, struct.dtype = pages.head_size, _DTYPES.get(self.dtype, 0)
+        for name in (
+            *("capacity", "line", "image", "anchors", "recent"),
+            *("ring", "evicts", "value_norm", "smooth_row"),
+        ):
             setattr(struct, name, int(getattr(rule, name)))
         struct.decay = rule.decay
         side = (pages.score, pages.token, pages.victim)
@@ -184,18 +188,24 @@ def decode(
 def select_victims(type_all_layers: HeadType, plan: Plan) -> None:
     """Choose the victims of every row whose line has just ended; once per step, after the last layer.
 
-    As `select.select_victims`, which also does the work of rules that refine their score.
+    As `select.select_victims`, which also does the work of rules that choose within columns.
     """
     rule = type_all_layers.rule
     if not rule.scores:
         return
     library = _library()
     native = _native(type_all_layers) if library and _plain(plan) else None
-    if library is None or native is None or rule.value_norm or rule.smooth_row or rule.stratify:
+    if library is None or native is None or rule.stratify:
         torch_select.select_victims(type_all_layers, plan)
         return
     rows, threads = len(plan.length), torch.get_num_threads()
     library.kvc_select(native.address, plan.prefix.data_ptr(), plan.length.data_ptr(), rows, threads)
+
+
+def select_all(types: Sequence[HeadType], plan: Plan) -> None:
+    """`select_victims` of every head type."""
+    for kind in types:
+        select_victims(kind, plan)
 
 
 def use_huge_pages(memory: Tensor, collapse: bool = False) -> bool:

@@ -1,24 +1,51 @@
-"""The implementation of the decode step in use: plain torch, or compiled for the device at hand."""
+"""Implementations of the decode step: plain torch, or compiled for the device at hand."""
 
-import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vllm_kvcompress.attention import cpu, reference
 from vllm_kvcompress.attention.pages import HeadType, Plan
-from vllm_kvcompress.config import KEY, Kernels
+from vllm_kvcompress.config import KEY, Choice
 
 FIELD = f"additional_config.{KEY}.kernels"
 
-decode: Callable[[Tensor, Tensor, Tensor, Sequence[HeadType], Plan, float, Tensor], None]
-select_victims: Callable[[HeadType, Plan], None]
-select_all: Callable[[Sequence[HeadType], Plan], None]
+
+class Kernels(NamedTuple):
+    """One implementation of the decode step; an engine chooses once.
+
+    Parameters
+    ----------
+    name : str
+        For the start-up log.
+    decode : callable
+        As `reference.decode`.
+    select_all : callable
+        ``(head types, plan) -> None``: `select.select_victims` of each.
+    limits : (int, int) or None
+        Largest head size, most query heads per KV head.
+    """
+
+    name: str
+    decode: Callable[[Tensor, Tensor, Tensor, Sequence[HeadType], Plan, float, Tensor], None]
+    select_all: Callable[[Sequence[HeadType], Plan], None]
+    limits: tuple[int, int] | None = None
+
+    def check_shape(self, head_size: int, group: int) -> None:
+        """Raise ValueError, one line, if they can't serve a model of this shape.
+
+        ``group`` is the number of query heads per KV head.
+        """
+        if self.limits and (head_size > self.limits[0] or group > self.limits[1]):
+            raise ValueError(
+                f"{FIELD}: triton kernels take head sizes to {self.limits[0]} and {self.limits[1]} query "
+                f"heads a KV head, the model has {head_size} and {group}; set torch"
+            )
 
 
-def choose(kernels: Kernels, device_type: str, cache_dtype: torch.dtype | None = None) -> str:
+def choose(kernels: Choice, device_type: str, cache_dtype: torch.dtype | None = None) -> str:
     """The implementation that a choice stands for on a device.
 
     Parameters
@@ -71,48 +98,17 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def use(kernels: Kernels, device_type: str, cache_dtype: torch.dtype | None = None) -> str:
-    """Make a choice this process's; arguments and errors as in `choose`.
-
-    Returns
-    -------
-    str
-        The name of what is used, for the start-up log.
-    """
-    global decode, select_victims, select_all
+def kernels_for(kernels: Choice, device_type: str, cache_dtype: torch.dtype | None = None) -> Kernels:
+    """The implementation itself; arguments and errors as in `choose`."""
     name = choose(kernels, device_type, cache_dtype)
     if name == "triton":
         # Triton decides at import whether it compiles or interprets, and other devices need none of it.
         from vllm_kvcompress.attention import triton_decode, triton_select
 
-        decode, select_victims = triton_decode.decode, triton_select.select_victims
-        select_all = triton_select.select_all
-        return "triton (interpreted)" if interpreted() else "triton"
-    module: ModuleType = cpu if name == "cpu" else reference
-    decode, select_victims, select_all = module.decode, module.select_victims, _one_by_one
+        shown = "triton (interpreted)" if interpreted() else "triton"
+        return Kernels(shown, triton_decode.decode, triton_select.select_all, triton_decode.LIMITS)
     if name == "cpu":
-        return f"cpu ({cpu.isa()})"
+        return Kernels(f"cpu ({cpu.isa()})", cpu.decode, cpu.select_all)
     unread = device_type == "cpu" and choose(kernels, device_type) == "cpu"
-    return "torch (the CPU kernels read no 8-bit cache)" if unread else "torch"
-
-
-def check_shape(head_size: int, group: int) -> None:
-    """Raise ValueError, one line, if the kernels in use can't serve a model of this shape.
-
-    ``group`` is the number of query heads per KV head.
-    """
-    limits = getattr(sys.modules[decode.__module__], "LIMITS", (head_size, group))
-    if head_size > limits[0] or group > limits[1]:
-        raise ValueError(
-            f"{FIELD}: triton kernels take head sizes to {limits[0]} and {limits[1]} query heads a KV head, "
-            f"the model has {head_size} and {group}; set torch"
-        )
-
-
-def _one_by_one(types: Sequence[HeadType], plan: Plan) -> None:
-    """`select_victims` of every head type."""
-    for kind in types:
-        select_victims(kind, plan)
-
-
-use("torch", "cpu")
+    shown = "torch (the CPU kernels read no 8-bit cache)" if unread else "torch"
+    return Kernels(shown, reference.decode, reference.select_all)

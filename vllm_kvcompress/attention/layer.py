@@ -11,13 +11,15 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_kvcompress.config import is_compressed
+from vllm_kvcompress.policy.rule import MAX_TYPES
 
-# The cache layer through which an attention call finds its engine's cache.
-STORE_LAYER = "kvcompress.0.spatial"
+# Names of the cache layers, by head type; the runner orders them by the one integer in a name. Through the
+# first, an attention call finds its engine's cache.
+CACHES = tuple(f"kvcompress.{kind}" for kind in range(MAX_TYPES))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, layer: int, head_size: int, scale: float) -> Tensor:
-    store = get_forward_context().no_compile_layers[STORE_LAYER].store
+    store = get_forward_context().no_compile_layers[CACHES[0]].store
     q, k, v = (x.view(x.shape[0], -1, head_size) for x in (query, key, value))
     return store.attend(q, k, v, layer, scale).view_as(query)
 
@@ -33,7 +35,7 @@ direct_register_custom_op("kvcompress_attend", _attend, fake_impl=_attend_fake)
 
 
 class CompressedAttention(nn.Module):
-    """One decoder layer's attention over the two head types' caches.
+    """One decoder layer's attention over the head types' caches.
 
     The cache itself belongs to the engine (``CompressedCache``); a layer is its index in it.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm_kvcompress.attention.pages import HeadType, Plan, locate
 from vllm_kvcompress.attention.select import select_victims
 
-__all__ = ["decode", "select_victims", "slot_of"]
+__all__ = ["decode", "select_all", "select_victims", "slot_of"]
 
 
 def decode(
@@ -54,6 +54,12 @@ def decode(
         out[live[:, None], heads] = _attend(q[:, heads], kind, table, prefix, length, scale).to(out.dtype)
 
 
+def select_all(types: Sequence[HeadType], plan: Plan) -> None:
+    """Choose the victims of every head type; once per step, after the last layer."""
+    for kind in types:
+        select_victims(kind, plan)
+
+
 def slot_of(kind: HeadType, table: Tensor, token: Tensor) -> Tensor:
     """Image slots that image tokens are written to.
 
@@ -76,6 +82,8 @@ def slot_of(kind: HeadType, table: Tensor, token: Tensor) -> Tensor:
     if rule.ring:
         turn = rule.anchors + (token - rule.anchors) % max(1, rule.capacity - rule.anchors)
         return token.where(token < rule.capacity, turn)[:, None].expand(-1, heads)
+    if not rule.evicts:
+        return token[:, None].expand(-1, heads)
     start = token - token % rule.line
     nth = token - start - (rule.capacity - start).clamp(min=0)
     full = token >= rule.capacity

@@ -27,15 +27,14 @@ def to_cache(x, cache: tl.constexpr):
 
 @triton.jit
 def attend_single(
-    query, key, value, pages, kv_block, table, visible, own, prefix, logits, scale,
-    SCORES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    query, key, value, pages, kv_block, table, page, per_slot, visible, own, prefix, logits, scale, scores,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A single query head, on the vector units: every place of a tile is an online softmax of its own.
 
-    Nothing crosses warps before the places are merged at the end, so the loop has no barrier and each
-    warp keeps its own loads in flight. At one multiply per loaded number the arithmetic is about a quarter
-    of what the card could do in the time the bytes take.
+    Nothing else crosses warps before the places are merged at the end, so without scores the loop has no
+    barrier, and each warp keeps its own loads in flight. At one multiply per loaded number the arithmetic
+    is about a quarter of what the card could do in the time the bytes take.
 
     Parameters
     ----------
@@ -43,12 +42,13 @@ def attend_single(
         ``key`` and ``value`` are the new token's, in the cache's dtype.
     pages
         Pointer to K of this cache head in page 0; ``kv_block`` is the step to the next page.
-    table
-        Pointer to the row's block table.
+    table, page, per_slot
+        Pointer to the row's block table; slots per page, and 1 / page as in `KindArgs`.
     visible, own, prefix
         Resident slots; logical slot of the new token; prompt tokens.
     logits
-        Pointer to scratch, [capacity] float32, written if SCORES.
+        Pointer to scratch for logical slot 0; [capacity] float32 from the prefix's end on, written if
+        ``scores``.
 
     Returns
     -------
@@ -62,19 +62,22 @@ def attend_single(
     total = tl.zeros([BLOCK], tl.float32)
     mixed = tl.zeros([BLOCK, WIDTH], tl.float32)
     # The page numbers of a tile are loaded one tile ahead: K and V need not wait for them.
-    block = tl.load(table + place // PAGE, mask=place < visible, other=0)
+    nth = ((place + 0.5) * per_slot).to(tl.int32)
+    block = tl.load(table + nth, mask=place < visible, other=0)
     for start in tl.range(0, visible, BLOCK, num_stages=STAGES):
         slot = start + place
         use = (slot < visible) & (slot != own)
-        cell = pages + (block.to(tl.int64) * kv_block + slot % PAGE * (2 * DIM))
+        nth = ((slot + 0.5) * per_slot).to(tl.int32)
+        cell = pages + (block.to(tl.int64) * kv_block + (slot - nth * page) * (2 * DIM))
         at, mask = cell[:, None] + dim[None, :], use[:, None] & (dim < DIM)[None, :]
         old_key = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
         old_value = tl.load(at + DIM, mask=mask, other=0.0, eviction_policy="evict_first")
         after = slot + BLOCK
-        block = tl.load(table + after // PAGE, mask=after < visible, other=0)
+        nth = ((after + 0.5) * per_slot).to(tl.int32)
+        block = tl.load(table + nth, mask=after < visible, other=0)
         logit = tl.where(use, tl.sum(old_key.to(tl.float32) * query[None, :], 1), LOW)
-        if SCORES:
-            tl.store(logits + (slot - prefix), logit, mask=use & (slot >= prefix))
+        if scores:  # the only step for which warps meet
+            tl.store(logits + slot, logit, mask=use & (slot >= prefix))
         higher = tl.maximum(top, logit)
         fade = tl.exp2(top - higher)
         weight = tl.where(use, tl.exp2(logit - higher), 0.0)
@@ -100,9 +103,9 @@ def _product(a, b, onto):
 
 @triton.jit
 def attend_group(
-    query, key, value, pages, kv_block, table, visible, own, prefix, logits, logits_group, scale,
-    SCORES: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    LANES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    query, key, value, pages, kv_block, table, page, per_slot, visible, own, prefix, logits, logits_group,
+    scale, scores, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Several query heads of one KV head, on the matrix units; arguments as in `attend_single`.
 
@@ -116,19 +119,20 @@ def attend_group(
     top = own_logit
     total = tl.full([LANES], 1.0, tl.float32)
     mixed = tl.zeros([LANES, WIDTH], tl.float32) + value.to(tl.float32)[None, :]
+    since = tl.where(scores, prefix, visible)  # a branch would cost registers, and save no barrier here
     for start in tl.range(0, visible, BLOCK, num_stages=STAGES):
         slot = start + place
         use = (slot < visible) & (slot != own)
-        block = tl.load(table + slot // PAGE, mask=slot < visible, other=0)
-        cell = pages + (block.to(tl.int64) * kv_block + slot % PAGE * (2 * DIM))
+        nth = ((slot + 0.5) * per_slot).to(tl.int32)
+        block = tl.load(table + nth, mask=slot < visible, other=0)
+        cell = pages + (block.to(tl.int64) * kv_block + (slot - nth * page) * (2 * DIM))
         at, mask = cell[:, None] + dim[None, :], use[:, None] & (dim < DIM)[None, :]
         old_key = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
         old_value = tl.load(at + DIM, mask=mask, other=0.0, eviction_policy="evict_first")
         old_key, old_value = old_key.to(query.dtype), old_value.to(query.dtype)
         logit = _product(query, tl.trans(old_key), tl.zeros([LANES, BLOCK], tl.float32)) * scale
-        if SCORES:
-            to = logits + group[:, None] * logits_group + (slot - prefix)[None, :]
-            tl.store(to, logit, mask=(group < GROUP)[:, None] & (use & (slot >= prefix))[None, :])
+        to = logits + group[:, None] * logits_group + slot[None, :]
+        tl.store(to, logit, mask=(group < GROUP)[:, None] & (use & (slot >= since))[None, :])
         logit = tl.where(use[None, :], logit, LOW)
         higher = tl.maximum(top, tl.max(logit, 1))
         fade = tl.exp2(top - higher)
@@ -145,8 +149,8 @@ def attend_group(
 
 @triton.jit
 def add_scores(
-    score, score_block, table, visible, own, prefix, logits, logits_group, top, total,
-    PAGE: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+    score, score_block, table, page, per_slot, visible, own, prefix, logits, logits_group, top, total,
+    GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Add each image slot's probability, summed over the group, to its score; not the new token's own.
 
@@ -159,10 +163,11 @@ def add_scores(
     for start in tl.range(prefix, visible, TILE):
         slot = start + place
         use = (slot < visible) & (slot != own)
-        block = tl.load(table + slot // PAGE, mask=use, other=0)
-        at = score + (block.to(tl.int64) * score_block + slot % PAGE)
+        nth = ((slot + 0.5) * per_slot).to(tl.int32)
+        block = tl.load(table + nth, mask=use, other=0)
+        at = score + (block.to(tl.int64) * score_block + (slot - nth * page))
         before = tl.load(at, mask=use, other=0.0)
-        from_ = logits + group[:, None] * logits_group + (slot - prefix)[None, :]
+        from_ = logits + group[:, None] * logits_group + slot[None, :]
         logit = tl.load(from_, mask=(group < GROUP)[:, None] & use[None, :], other=LOW)
         mass = tl.sum(tl.exp2(logit - top[:, None]) / total[:, None], 0)
         tl.store(at, before + mass, mask=use)

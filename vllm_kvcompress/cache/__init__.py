@@ -7,9 +7,8 @@ process that sees a spec passes through.
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvcompress.cache.manager import BoundedManager
-from vllm_kvcompress.cache.spec import SemanticSpec, SpatialSpec
+from vllm_kvcompress.cache.spec import HeadTypeSpec
 
 # The registry adds vLLM's own specs on first use, but only while it is still empty.
 KVCacheSpecRegistry._ensure_registered()
-for _spec in (SpatialSpec, SemanticSpec):
-    KVCacheSpecRegistry.register(_spec, BoundedManager, uniform_type_base_spec=_spec)
+KVCacheSpecRegistry.register(HeadTypeSpec, BoundedManager, uniform_type_base_spec=HeadTypeSpec)

@@ -1,11 +1,11 @@
-"""How a model's heads are split over the two caches, and what a picture costs there."""
+"""How a model's heads are shared out among the head types' caches, and what a picture costs there."""
 
 from dataclasses import dataclass
 
 import torch
 from vllm.utils.math_utils import cdiv
 
-from vllm_kvcompress.attention.pages import SIDE_BYTES, page_bytes
+from vllm_kvcompress.attention.pages import slot_bytes
 from vllm_kvcompress.cache.paging import Paging
 from vllm_kvcompress.policy.rule import HeadRule
 
@@ -16,16 +16,16 @@ _ALIGNMENT = 64  # bytes; a cache line
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """How the heads of a model are split over the two caches.
+    """How the cache heads of a model are shared out among its head types.
 
     Parameters
     ----------
-    spatial : tuple of tuple of int
-        Per layer, the KV heads that are spatial; the others are semantic.
+    types : tuple of tuple of int
+        ``[layers][2 * kv_heads]``: the head type of each cache head (branch * kv_heads + KV head).
     kv_heads, head_size : int
         KV heads of a layer (one branch), numbers per key.
-    rules : (HeadRule or None, HeadRule or None)
-        Of the spatial and the semantic heads.
+    rules : tuple of HeadRule
+        Of each head type, one to six; every one has a head somewhere.
     paging : Paging
         Tokens per page of each.
     dtype : torch.dtype
@@ -34,41 +34,49 @@ class CacheLayout:
         What was decided, for the start-up log.
     """
 
-    spatial: tuple[tuple[int, ...], ...]
+    types: tuple[tuple[int, ...], ...]
     kv_heads: int
     head_size: int
-    rules: tuple[HeadRule | None, HeadRule | None]
+    rules: tuple[HeadRule, ...]
     paging: Paging
     dtype: torch.dtype
     summary: str = ""
 
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return len(self.types)
+
     def heads(self, kind: int, layer: int) -> list[int]:
-        """KV heads of type ``kind`` (0 spatial, 1 semantic) in ``layer``."""
-        spatial = self.spatial[layer]
-        return list(spatial) if kind == 0 else [h for h in range(self.kv_heads) if h not in spatial]
+        """Places of the cache heads of type ``kind`` on the ``2 * kv_heads`` axis of ``layer``."""
+        return [place for place, mine in enumerate(self.types[layer]) if mine == kind]
 
     def total(self, kind: int) -> int:
         """Cache heads of a type over all layers and branches."""
-        return BRANCHES * sum(len(self.heads(kind, layer)) for layer in range(len(self.spatial)))
+        return sum(row.count(kind) for row in self.types)
 
     def page_tokens(self, kind: int) -> int:
         """Tokens a page of this type holds."""
-        return (self.paging.spatial_tokens, self.paging.semantic_tokens)[kind]
+        return self.paging.tokens[kind]
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page of either type, side state included."""
+        """Bytes of a page of any type, side state included: those of the largest."""
         need = max(
-            page_bytes(self.total(kind), self.page_tokens(kind), self.head_size, self.dtype)
-            for kind in (0, 1)
-            if self.total(kind)
+            self.total(kind) * self.page_tokens(kind) * self.slot_bytes(kind)
+            for kind in range(len(self.rules))
         )
         return -(-need // _ALIGNMENT) * _ALIGNMENT
 
+    def slot_bytes(self, kind: int) -> int:
+        """Bytes of one slot of one head of a type."""
+        return slot_bytes(self.head_size, self.dtype, self.rules[kind].scores)
+
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of one slot of one head."""
-        return 2 * self.head_size * self.dtype.itemsize + SIDE_BYTES
+    def mean_slots(self) -> float:
+        """Image slots per head, mean over the heads: what the budget bounds."""
+        slots = sum(self.total(kind) * rule.capacity for kind, rule in enumerate(self.rules))
+        return slots / (self.layers * BRANCHES * self.kv_heads)
 
 
 @dataclass(frozen=True)
@@ -94,14 +102,9 @@ class Footprint:
 
 def footprint(layout: CacheLayout, prefix: int) -> Footprint:
     """Bytes of a picture with ``prefix`` prompt tokens."""
-    pages = sum(
-        cdiv(prefix + rule.capacity, layout.page_tokens(kind))
-        for kind, rule in enumerate(layout.rules)
-        if rule is not None
-    )
-    image = next(rule for rule in layout.rules if rule is not None).image
-    heads = layout.total(0) + layout.total(1)
-    full = (prefix + image) * heads * 2 * layout.head_size * layout.dtype.itemsize
+    pages = sum(cdiv(prefix + r.capacity, layout.page_tokens(kind)) for kind, r in enumerate(layout.rules))
+    heads = layout.layers * BRANCHES * layout.kv_heads
+    full = (prefix + layout.rules[0].image) * heads * 2 * layout.head_size * layout.dtype.itemsize
     return Footprint(pages * layout.page_bytes, full)
 
 

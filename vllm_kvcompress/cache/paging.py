@@ -1,14 +1,16 @@
-"""How many tokens a page holds, for each head type.
+"""How many tokens a page holds, for each head type. Pure arithmetic, no vLLM, no torch.
 
-Both head types draw their pages from one pool, so a page of either costs the larger one's bytes. A
-page holds all heads of its type over all layers (and both branches); the waste disappears when
-``heads x tokens`` is equal for both types, which few head splits allow exactly. ``plan_paging`` picks
-tokens per page with little waste and, where none exists, moves the least decided heads to the other
-type until one does.
+All head types draw their pages from one pool, so a page of any costs the largest one's bytes. A page
+holds all heads of its type over all layers (and both branches); the waste disappears when heads times
+tokens times bytes is equal for all types, which few head counts allow exactly. `plan_pages` picks tokens
+per page with little waste; where none will do, whoever chose the counts has to choose others:
+`plan_two` moves the least decided heads of a head profile, `vllm_kvcompress.heads.fit` the cheapest ones.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from math import ceil
 
 Capacities = Callable[[int, int], tuple[int, int]]
@@ -26,31 +28,77 @@ class Paging:
 
     Parameters
     ----------
-    spatial_heads, semantic_heads : int
-        Heads of each type over all layers (and branches), after ``moved``.
-    spatial_tokens, semantic_tokens : int
-        Tokens a page holds; 0 for a type without heads.
-    moved : int
-        Heads that changed type to make the pages fit: positive to semantic, negative to spatial.
+    tokens : tuple of int
+        Tokens that a page of each type holds.
     waste : float
         Fraction of an average request's bytes that unequal pages lose.
     """
 
-    spatial_heads: int
-    semantic_heads: int
-    spatial_tokens: int
-    semantic_tokens: int
-    moved: int
+    tokens: tuple[int, ...]
     waste: float
 
-    @property
-    def rows(self) -> int:
-        """(head, token) rows that a page has room for: the larger type's."""
-        return max(self.spatial_heads * self.spatial_tokens, self.semantic_heads * self.semantic_tokens)
+
+@dataclass(frozen=True)
+class Split:
+    """Two head types after heads were moved so that their pages fit.
+
+    Parameters
+    ----------
+    heads : (int, int)
+        Spatial and semantic heads over all layers and branches.
+    moved : int
+        Heads that changed type: positive to semantic, negative to spatial.
+    paging : Paging
+        Of the types that have heads.
+    """
+
+    heads: tuple[int, int]
+    moved: int
+    paging: Paging
 
 
-def plan_paging(spatial: int, semantic: int, capacities: Capacities, step: int = 1) -> Paging:
-    """Choose tokens per page, with at most 3% of waste.
+def plan_pages(
+    heads: Sequence[int], slots: Sequence[int], weights: Sequence[int] | None = None
+) -> Paging | None:
+    """Tokens per page that cost an average request least, with at most 3% of waste.
+
+    Parameters
+    ----------
+    heads, slots : sequence of int
+        Of each head type: its heads (at least one), and image slots of each.
+    weights : sequence of int, optional
+        Bytes of a slot of one head of each type; equal if left out.
+
+    Returns
+    -------
+    Paging or None
+        None where no choice within reach wastes 3% or less.
+    """
+    weights = weights or [1] * len(heads)
+    size = [n * weight for n, weight in zip(heads, weights, strict=True)]
+    best: tuple[float, Paging] | None = None
+    for tokens in _choices(size):
+        paging = priced(heads, slots, tokens, weights)
+        page = max(n * t for n, t in zip(size, tokens, strict=True))
+        allocated = page * sum(_pages(capacity, t) for capacity, t in zip(slots, tokens, strict=True))
+        cost = allocated * (1.0 + 0.01 * max(0, _MIN_RUN - min(tokens)))
+        if paging.waste <= MAX_WASTE and (best is None or cost < best[0]):
+            best = cost, paging
+    return best and best[1]
+
+
+def priced(
+    heads: Sequence[int], slots: Sequence[int], tokens: Sequence[int], weights: Sequence[int]
+) -> Paging:
+    """What tokens per page cost; arguments as in `plan_pages`."""
+    size = [n * t * weight for n, t, weight in zip(heads, tokens, weights, strict=True)]
+    pages = [_pages(capacity, t) for capacity, t in zip(slots, tokens, strict=True)]
+    wasted = sum(n * (max(size) - mine) for n, mine in zip(pages, size, strict=True))
+    return Paging(tuple(tokens), wasted / (sum(pages) * max(size)))
+
+
+def plan_two(spatial: int, semantic: int, capacities: Capacities, step: int = 1) -> Split:
+    """Pages of the papers' two head types, with heads moved between them where that must be.
 
     Parameters
     ----------
@@ -69,13 +117,16 @@ def plan_paging(spatial: int, semantic: int, capacities: Capacities, step: int =
     """
     asked = capacities(spatial, semantic)
     for moved in _moves(spatial, semantic, step):
+        heads = (spatial - moved, semantic + moved)
         try:
-            slots = capacities(spatial - moved, semantic + moved)
+            slots = capacities(*heads)
         except ValueError:
             continue
-        best = _best(spatial - moved, semantic + moved, *slots, moved)
-        if best is not None and best.waste <= MAX_WASTE:
-            return best
+        there = [(n, capacity) for n, capacity in zip(heads, slots, strict=True) if n]
+        # A slot counts alike in both: the split, and with it the picture, does not depend on side state.
+        paging = plan_pages([n for n, _ in there], [capacity for _, capacity in there])
+        if paging is not None:
+            return Split(heads, moved, paging)
     raise ValueError(
         f"no page size fits {spatial} spatial heads of {asked[0]} slots and {semantic} semantic "
         f"heads of {asked[1]} with at most {MAX_WASTE:.0%} waste: change spatial_tokens or the head "
@@ -95,48 +146,20 @@ def _moves(spatial: int, semantic: int, step: int) -> Iterator[int]:
             yield -size
 
 
-def _best(
-    spatial: int, semantic: int, spatial_capacity: int, semantic_capacity: int, moved: int
-) -> Paging | None:
-    options = [
-        _priced(Paging(spatial, semantic, a, b, moved, 0.0), spatial_capacity, semantic_capacity)
-        for a, b in _token_pairs(spatial, semantic)
-    ]
-    fitting = [option for option in options if option[1].waste <= MAX_WASTE]
-    return min(fitting, key=lambda option: option[0])[1] if fitting else None
+def _choices(size: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """One type's tokens, 1 to 16, and for the others what equalises the pages, rounded either way."""
+    seen = set()
+    for first, tokens in product(range(len(size)), range(1, _MAX_TOKENS + 1)):
+        page = size[first] * tokens
+        others = [sorted({page // n, ceil(page / n)} - {0}) for n in size]
+        others[first] = [tokens]
+        for choice in product(*others):
+            if choice not in seen:
+                seen.add(choice)
+                yield choice
 
 
-def _token_pairs(spatial: int, semantic: int) -> Iterator[tuple[int, int]]:
-    for tokens in range(1, _MAX_TOKENS + 1):
-        if not spatial:
-            yield 0, tokens
-        elif not semantic:
-            yield tokens, 0
-        else:
-            # One type's count, and what equalises the rows on the other side.
-            for a in {spatial * tokens // semantic, ceil(spatial * tokens / semantic)} - {0}:
-                yield tokens, a
-            for b in {semantic * tokens // spatial, ceil(semantic * tokens / spatial)} - {0}:
-                yield b, tokens
-
-
-def _priced(paging: Paging, spatial_capacity: int, semantic_capacity: int) -> tuple[float, Paging]:
-    """(rows an average request takes, with a penalty for short runs; the plan with its waste)."""
-    allocated = wasted = 0
-    parts = (
-        (paging.spatial_heads, paging.spatial_tokens, spatial_capacity),
-        (paging.semantic_heads, paging.semantic_tokens, semantic_capacity),
-    )
-    for heads, tokens, capacity in parts:
-        if not heads:
-            continue
-        pages = sum(ceil((prefix + capacity) / tokens) for prefix in _PREFIXES)
-        allocated += pages * paging.rows
-        wasted += pages * (paging.rows - heads * tokens)
-    shortest = min(tokens for heads, tokens, _ in parts if heads)
-    penalty = 1.0 + 0.01 * max(0, _MIN_RUN - shortest)
-    priced = Paging(
-        paging.spatial_heads, paging.semantic_heads, paging.spatial_tokens, paging.semantic_tokens,
-        paging.moved, wasted / allocated,
-    )  # fmt: skip
-    return allocated * penalty, priced
+@cache
+def _pages(capacity: int, tokens: int) -> int:
+    """Pages of requests of all of `_PREFIXES`, added up."""
+    return sum(ceil((prefix + capacity) / tokens) for prefix in _PREFIXES)

@@ -1,88 +1,60 @@
-"""From configuration and head profile to the cache's layout, and the words that say what was decided."""
+"""From an assignment of head types to the cache's layout. Asks nobody: no model, no configuration."""
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from vllm_kvcompress.attention import kernels
-from vllm_kvcompress.cache.layout import BRANCHES, TYPICAL_PREFIX, CacheLayout, footprint
-from vllm_kvcompress.cache.paging import plan_paging
-from vllm_kvcompress.config import FP8, CompressionConfig, parse_config
-from vllm_kvcompress.heads.provide import provide_profile
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
-    from vllm_kvcompress.models.janus import JanusForImageGeneration
+from vllm_kvcompress.attention.pages import slot_bytes
+from vllm_kvcompress.cache.layout import TYPICAL_PREFIX, CacheLayout, footprint
+from vllm_kvcompress.cache.paging import MAX_WASTE, Paging, plan_pages, plan_two, priced
+from vllm_kvcompress.heads.fit import Assignment
 
 
-def plan_layout(vllm_config: "VllmConfig", model: "JanusForImageGeneration") -> CacheLayout:
-    """Decide head types, rules and pages. Raises ValueError, one line."""
-    config = parse_config(vllm_config.additional_config)
-    text = model.config.get_text_config()
-    layers, kv_heads = text.num_hidden_layers, text.num_key_value_heads
-    types, scores = _head_types(config, vllm_config, model, layers, kv_heads)
-    policy, raster = config.policy, model.image.raster
+@dataclass(frozen=True)
+class ModelShape:
+    """What the cache needs to know of a model: layers, KV heads of a branch, numbers per key."""
 
-    def capacities(spatial: int, semantic: int) -> tuple[int, int]:
-        ring, select = policy.rules(raster, spatial, semantic)
-        return ring.capacity if ring else 0, select.capacity if select else 0
-
-    spatial = BRANCHES * int(types.sum())
-    paging = plan_paging(spatial, BRANCHES * types.size - spatial, capacities, step=BRANCHES)
-    _move(types, scores, paging.moved // BRANCHES)
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layout = CacheLayout(
-        spatial=tuple(tuple(np.flatnonzero(row).tolist()) for row in types),
-        kv_heads=kv_heads,
-        head_size=head_size,
-        rules=policy.rules(raster, paging.spatial_heads, paging.semantic_heads),
-        paging=paging,
-        dtype=torch.float8_e4m3fn if vllm_config.cache_config.cache_dtype in FP8 else model.dtype,
-    )
-    used = kernels.use(config.kernels, vllm_config.device_config.device_type, layout.dtype)
-    kernels.check_shape(head_size, text.num_attention_heads // kv_heads)
-    return replace(layout, summary=_summary(config, layout, used))
+    layers: int
+    kv_heads: int
+    head_size: int
 
 
-def _head_types(
-    config: CompressionConfig,
-    vllm_config: "VllmConfig",
-    model: "JanusForImageGeneration",
-    layers: int,
-    heads: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(``[layers, kv_heads]`` bool, True for spatial; the scores behind it, distance to the threshold)."""
-    if config.policy.types != "profile":
-        return np.full((layers, heads), config.policy.types == "spatial"), np.zeros((layers, heads))
-    profile = provide_profile(config, vllm_config, model)
-    threshold = profile.threshold if config.threshold is None else config.threshold
-    return profile.head_types(config.threshold), np.array(profile.scores) - threshold
+def split_pages(
+    spatial: int, semantic: int, capacities: Callable[[int, int], tuple[int, int]]
+) -> tuple[tuple[int, int], int]:
+    """(heads of each of two types, heads moved) so that their pages fit; branches move together."""
+    split = plan_two(spatial, semantic, capacities, step=2)
+    return split.heads, split.moved
 
 
-def _move(types: np.ndarray, margin: np.ndarray, heads: int) -> None:
-    """Change the type of the ``heads`` least decided heads, in place: positive to semantic."""
-    candidates = np.flatnonzero(types.ravel() if heads > 0 else ~types.ravel())
-    nearest = candidates[np.argsort(np.abs(margin.ravel()[candidates]), kind="stable")][: abs(heads)]
-    types.ravel()[nearest] = heads < 0
+def plan_layout(assignment: Assignment, shape: ModelShape, dtype: torch.dtype) -> CacheLayout:
+    """Pages for an assignment. Raises ValueError, one line, where no page size fits its counts."""
+    slots = [rule.capacity for rule in assignment.rules]
+    weights = [slot_bytes(shape.head_size, dtype, rule.scores) for rule in assignment.rules]
+    counts = assignment.counts
+    paging: Paging | None
+    if assignment.page_tokens is not None:
+        paging = priced(counts, slots, assignment.page_tokens, weights)
+    else:
+        paging = plan_pages(counts, slots, weights) or plan_pages(counts, slots)
+    if paging is None:
+        heads = ", ".join(f"{n} of {slot}" for n, slot in zip(counts, slots, strict=True))
+        raise ValueError(
+            f"no page size fits heads of these slots with at most {MAX_WASTE:.0%} waste: {heads}; change "
+            "budget or the head profile"
+        )
+    types = tuple(tuple(row) for row in np.asarray(assignment.types).tolist())
+    return CacheLayout(types, shape.kv_heads, shape.head_size, assignment.rules, paging, dtype)
 
 
-def _summary(config: CompressionConfig, layout: CacheLayout, used: str) -> str:
-    parts = []
-    for kind, name in enumerate(("spatial", "semantic")):
-        rule = layout.rules[kind]
-        if rule is not None:
-            parts.append(
-                f"{layout.total(kind) // BRANCHES} {name} heads of {rule.capacity} slots, "
-                f"{layout.page_tokens(kind)} tokens a page"
-            )
+def describe(layout: CacheLayout) -> str:
+    """The head types and what a picture costs, for the start-up log."""
+    types = "; ".join(f"{rule.name}: {layout.total(kind)} heads" for kind, rule in enumerate(layout.rules))
+    pages = ", ".join(map(str, layout.paging.tokens))
     size = footprint(layout, TYPICAL_PREFIX)
-    moved = layout.paging.moved // BRANCHES
-    fit = f", {abs(moved)} heads made {'semantic' if moved > 0 else 'spatial'} to fit" if moved else ""
     return (
-        f"kvcompress: preset {config.preset}, budget {config.budget:g}; {'; '.join(parts)}; page waste "
-        f"{layout.paging.waste:.1%}{fit}; kernels {used}; KV of a picture with a {TYPICAL_PREFIX}-token "
-        f"prompt {size.resident / 2**20:.2f} MiB instead of {size.full / 2**20:.2f}"
+        f"{types}; tokens a page {pages}; page waste {layout.paging.waste:.1%}; KV of a picture with a "
+        f"{TYPICAL_PREFIX}-token prompt {size.resident / 2**20:.2f} MiB instead of {size.full / 2**20:.2f}"
     )

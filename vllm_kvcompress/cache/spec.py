@@ -1,10 +1,10 @@
-"""The two KV-cache groups, one per head type, as vLLM's scheduler and worker see them."""
+"""A KV-cache group per head type, as vLLM's scheduler and worker see it."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -16,6 +16,10 @@ class HeadTypeSpec(AttentionSpec):
 
     Parameters
     ----------
+    kind : int
+        Index of the head type in the layout: no two groups are alike.
+    scored : bool
+        Whether its heads choose what they keep (semantic heads) or overwrite the oldest (spatial ones).
     capacity : int
         Resident image slots (the budget of this head type).
     image_tokens : int
@@ -23,14 +27,20 @@ class HeadTypeSpec(AttentionSpec):
     context : int
         The longest sequence that is served (max_model_len).
     page_size_padded : int
-        Bytes of a page of either type: K and V, then the side state (scores, token indices, victims),
-        then what the larger type has more.
+        Bytes of a page of any type: K and V, then the side state (scores, token indices, victims),
+        then what the largest type has more.
     """
 
+    kind: int
+    scored: bool
     capacity: int
     image_tokens: int
     context: int
     dcp_sharded: bool = False
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        # Head types of equal pages would otherwise become one group with one block table.
+        return len(kv_cache_specs) == 1
 
     @property
     def prefix_cacheable(self) -> bool:
@@ -57,13 +67,3 @@ class HeadTypeSpec(AttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
         longest = min(self.context, vllm_config.model_config.max_model_len)
         return self.blocks_for(max(longest - self.image_tokens, 1)) * self.page_size_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpatialSpec(HeadTypeSpec):
-    """Heads that look at their neighbourhood: prefix, anchors and a ring of recent tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SemanticSpec(HeadTypeSpec):
-    """Heads that look at the whole picture: prefix, anchors, recent and selected tokens."""

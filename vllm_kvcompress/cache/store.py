@@ -7,23 +7,20 @@ from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from vllm_kvcompress.attention import kernels
 from vllm_kvcompress.attention.backend import KVCompressBackend, StepPlan
 from vllm_kvcompress.attention.cpu import use_huge_pages
+from vllm_kvcompress.attention.kernels import Kernels
+from vllm_kvcompress.attention.layer import CACHES
 from vllm_kvcompress.attention.pages import HeadType, pages_from_bytes
 from vllm_kvcompress.attention.prefill import prefill
-from vllm_kvcompress.cache.layout import BRANCHES, CacheLayout, at_once
-from vllm_kvcompress.cache.spec import HeadTypeSpec, SemanticSpec, SpatialSpec
+from vllm_kvcompress.cache.layout import CacheLayout, at_once
+from vllm_kvcompress.cache.spec import HeadTypeSpec
 from vllm_kvcompress.log import logger_for
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logger_for(__name__)
-
-
-# Names of the cache layers, by head type. The runner orders them by the one integer in a name.
-CACHES = ("kvcompress.0.spatial", "kvcompress.1.semantic")
 
 
 class HeadTypeCache(nn.Module, AttentionLayerBase):
@@ -46,11 +43,12 @@ class HeadTypeCache(nn.Module, AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: "VllmConfig") -> HeadTypeSpec | None:
         layout = self.store.layout(vllm_config)
+        if self.kind >= len(layout.rules):
+            return None  # there are fewer head types than names
         rule = layout.rules[self.kind]
-        if rule is None:
-            return None
-        spec = (SpatialSpec, SemanticSpec)[self.kind]
-        return spec(
+        return HeadTypeSpec(
+            kind=self.kind,
+            scored=not rule.ring,
             block_size=layout.page_tokens(self.kind),
             num_kv_heads=layout.total(self.kind),
             head_size=layout.head_size,
@@ -67,12 +65,13 @@ class HeadTypeCache(nn.Module, AttentionLayerBase):
 
 
 class CompressedCache(nn.Module):
-    """Both head types' caches, and the attention of every decoder layer over them."""
+    """All head types' caches, and the attention of every decoder layer over them."""
 
     def __init__(self, vllm_config: "VllmConfig", make_layout: Any) -> None:
         super().__init__()
         self._make_layout = make_layout
         self._layout: CacheLayout | None = None
+        self.kernels: Kernels | None = None  # chosen with the layout
         self.caches = nn.ModuleList(
             HeadTypeCache(name, kind, self, vllm_config) for kind, name in enumerate(CACHES)
         )
@@ -84,7 +83,7 @@ class CompressedCache(nn.Module):
     def layout(self, vllm_config: "VllmConfig") -> CacheLayout:
         """Decided once, when vLLM first asks for the cache's specs: weights are loaded by then."""
         if self._layout is None:
-            self._layout = self._make_layout(vllm_config)
+            self._layout, self.kernels = self._make_layout(vllm_config)
         return self._layout
 
     def bind(self, kind: int, kv_cache: Tensor) -> None:
@@ -100,16 +99,15 @@ class CompressedCache(nn.Module):
         if raw.is_cpu:
             use_huge_pages(_bytes_of(kv_cache))
         pages = pages_from_bytes(
-            raw, layout.total(kind), layout.page_tokens(kind), layout.head_size, layout.dtype
-        )
+            raw, layout.total(kind), layout.page_tokens(kind), layout.head_size, layout.dtype,
+            layout.rules[kind].scores,
+        )  # fmt: skip
         rule = layout.rules[kind]
-        assert rule is not None
         empty = torch.zeros(0, 0, dtype=torch.int32, device=kv_cache.device)
         every: list[int] = []
         types, first = [], 0
-        for layer in range(len(layout.spatial)):
-            mine = layout.heads(kind, layer)
-            index = [branch * layout.kv_heads + head for branch in range(BRANCHES) for head in mine]
+        for layer in range(layout.layers):
+            index = layout.heads(kind, layer)
             head_index = torch.tensor(index, dtype=torch.int32, device=kv_cache.device)
             types.append(HeadType(pages.layer(first, first + len(index)), rule, head_index, empty))
             first += len(index)
@@ -118,7 +116,7 @@ class CompressedCache(nn.Module):
         all_index = torch.tensor(every, dtype=torch.int32, device=kv_cache.device)
         self._all_layers[kind] = HeadType(pages, rule, all_index, empty)
         self._step = ()
-        if all((kind in self._types) == (rule is not None) for kind, rule in enumerate(layout.rules)):
+        if len(self._types) == len(layout.rules):
             logger.info("%s; %s", layout.summary, at_once(layout, kv_cache.shape[0]))
 
     def _plans(self) -> dict[int, StepPlan]:
@@ -156,6 +154,8 @@ class CompressedCache(nn.Module):
         plans = self._plans()
         if not plans or not self._types:
             return out.zero_()  # memory profiling: no cache yet
+        kernels = self.kernels
+        assert kernels is not None
         plan = next(iter(plans.values()))
         types = [t for kind in plans if len((t := self._types[kind][layer]).head_index)]
         if plan.decode_rows is None:
@@ -164,7 +164,7 @@ class CompressedCache(nn.Module):
             out[tokens:].zero_()
         else:
             self._mixed(q, k, v, types, plans, layer, scale, out)
-        if layer == len(self._layout.spatial) - 1 and len(plan.decode.length):  # type: ignore[union-attr]
+        if layer == self._layout.layers - 1 and len(plan.decode.length):  # type: ignore[union-attr]
             kernels.select_all([self._all_layers[kind] for kind in plans], plan.decode)
         return out
 
@@ -172,6 +172,8 @@ class CompressedCache(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, types: list[HeadType], plans: dict[int, StepPlan], layer: int,
         scale: float, out: Tensor,
     ) -> None:  # fmt: skip
+        kernels = self.kernels
+        assert kernels is not None
         plan = next(iter(plans.values()))
         at = plan.decode_tokens
         assert at is not None

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.cache.layout import BRANCHES, CacheLayout
+from vllm_kvcompress.cache.layout import CacheLayout
 from vllm_kvcompress.eval.replay import FullReplay, Rows
+from vllm_kvcompress.heads.dense import Kept
 from vllm_kvcompress.policy.rule import HeadRule
 
 Choice = Callable[["Line"], Tensor]
@@ -58,11 +59,10 @@ class DenseReplay:
         row = torch.arange(len(q), device=q.device)[:, None]
         words = int(self.rows.prefix.max())
         is_word = torch.arange(words, device=q.device) < self.rows.prefix[:, None]
-        for kind in (0, 1):
-            rule, heads = self.layout.rules[kind], self.layout.heads(kind, layer)
-            if rule is None or not heads:
+        for kind, rule in enumerate(self.layout.rules):
+            index = self.layout.heads(kind, layer)
+            if not index:
                 continue
-            index = [b * self.layout.kv_heads + h for b in range(BRANCHES) for h in heads]
             grouped = torch.tensor([h * group + g for h in index for g in range(group)], device=q.device)
             queries = q[row, at][:, :, grouped].float().unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4)
             keys, values = (x[row, at][:, :, index].float().transpose(1, 2) for x in (k, v))
@@ -79,16 +79,11 @@ class DenseReplay:
         """``q [rows, heads, group, image, D]`` -> like q."""
         rows, heads, size, W = len(q), q.shape[1], q.shape[3], rule.line
         out = torch.empty_like(q)
-        # The token of a later line that overwrites each token; none yet.
-        dies = torch.full((rows, heads, size), size, device=q.device)
-        if rule.ring and rule.evicts:
-            dies[:] = torch.arange(size, device=q.device) + rule.capacity - rule.anchors
-            dies[..., : rule.anchors] = size
-        score = torch.zeros(rows, heads, size, device=q.device)
+        kept = Kept(rule, rows, heads, q.device)
+        score = kept.score
         for first in range(0, size, W):
             last = first + W
-            query, seen = torch.arange(first, last), torch.arange(last)
-            visible = (seen <= query[:, None]) & (dies[:, :, None, :last] > query[:, None])
+            visible = kept.visible(first, last)
             to_words = torch.einsum("rhgnd,rhsd->rhgns", q[..., first:last, :], prompt[0])
             to_image = torch.einsum("rhgnd,rhsd->rhgns", q[..., first:last, :], k[:, :, :last])
             logits = torch.cat(
@@ -100,22 +95,10 @@ class DenseReplay:
             )
             p = logits.softmax(-1)
             out[..., first:last, :] = p @ torch.cat((prompt[1], v[:, :, :last]), 2)[:, :, None]
-            due = rule.victims_due(last) if rule.scores else 0
             if rule.scores:
                 facts = Line(p[..., to_words.shape[-1] :], score[..., :last], v[:, :, :last], rule)
-                score[..., :last] = self.score(facts)
-            if due:
-                self._evict(dies, score[..., :last], last, due, rule)
+                score[..., :last] = chosen = self.score(facts)
+                if self.per_layer:
+                    chosen = chosen.sum(1, keepdim=True).expand(chosen.shape)
+                kept.end_line(chosen)
         return out
-
-    def _evict(self, dies: Tensor, score: Tensor, drawn: int, due: int, rule: HeadRule) -> None:
-        if self.per_layer:
-            score = score.sum(1, keepdim=True).expand(score.shape)
-        token = torch.arange(drawn, device=score.device)
-        held = dies[..., :drawn] >= dies.shape[-1]
-        candidate = held & (token >= rule.anchors) & (token < drawn - rule.recent)
-        order = score.masked_fill(~candidate, torch.inf).argsort(dim=-1, stable=True)[..., :due]
-        # Free slots are used first, so the last `due` tokens of the next line overwrite.
-        line = min(rule.line, rule.image - drawn)
-        when = drawn + line - due + torch.arange(due, device=score.device)
-        dies.scatter_(-1, order, when.expand(order.shape))

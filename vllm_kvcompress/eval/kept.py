@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from vllm_kvcompress.eval.likelihood import Trial, layout_for, replay_rows
 from vllm_kvcompress.eval.replay import PagedReplay
 
-KINDS = ("spatial", "semantic")
-
 
 def kvcompress_kept(
     self: Any, prompts: Sequence[Sequence[int]], codes: Sequence[Sequence[int]], trial: Trial
@@ -25,19 +23,22 @@ def kvcompress_kept(
     """
     model = self.model_runner.get_model()
     raster = model.image.raster
-    layout = layout_for(self.vllm_config, model, trial.section)
+    layout, kernels = layout_for(self.vllm_config, model, trial.section)
     lines = raster.tokens // raster.width
-    count = np.zeros((2, lines, raster.tokens))
-    heads = np.zeros((2, lines))
+    kinds = len(layout.rules)
+    count = np.zeros((kinds, lines, raster.tokens))
+    heads = np.zeros((kinds, lines))
 
     def look(kind: int, line: int, held: Any) -> None:
         tokens = held.cpu().numpy()
         np.add.at(count[kind, line], tokens.ravel(), 1)
         heads[kind, line] += len(tokens)
 
-    replay_rows(self.vllm_config, model, prompts, codes, lambda rows: PagedReplay(rows, layout, look))
+    replay_rows(
+        self.vllm_config, model, prompts, codes, lambda rows: PagedReplay(rows, layout, kernels, look)
+    )
     share = count / np.maximum(heads, 1)[..., None]
-    return {name: share[kind].tolist() for kind, name in enumerate(KINDS) if heads[kind].any()}
+    return {rule.name: share[kind].tolist() for kind, rule in enumerate(layout.rules)}
 
 
 def draw_kept(kept: Mapping[str, Mapping[str, Any]], width: int, path: Path, lines: Sequence[int]) -> None:
@@ -64,6 +65,6 @@ def draw_kept(kept: Mapping[str, Mapping[str, Any]], width: int, path: Path, lin
             image = axis.imshow(shown, vmin=0, vmax=1, cmap="viridis")
             axis.set(xticks=[], yticks=[], title=f"after line {line}")
             axis.title.set_fontsize("small")
-        row[0].set_ylabel(f"{name}\n{kind} heads", fontsize="small")
+        row[0].set_ylabel(f"{name}\n{kind}", fontsize="small")
     figure.colorbar(image, ax=axes, shrink=0.5, label="share of heads that hold the token")
     figure.savefig(path, dpi=110)

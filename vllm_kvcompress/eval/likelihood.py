@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from vllm.forward_context import set_forward_context
 
+from vllm_kvcompress.attention.kernels import Kernels
 from vllm_kvcompress.cache.layout import CacheLayout
-from vllm_kvcompress.cache.plan import plan_layout
 from vllm_kvcompress.config import KEY, parse_config
 from vllm_kvcompress.eval.dense import DenseReplay
 from vllm_kvcompress.eval.replay import FullReplay, Layered, PagedReplay, Replay, Rows
 from vllm_kvcompress.eval.scores import SCORES
 from vllm_kvcompress.guidance import pack_scale
+from vllm_kvcompress.models.compression import plan_cache
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Likelihood:
 
     ``nll``: nats per image token, conditional branch. ``kl``, ``kl_guided``: Kullback-Leibler divergence
     from the full cache's next-token distribution, without and with guidance, nats per token.
-    ``error``: relative error of the attention output, root mean square. ``spatial``: KV heads that are
-    spatial, per layer. ``resident``: mean image slots per head.
+    ``error``: relative error of the attention output, root mean square. ``spatial``: KV heads whose
+    conditional branch has a ring, per layer. ``types``: name and cache heads of each head type.
+    ``resident``: mean image slots per head.
     """
 
     nll: list[float] = field(default_factory=list)
@@ -58,6 +60,7 @@ class Likelihood:
     error: list[list[float]] = field(default_factory=list)
     spatial: list[list[int]] = field(default_factory=list)
     resident: float = 0.0
+    types: list[list[Any]] = field(default_factory=list)
     refused: str = ""
 
     def extend(self, other: "Likelihood") -> None:
@@ -69,6 +72,7 @@ class Likelihood:
         for name in ("nll", "kl", "kl_guided"):
             getattr(self, name).extend(getattr(other, name))
         self.error, self.spatial, self.resident = other.error, other.spatial, other.resident
+        self.types = other.types
         self.refused = other.refused
 
 
@@ -98,12 +102,12 @@ def kvcompress_replay(
     return {name: asdict(worker.run(trial)) for name, trial in trials.items()}
 
 
-def layout_for(vllm_config: Any, model: Any, section: Mapping[str, Any]) -> CacheLayout:
-    """Head types, rules and pages as a server of this section would plan them. Raises ValueError."""
+def layout_for(vllm_config: Any, model: Any, section: Mapping[str, Any]) -> tuple[CacheLayout, Kernels]:
+    """Head types, rules, pages and kernels as a server of this section would plan them. Raises ValueError."""
     config = copy.copy(vllm_config)
     config.additional_config = {KEY: dict(section)}
     parse_config(config.additional_config)
-    return plan_layout(config, model)
+    return plan_cache(config, model)
 
 
 def replay_rows(
@@ -140,28 +144,28 @@ class _Worker:
             replay = self.replay(FullReplay())
             self.full = self.forward(replay)
         try:
-            layout = layout_for(self.vllm_config, self.model, trial.section)
+            layout, kernels = layout_for(self.vllm_config, self.model, trial.section)
         except ValueError as error:
             return Likelihood(refused=str(error))
-        replay = self.replay(self._method(trial, layout))
+        replay = self.replay(self._method(trial, layout, kernels))
         plain, guided = self.forward(replay)
         found = Likelihood(
             nll=(-plain.gather(2, self.codes[..., None])[..., 0].mean(1)).tolist(),
             kl=_divergence(self.full[0], plain).tolist(),
             kl_guided=_divergence(self.full[1], guided).tolist(),
             error=replay.relative.tolist(),
-            spatial=[list(heads) for heads in layout.spatial],
+            spatial=[
+                [head for head in range(layout.kv_heads) if layout.rules[row[head]].ring]
+                for row in layout.types
+            ],
+            resident=layout.mean_slots,
+            types=[[rule.name, layout.total(kind)] for kind, rule in enumerate(layout.rules)],
         )
-        heads = [layout.total(kind) for kind in (0, 1)]
-        slots = sum(
-            rule.capacity * n for rule, n in zip(layout.rules, heads, strict=True) if rule is not None
-        )
-        found.resident = slots / sum(heads)
         return found
 
-    def _method(self, trial: Trial, layout: CacheLayout) -> Layered:
+    def _method(self, trial: Trial, layout: CacheLayout, kernels: Kernels) -> Layered:
         if trial.score is None and not trial.per_layer:
-            return PagedReplay(self.rows, layout)
+            return PagedReplay(self.rows, layout, kernels)
         return DenseReplay(self.rows, layout, SCORES[trial.score or "sum"], trial.per_layer)
 
     def replay(self, method: Layered) -> Replay:

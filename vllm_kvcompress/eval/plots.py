@@ -24,6 +24,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
         (field, label, scale)
         for field, label, scale in (
             ("correct", "pictures with everything right, %", 100),
+            ("whole", "pictures without a damaged object, %", 100),
             ("nll_over_full", "NLL over the full cache, nats per token", 1),
         )
         if any(field in r for r in records)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vllm_kvcompress.attention import kernels
+from vllm_kvcompress.attention.kernels import Kernels
 from vllm_kvcompress.attention.pages import HeadType, Plan, locate, page_bytes, pages_from_bytes
 from vllm_kvcompress.cache.layout import BRANCHES, CacheLayout
 
@@ -109,26 +109,29 @@ class PagedReplay:
     rows : Rows
     layout : CacheLayout
         Head types and rules, as planned for a server.
+    kernels : Kernels
     look : callable, optional
         ``look(kind, line, held)`` after each line of each row and layer: ``held`` ``[heads, slots]`` are
         the image tokens that a layer's heads of this type keep.
     """
 
-    def __init__(self, rows: Rows, layout: CacheLayout, look: Callable | None = None) -> None:
-        self.rows, self.layout, self.look = rows, layout, look
+    def __init__(
+        self, rows: Rows, layout: CacheLayout, kernels: Kernels, look: Callable | None = None
+    ) -> None:
+        self.rows, self.layout, self.kernels, self.look = rows, layout, kernels, look
 
     def layer(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
         rows, device = self.rows, q.device
-        types = {kind: held for kind in (0, 1) if (held := self._scratch(kind, layer, k.dtype, device))}
+        every = range(len(self.layout.rules))
+        types = {kind: held for kind in every if (held := self._scratch(kind, layer, k.dtype, device))}
         q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))  # a step is one slice
         out = torch.zeros_like(q)
         end = rows.prefix + rows.image
         for step in range(rows.steps):
             length = torch.where(step < end, step + 1, 0).to(torch.int32)
             plan = Plan(rows.prefix, length)
-            kernels.decode(q[step], k[step], v[step], list(types.values()), plan, scale, out[step])
-            for held in types.values():
-                kernels.select_victims(held, plan)
+            self.kernels.decode(q[step], k[step], v[step], list(types.values()), plan, scale, out[step])
+            self.kernels.select_all(list(types.values()), plan)
             if self.look is not None:
                 for kind, held in types.items():
                     self._show(kind, held, length)
@@ -137,14 +140,13 @@ class PagedReplay:
     def _scratch(self, kind: int, layer: int, dtype: torch.dtype, device: torch.device) -> HeadType | None:
         """Fresh pages of one layer's heads of one type."""
         layout, rule = self.layout, self.layout.rules[kind]
-        heads = layout.heads(kind, layer)
-        if rule is None or not heads:
+        index = layout.heads(kind, layer)
+        if not index:
             return None
-        index = [branch * layout.kv_heads + head for branch in range(BRANCHES) for head in heads]
         blocks = -(-(int(self.rows.prefix.max()) + rule.capacity) // PAGE)
-        size = -(-page_bytes(len(index), PAGE, layout.head_size, dtype) // 64) * 64
+        size = -(-page_bytes(len(index), PAGE, layout.head_size, dtype, rule.scores) // 64) * 64
         raw = torch.zeros(len(self.rows) * blocks, size, dtype=torch.int8, device=device)
-        pages = pages_from_bytes(raw, len(index), PAGE, layout.head_size, dtype)
+        pages = pages_from_bytes(raw, len(index), PAGE, layout.head_size, dtype, rule.scores)
         table = torch.arange(len(raw), dtype=torch.int32, device=device).view(-1, blocks)
         return HeadType(pages, rule, torch.tensor(index, dtype=torch.int32, device=device), table)
 
@@ -153,7 +155,11 @@ class PagedReplay:
         for row, (prefix, n) in enumerate(zip(self.rows.prefix.tolist(), length.tolist(), strict=True)):
             drawn = n - prefix
             if drawn > 0 and not drawn % held.rule.line:
-                slots = prefix + torch.arange(held.rule.resident(drawn), device=length.device)
-                block, place = (x[0] for x in locate(held.block_table[row : row + 1], slots[None], PAGE))
-                tokens = held.pages.token[block, :, place].T
+                slots = torch.arange(held.rule.resident(drawn), device=length.device)
+                if held.rule.scores:
+                    at = prefix + slots[None]
+                    block, place = (x[0] for x in locate(held.block_table[row : row + 1], at, PAGE))
+                    tokens = held.pages.token[block, :, place].T
+                else:
+                    tokens = torch.tensor(held.rule.held(drawn)).expand(len(held.head_index), -1)
                 self.look(kind, drawn // held.rule.line - 1, tokens)

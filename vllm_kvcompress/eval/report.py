@@ -12,8 +12,9 @@ from vllm_kvcompress.eval.likelihood import Likelihood
 from vllm_kvcompress.eval.prompts import GENEVAL
 from vllm_kvcompress.eval.stats import Estimate, mean, share
 
-RULES = ("correct", "present")
-"""Of `judge.Verdict`: nothing but what is asked for; what is asked for, and maybe more (GenEval's)."""
+RULES = {"correct": "all right", "whole": "whole", "present": "there"}
+"""Of `judge.Verdict`, and what the tables call them: nothing but what is asked for; no object damaged, asked
+for or not; what is asked for, and maybe more (GenEval's)."""
 
 Judged = Mapping[str, Mapping[str, Any]]
 
@@ -23,8 +24,10 @@ def summarise(
 ) -> list[dict[str, Any]]:
     """One record a cell, in order; estimates are ``[value, low, high]`` with 95% intervals.
 
-    ``nll_over_full``, ``correct_over_full`` and ``present_over_full`` are means of paired differences: same
-    pictures, same prompts and seeds. ``correct`` and ``present`` are the judge's two rules.
+    ``correct``, ``whole`` and ``present`` are the judge's rules, ``categories``, ``categories_whole`` and
+    ``categories_present`` the same by category; ``objects`` is the mean number of objects found in a picture.
+    ``nll_over_full``, ``correct_over_full`` and so on are means of paired differences: same pictures, same
+    prompts and seeds.
     """
     full_nll = likelihoods[FULL].nll if FULL in likelihoods else None
     full_right_by = {rule: _right(judged.get(FULL), rule) for rule in RULES}
@@ -49,7 +52,9 @@ def summarise(
                 record[rule] = _list(share(sum(right), len(right)))
                 if full_right and len(full_right) == len(right):
                     record[f"{rule}_over_full"] = _list(mean(np.subtract(right, full_right).tolist()))
+            record["objects"] = _list(mean([v["objects_seen"] for v in verdicts["verdicts"]]))
             record["categories"] = _by_category(verdicts, "correct")
+            record["categories_whole"] = _by_category(verdicts, "whole")
             record["categories_present"] = _by_category(verdicts, "present")
             record["geneval"] = _geneval(record["categories_present"])
             record["frechet"] = verdicts["frechet"]
@@ -117,29 +122,31 @@ def markdown(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], 
 def _pictures_table(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     shown = [r for r in records if "correct" in r]
     categories = list(shown[0]["categories"])
-    totals_head = [name for rule in ("all right", "there") for name in (rule, "less than full")]
-    head = ["preset", "budget", *totals_head, *categories, "Fréchet"]
+    totals_head = [name for rule in RULES.values() for name in (rule, "less than full")]
+    head = ["preset", "budget", *totals_head, "objects", *categories, "Fréchet"]
     rows = []
     for r in shown:
         totals = []
         for rule in RULES:
             over = r.get(f"{rule}_over_full") if r["name"] != FULL else None
             totals += [Estimate(*r[rule]).text(1, 100), Estimate(*over).text(1, 100) if over else ""]
-        pairs = [(r["categories"][c][0], r["categories_present"][c][0]) for c in categories]
+        by_category = [r["categories"], r["categories_whole"], r["categories_present"]]
         rows.append(
             [
                 r["preset"],
                 _budget(r),
                 *totals,
-                *(f"{100 * strict:.0f} / {100 * there:.0f}" for strict, there in pairs),
+                f"{r['objects'][0]:.2f}",
+                *(" / ".join(f"{100 * by[c][0]:.0f}" for by in by_category) for c in categories),
                 f"{r['frechet']:.2f}" if r["frechet"] is not None else "",
             ]
         )
     note = (
         f"Percent of pictures, {settings['number']} a category, 95% intervals; differences to the full cache "
-        "are paired (same prompts, same seeds). All right: what the prompt asks for and nothing else. There: "
-        "GenEval's milder rule, what the prompt asks for, maybe more. Categories: all right / there. "
-        f"Fréchet: {EXTRACTOR}."
+        "are paired (same prompts, same seeds). All right: what the prompt asks for and nothing else. Whole: "
+        "every object is an undamaged shape, asked for or not. There: GenEval's milder rule, what the prompt "
+        "asks for, maybe more. Objects: how many a picture has, on average. Categories: all right / whole / "
+        f"there. Fréchet: {EXTRACTOR}."
     )
     return f"### Pictures\n\n{note}\n\n{_table(head, rows)}\n"
 

@@ -221,11 +221,9 @@ class Profiles:
 
 def kvcompress_calibrate(self: Any, lines: int) -> str:
     """A head profile measured with a neighbourhood of ``lines`` lines, as JSON (a worker method)."""
-    from vllm_kvcompress.heads.provide import calibrate
+    from vllm_kvcompress.models.compression import calibrate
 
-    model = self.model_runner.get_model()
-    name = Path(self.vllm_config.model_config.model).name
-    return calibrate(self.vllm_config, model, name, model.fingerprint, lines).model_dump_json()
+    return calibrate(self.vllm_config, self.model_runner.get_model(), lines).model_dump_json()
 
 
 def _write(path: Path, content: Any) -> None:

@@ -1,29 +1,83 @@
-"""One run with a full cache that says which heads look at their neighbourhood (SSD, arXiv 2510.18716).
+"""One calibration: pictures drawn with a full cache, the heads' locality, and their loss curves.
 
-The score of a head is the attention mass that its image queries give to image tokens outside their
-neighbourhood, as a share of what they give to image tokens at all, mean over prompts and queries: what
-a spatial head would lose. The neighbourhood is the ``recent`` window in raster order. The model draws
-the prompts by itself, without vLLM's scheduler: it has to be known which heads are which before vLLM
-can be told how much memory a picture takes.
+The locality score of a head (SSD, arXiv 2510.18716) is the attention mass that its image queries give to
+image tokens outside their neighbourhood, as a share of what they give to image tokens at all, mean over
+prompts and queries: what a spatial head would lose. The neighbourhood is the ``recent`` window in raster
+order. Loss curves are `vllm_kvcompress.heads.losses`; they are measured on the pictures drawn here.
+
+The model draws by itself, without vLLM's scheduler: it has to be known which heads are which before vLLM
+can be told how much memory a picture takes. Nothing here knows what model it is (`Subject`).
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vllm_kvcompress.models.janus import JanusForImageGeneration
+from vllm_kvcompress.heads.losses import LossMeter
+from vllm_kvcompress.policy import HeadRule, Raster
 
 BRANCHES = 2
-PROMPTS = (
+DRAWN_AT_ONCE = 8
+REPLAYED_AT_ONCE = 4
+LOCALITY_PROMPTS = (
     "a red apple on a wooden table, soft morning light",
     "two green birds above a lake, mountains behind them",
     "a small blue car left of a tall white house",
     "portrait of an old sailor, oil painting, striped shirt",
 )
+"""Locality scores are measured on these, in one batch: what they say must not change with the next."""
+MORE_PROMPTS = (
+    "a big orange star on a plain white ground",
+    "three small black circles",
+    "a green cross right of a pink square",
+    "a photo of a purple triangle above a cyan circle",
+    "two red squares on a striped grey background",
+    "a photo of a bench",
+    "a photo of four books and a yellow cup",
+    "a street in the rain at night, neon signs, wet asphalt",
+)
+"""Loss curves are measured on these as well, simple and rich ones."""
+PROMPTS = LOCALITY_PROMPTS + MORE_PROMPTS
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
+
+
+@dataclass
+class Subject:
+    """What calibration asks of a loaded model whose cache has not been allocated.
+
+    Parameters
+    ----------
+    layers, kv_heads, head_size : int
+        KV heads of one branch on this rank.
+    raster : Raster
+    dtype, device
+        Of its activations.
+    step : callable
+        ``(ids [n], positions [n]) -> logits [n, vocab]`` of one token a row.
+    forward : callable
+        ``(ids [n], positions [n]) -> None``: any number of tokens, for what the recorder sees.
+    recording : callable
+        A context in which ``recorder.attend(q, k, v, layer, scale)`` does the attention, and
+        ``recorder.residual(hidden)``, where there is such a method, sees the stream after each.
+    output_weight : callable
+        layer -> ``[hidden, query heads * head_size]``.
+    """
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    raster: Raster
+    dtype: torch.dtype
+    device: torch.device
+    step: Callable[[Tensor, Tensor], Tensor]
+    forward: Callable[[Tensor, Tensor], None]
+    recording: Callable[[Any], AbstractContextManager]
+    output_weight: Callable[[int], Tensor]
 
 
 @dataclass
@@ -91,57 +145,151 @@ class FullCache:
         return self.outside / self.queries.clamp(min=1)[:, None]
 
 
+@dataclass
+class Drawn:
+    """Pictures of a batch of prompts, and what was seen while they were drawn.
+
+    ``ids``: per row the prompt and the whole picture; ``scores``: ``[layers, kv_heads]`` locality.
+    """
+
+    ids: list[list[int]]
+    scores: Tensor
+
+
 @torch.inference_mode()
-def locality_scores(
-    model: "JanusForImageGeneration",
+def draw_full(
+    subject: Subject,
     prompts: Sequence[Sequence[int]],
     neighbourhood: int,
     *,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
+    progress: Progress | None = None,
+) -> Drawn:
     """Draw a picture for each prompt with a full cache, and score the heads.
 
     Parameters
     ----------
-    model : JanusForImageGeneration
-        Loaded, with its compressed cache not yet allocated.
     prompts : sequence of token ids
         Each ends in begin-of-image.
     neighbourhood : int
         Image tokens counted as near.
-    progress : callable, optional
-        Called with (steps done, steps in all).
-
-    Returns
-    -------
-    Tensor
-        ``[layers, kv_heads]`` float64, each in [0, 1].
     """
-    cache_of = model.compressed
-    assert cache_of is not None
-    device = next(model.parameters()).device
+    device, image = subject.device, subject.raster.tokens
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    steps = int(lengths.max()) + model.image.raster.tokens - 1
-    text = model.config.get_text_config()
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    steps = int(lengths.max()) + image - 1
     full = FullCache(
-        text.num_hidden_layers, text.num_key_value_heads, head_size, steps, lengths,
-        model.image.raster.tokens, neighbourhood, model.dtype,
+        subject.layers, subject.kv_heads, subject.head_size, steps, lengths, image, neighbourhood,
+        subject.dtype,
     )  # fmt: skip
     generator = torch.Generator(device=device).manual_seed(seed)
     ids = torch.tensor([p[0] for p in prompts], device=device)
-    cache_of.recorder = full
-    try:
+    seen = [ids]
+    with subject.recording(full):
         for full.step in range(steps):
-            positions = torch.full_like(ids, full.step)
-            logits = model.compute_logits(model(ids, positions))
+            logits = subject.step(ids, torch.full_like(ids, full.step))
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator).flatten()
             given = [p[full.step + 1] if full.step + 1 < len(p) else -1 for p in prompts]
             forced = torch.tensor(given, device=device)
             ids = torch.where(forced >= 0, forced, drawn)
+            seen.append(ids)
             if progress is not None:
                 progress(full.step + 1, steps)
-    finally:
-        cache_of.recorder = None
-    return full.scores
+    rows = torch.stack(seen, 1).tolist()
+    return Drawn([row[: len(p) + image] for row, p in zip(rows, prompts, strict=True)], full.scores)
+
+
+@torch.inference_mode()
+def measure_losses(
+    subject: Subject,
+    pictures: Sequence[tuple[int, Sequence[int]]],
+    candidates: Sequence[HeadRule],
+    progress: Progress | None = None,
+) -> Tensor:
+    """Loss curves from known pictures, replayed a few at a time.
+
+    Parameters
+    ----------
+    pictures : sequence of (int, ids)
+        Prompt tokens, and the prompt's and the picture's ids.
+
+    Returns
+    -------
+    Tensor
+        ``[layers, 2 * kv_heads, candidates]`` float64.
+    """
+    meter = LossMeter(candidates, subject.layers, BRANCHES * subject.kv_heads, subject.output_weight)
+    done = 0
+
+    class Counted:
+        """The meter, which says after each layer how far it is."""
+
+        residual = meter.residual
+
+        @staticmethod
+        def attend(*arguments: Any) -> Tensor:
+            nonlocal done
+            out = meter.attend(*arguments)
+            done += 1
+            if progress is not None:
+                progress(done, batches * subject.layers)
+            return out
+
+    batches = -(-len(pictures) // REPLAYED_AT_ONCE)
+    for first in range(0, len(pictures), REPLAYED_AT_ONCE):
+        part = pictures[first : first + REPLAYED_AT_ONCE]
+        steps = max(len(ids) for _, ids in part)
+        rows = torch.tensor(
+            [[*ids, *[ids[0]] * (steps - len(ids))] for _, ids in part], device=subject.device
+        )
+        meter.begin(torch.tensor([prefix for prefix, _ in part], device=subject.device))
+        with subject.recording(Counted):
+            subject.forward(rows.flatten(), torch.arange(steps, device=subject.device).repeat(len(part)))
+    return meter.curves
+
+
+def measure(
+    subject: Subject,
+    encode: Callable[[str], list[int]],
+    lines: int,
+    candidates: Sequence[HeadRule],
+    progress: Callable[[str, int, int], None],
+) -> tuple[Tensor, Tensor]:
+    """Draw the built-in prompts, then measure the heads on what was drawn.
+
+    Parameters
+    ----------
+    encode : callable
+        A text -> the ids of its prompt.
+    lines : int
+        Lines that count as near in the locality scores.
+    progress : callable
+        Called with (what is being done, steps done, steps in all).
+
+    Returns
+    -------
+    Tensor, Tensor
+        ``[layers, kv_heads]`` locality scores of `LOCALITY_PROMPTS`; ``[layers, 2 * kv_heads, candidates]``
+        losses. float64.
+    """
+    prompts = [encode(text) for text in PROMPTS]
+    first = len(LOCALITY_PROMPTS)
+    rest = [prompts[n : n + DRAWN_AT_ONCE] for n in range(first, len(prompts), DRAWN_AT_ONCE)]
+    batches = [prompts[:first], *rest]
+    per_batch = [max(map(len, batch)) + subject.raster.tokens - 1 for batch in batches]
+    before, found = 0, []
+    for seed, (batch, steps) in enumerate(zip(batches, per_batch, strict=True)):
+
+        def told(done: int, _: int, before: int = before) -> None:
+            progress("drawing", before + done, sum(per_batch))
+
+        found.append(draw_full(subject, batch, lines * subject.raster.width, seed=seed, progress=told))
+        before += steps
+    pictures = [
+        (len(prompt), ids)
+        for batch, drawn in zip(batches, found, strict=True)
+        for prompt, ids in zip(batch, drawn.ids, strict=True)
+    ]
+    losses = measure_losses(
+        subject, pictures, candidates, lambda done, total: progress("measuring", done, total)
+    )
+    return found[0].scores, losses

@@ -1,21 +1,29 @@
-"""Head profile: which KV heads are spatial, and the locality scores that say so (a small JSON file).
+"""Head profile: what was measured of a model's heads (a JSON file), from which any budget is fitted.
 
-SSD (https://arxiv.org/abs/2510.18716) splits heads by how much of their attention leaves the query's
-neighbourhood; docs/design.md, "The method", point 9, says how the score is measured here.
+Format 2 holds loss curves (`vllm_kvcompress.heads.curves`) and SSD's locality scores
+(https://arxiv.org/abs/2510.18716; docs/design.md, "The method", point 9). Format 1 had the scores only: it is
+read as what it is, and will do for presets that split heads by locality.
 """
 
+import json
 import os
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from vllm_kvcompress.heads.curves import LossCurves
+
 
 class HeadProfile(BaseModel):
-    """Locality scores of every KV head of one model.
+    """What was measured of the KV heads of one model.
 
     Parameters
     ----------
+    format : int
+        2, or 1 for a file without ``curves``.
     model : str
         Name of the model that was calibrated.
     model_hash : str
@@ -25,17 +33,24 @@ class HeadProfile(BaseModel):
     threshold : float
         A head scoring above it is semantic, the others are spatial; in [0, 1].
     prompts_hash : str
-        Fingerprint of the prompts that the scores are a mean over.
+        Fingerprint of the prompts that were drawn.
     neighbourhood : int
         Image tokens before the query, in raster order, that count as near.
     layers, kv_heads : int
         Geometry of the model.
     scores : list of list of float
         [layers][kv_heads] attention mass outside the neighbourhood, in [0, 1].
+    head_size : int, optional
+        Numbers per key; with ``dtype`` it says what a slot costs.
+    dtype : str, optional
+        Of K and V, torch's name.
+    curves : dict, optional
+        `LossCurves.dump`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    format: int = Field(default=1, ge=1, le=2)
     model: str
     model_hash: str
     metric: str
@@ -45,6 +60,9 @@ class HeadProfile(BaseModel):
     layers: int = Field(ge=1)
     kv_heads: int = Field(ge=1)
     scores: list[list[float]]
+    head_size: int | None = Field(default=None, ge=1)
+    dtype: str | None = None
+    curves: dict[str, Any] | None = None
 
     @field_validator("scores")
     @classmethod
@@ -63,7 +81,26 @@ class HeadProfile(BaseModel):
                 f"scores: {len(self.scores)} layers of {sorted(widths)} heads, but layers is {self.layers} "
                 f"and kv_heads is {self.kv_heads}"
             )
+        if self.format == 2:
+            if self.curves is None or self.head_size is None or self.dtype is None:
+                raise ValueError("curves: format 2 needs them, with head_size and dtype")
+            shape = self.loss_curves.losses.shape[:2]
+            if shape != (self.layers, 2 * self.kv_heads):
+                raise ValueError(
+                    f"curves: of {shape[0]} layers with {shape[1]} cache heads, but layers is {self.layers} "
+                    f"and kv_heads is {self.kv_heads} in two branches"
+                )
         return self
+
+    @cached_property
+    def loss_curves(self) -> LossCurves:
+        """The curves. Raises ValueError, one line, where the file has none."""
+        if self.curves is None:
+            raise ValueError(
+                "head_profile: it has locality scores only (format 1), preset fitted needs loss curves; "
+                "calibrate again, or set preset to decoupled"
+            )
+        return LossCurves.load(self.curves)
 
     def head_types(self, threshold: float | None = None) -> np.ndarray:
         """[layers, kv_heads] bool, True for spatial: score <= threshold (None: the profile's own)."""
@@ -93,8 +130,18 @@ class HeadProfile(BaseModel):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(self.model_dump_json(indent=1) + "\n")
+        part.unlink(missing_ok=True)
+        # No link that someone left under the name is followed, and nobody else reads half of it.
+        with os.fdopen(
+            os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w"
+        ) as file:
+            file.write(self._json() + "\n")
         part.replace(path)
+
+    def _json(self) -> str:
+        """A line a field, the long arrays a line each: small, and readable at its head."""
+        parts = self.model_dump(exclude_none=True, mode="json")
+        return "{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in parts.items()) + "\n}"
 
     @classmethod
     def load(cls, path: str | Path) -> "HeadProfile":

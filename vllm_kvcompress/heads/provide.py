@@ -1,29 +1,33 @@
-"""The head profile of the served model: from the file asked for, from the cache, or by calibration."""
+"""The head profile of the served model: from the file asked for, from the user's cache, or by measuring."""
 
-import hashlib
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
-from tqdm import tqdm
 from vllm import envs
 
-from vllm_kvcompress.heads.calibrate import PROMPTS, locality_scores
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.log import logger_for
 
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
-    from vllm_kvcompress.config import CompressionConfig
-    from vllm_kvcompress.models.janus import JanusForImageGeneration
-
 logger = logger_for(__name__)
 
-METRIC = "attention mass outside the neighbourhood"
 AUTO = "auto"
-_NEIGHBOURHOOD_LINES = 2  # docs/quality.md: one to four lines cost the same
-_SPATIAL_SHARE = 1 / 4  # docs/quality.md: with a third or half of the heads spatial, objects are drawn twice
+
+
+@dataclass(frozen=True)
+class ModelMark:
+    """Which model a profile is for: its name, a fingerprint of its weights, layers and KV heads."""
+
+    name: str
+    fingerprint: str
+    layers: int
+    kv_heads: int
+
+    def check(self, profile: HeadProfile) -> None:
+        """Raise ValueError, one line, unless the profile is this model's."""
+        profile.check_model("", self.fingerprint, self.layers, self.kv_heads)
 
 
 def cache_directory() -> Path:
@@ -32,75 +36,68 @@ def cache_directory() -> Path:
 
 
 def provide_profile(
-    config: "CompressionConfig", vllm_config: "VllmConfig", model: "JanusForImageGeneration"
+    source: str,
+    mark: ModelMark,
+    measure: Callable[[], HeadProfile],
+    usable: Callable[[HeadProfile], bool] = lambda profile: True,
+    again: bool = False,
 ) -> HeadProfile:
-    """The profile to split heads by.
+    """The profile to choose head types by.
+
+    Parameters
+    ----------
+    source : str
+        A file, or ``auto``: the user's cache, else measured and kept there.
+    mark : ModelMark
+    measure : callable
+        Calibrates the model.
+    usable : callable
+        Whether a cached profile will do: another version may have left it. A named one is taken as it is.
+    again : bool
+        With ``auto``, measure even if a profile is in the cache.
 
     Raises
     ------
     ValueError
-        One line: a file that can't be read or was made for another model.
+        One line: a named file that can't be read or was made for another model. What is wrong with a cached
+        one, or with the cache, is a warning.
     """
-    text = model.config.get_text_config()
-    name = Path(vllm_config.model_config.model).name
-    mark = model.fingerprint
-    geometry = (text.num_hidden_layers, text.num_key_value_heads)
-    if config.head_profile != AUTO:
-        profile = HeadProfile.load(config.head_profile)
-        profile.check_model("", mark, *geometry)
+    if source != AUTO:
+        profile = HeadProfile.load(source)
+        mark.check(profile)
         return profile
-    path = cache_directory() / f"{name}-{mark}.json"
-    if path.exists() and not config.recalibrate:
-        profile = HeadProfile.load(path)
-        profile.check_model("", mark, *geometry)
-        # A version with another default left it here; a threshold of one's own is set in the configuration.
-        if abs(profile.threshold - default_threshold(torch.tensor(profile.scores))) < 1e-5:
-            logger.info("Head profile: %s", path)
-            return profile
-    profile = calibrate(vllm_config, model, name, mark)
-    profile.save(path)
-    logger.info("Head profile calibrated on %d prompts, kept in %s", len(PROMPTS), path)
+    path = cache_directory() / f"{mark.name}-{mark.fingerprint}.json"
+    if not again and (cached := _cached(path, mark)) is not None and usable(cached):
+        logger.info("Head profile: %s", path)
+        return cached
+    profile = measure()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _check_private(path.parent)
+        profile.save(path)
+    except (OSError, ValueError) as error:
+        logger.warning("Head profile calibrated; not kept for the next start: %s", error)
+    else:
+        logger.info("Head profile calibrated, kept in %s", path)
     return profile
 
 
-def default_threshold(scores: torch.Tensor) -> float:
-    """The score up to which heads are spatial: SSD does not publish one, so a fixed share of them is."""
-    return float(scores.flatten().quantile(_SPATIAL_SHARE).clamp(0, 1))
+def _cached(path: Path, mark: ModelMark) -> HeadProfile | None:
+    """The profile that is there, if it can be trusted and read and is this model's."""
+    try:
+        if not path.exists():
+            return None
+        _check_private(path.parent)
+        profile = HeadProfile.load(path)
+        mark.check(profile)
+    except (OSError, ValueError) as error:
+        logger.warning("Cached head profile set aside, the heads are measured again: %s", error)
+        return None
+    return profile
 
 
-def calibrate(
-    vllm_config: "VllmConfig",
-    model: "JanusForImageGeneration",
-    name: str,
-    mark: str,
-    lines: int = _NEIGHBOURHOOD_LINES,
-) -> HeadProfile:
-    """Draw the built-in prompts with a full cache and measure the heads; near is ``lines`` lines."""
-    from vllm.forward_context import set_forward_context
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    from vllm_kvcompress.models.prompt import image_prompt_ids
-
-    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
-    prompts = [image_prompt_ids(tokenizer, model.image, text) for text in PROMPTS]
-    neighbourhood = lines * model.image.raster.width
-    bar = tqdm(desc="Calibrating attention heads", unit="step", leave=False)
-
-    def progress(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    with bar, set_forward_context(None, vllm_config, num_tokens=len(prompts)):
-        scores = locality_scores(model, prompts, neighbourhood, progress=progress)
-    text = model.config.get_text_config()
-    return HeadProfile(
-        model=name,
-        model_hash=mark,
-        metric=METRIC,
-        threshold=default_threshold(scores),
-        prompts_hash=hashlib.sha256("\n".join(PROMPTS).encode()).hexdigest()[:16],
-        neighbourhood=neighbourhood,
-        layers=text.num_hidden_layers,
-        kv_heads=text.num_key_value_heads,
-        scores=scores.clamp(0, 1).tolist(),
-    )
+def _check_private(folder: Path) -> None:
+    """Raise ValueError, one line, if others can write there: a planted profile changes pictures."""
+    status = folder.stat()
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in (0, os.geteuid()):
+        raise ValueError(f"{folder} can be written by others; chmod go-w, or set VLLM_CACHE_ROOT")

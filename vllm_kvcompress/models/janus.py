@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.utils import maybe_prefix
-from vllm.sequence import IntermediateTensors
 
 from vllm_kvcompress.attention.layer import attention_layer
-from vllm_kvcompress.cache.plan import plan_layout
 from vllm_kvcompress.cache.store import CompressedCache
 from vllm_kvcompress.config import is_compressed
 from vllm_kvcompress.guidance import (
@@ -37,9 +36,12 @@ from vllm_kvcompress.guidance import (
     unconditional_ids,
     unpack_scale,
 )
+from vllm_kvcompress.models.compression import plan_cache
 from vllm_kvcompress.models.registry import image_model_of
 from vllm_kvcompress.models.vq import VQDecoder
 from vllm_kvcompress.models.weights import load_weights
+from vllm_kvcompress.plugin import prepare_cpu
+from vllm_kvcompress.requests_v1 import hear_token_rows
 from vllm_kvcompress.sampling import mark
 
 BRANCHES = 2
@@ -128,21 +130,15 @@ class BranchedLlama(LlamaModel):
         self,
         input_ids: Tensor | None,
         positions: Tensor,
-        intermediate_tensors: IntermediateTensors | None,
+        intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
         **extra: Any,
-    ) -> Tensor | IntermediateTensors:
-        """``positions`` ``[tokens]``, ``inputs_embeds`` ``[tokens, 2 * hidden]`` -> ``[tokens, 2 * hidden]``.
-
-        Between pipeline stages the rows stay ``[2 * tokens, hidden]``.
-        """
-        if inputs_embeds is not None:
-            inputs_embeds = inputs_embeds.view(-1, self.config.hidden_size)
+    ) -> Tensor:
+        """``positions`` ``[tokens]``; ``inputs_embeds`` ``[tokens, 2 * hidden]``, and the same comes out."""
+        assert inputs_embeds is not None
         hidden: Any = super().forward(
-            input_ids, positions.repeat_interleave(BRANCHES), intermediate_tensors, inputs_embeds, **extra
+            None, positions.repeat_interleave(BRANCHES), None, inputs_embeds.view(-1, self.config.hidden_size)
         )
-        if isinstance(hidden, IntermediateTensors):
-            return hidden
         return hidden.view(positions.shape[0], -1)
 
 
@@ -156,6 +152,10 @@ class JanusForImageGeneration(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        if vllm_config.parallel_config.use_ubatching:
+            raise ValueError("image models do not run in micro-batches: drop --enable-dbo and --ubatch-size")
+        if vllm_config.device_config.device_type == "cpu":
+            prepare_cpu()
         config = vllm_config.model_config.hf_config
         text = config.get_text_config()
         self.config = config
@@ -164,7 +164,7 @@ class JanusForImageGeneration(nn.Module):
         self.dtype: torch.dtype = torch.get_default_dtype()  # what vLLM loads the model in
         self.fingerprint = ""  # of the weights, set when they are loaded
         self.compressed = (
-            CompressedCache(vllm_config, lambda config: plan_layout(config, self))
+            CompressedCache(vllm_config, lambda config: plan_cache(config, self))
             if is_compressed(vllm_config)
             else None
         )
@@ -194,7 +194,11 @@ class JanusForImageGeneration(nn.Module):
             else None
         )
         self.vq = VQDecoder(config.vq_config, self.image.raster)
-        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        self._v2 = vllm_config.use_v2_model_runner
+        if not self._v2:
+            for layer in self.modules():
+                if isinstance(layer, Attention):
+                    hear_token_rows(layer, self.rows)
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -214,42 +218,45 @@ class JanusForImageGeneration(nn.Module):
         self,
         input_ids: Tensor,
         positions: Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Tensor | IntermediateTensors:
-        """Both branches of every token. ``input_ids``, ``positions``: ``[tokens]``."""
+        intermediate_tensors: None = None,
+        inputs_embeds: None = None,
+    ) -> Tensor:
+        """Both branches of every token. ``input_ids``, ``positions``: ``[tokens]``.
+
+        The other arguments are vLLM's; nothing comes in them, as the model has no pipeline stages and takes
+        no embeddings.
+        """
         token_rows = self._token_rows(input_ids)
-        embeds = None
-        if get_pp_group().is_first_rank:
-            uncond = unconditional_ids(input_ids, positions, self.image)
-            if self._full_graphs or self.rows.negatives:  # a graph holds it for the rows to come
-                uncond = splice_negatives(uncond, input_ids, positions, token_rows, self.rows)
-            embeds = self.embed_input_ids(torch.stack([input_ids, uncond], 1).flatten())
-            embeds = self._in_place(embeds.view(input_ids.shape[0], -1))
-        hidden = self.language_model(None, positions, intermediate_tensors, embeds)
-        if not get_pp_group().is_last_rank:
-            return hidden
+        uncond = unconditional_ids(input_ids, positions, self.image)
+        if self._full_graphs or self.rows.negatives:  # a graph holds it for the rows to come
+            uncond = splice_negatives(uncond, input_ids, positions, token_rows, self.rows)
+        embeds = self.embed_input_ids(torch.stack([input_ids, uncond], 1).flatten())
+        embeds = self._in_place(embeds.view(input_ids.shape[0], -1))
+        hidden = self.language_model(None, positions, None, embeds)
         draws = (input_ids == self.image.boi) | (input_ids >= self.image.text_vocab)
         scale = torch.where(draws, self.rows.scale[token_rows], TEXT_ROW)
         return torch.cat([hidden, pack_scale(scale, hidden.dtype)], dim=-1)
 
     def _in_place(self, embeds: Tensor) -> Tensor:
-        """The same values where piecewise CUDA graphs expect their input: always at one address."""
-        if self._embeds is None:
+        """The same values where piecewise CUDA graphs expect their input: always at one address.
+
+        More tokens than vLLM schedules in a step (calibration, replays) are of no graph and stay as they are.
+        """
+        if self._embeds is None or len(embeds) > len(self._embeds):
             return embeds
         held = self._embeds[: embeds.shape[0]]
         return held.copy_(embeds)
 
     def _token_rows(self, input_ids: Tensor) -> Tensor:
-        """``[tokens]`` int64: the batch row of each token."""
-        tokens = torch.arange(input_ids.shape[0], device=input_ids.device)
-        metadata = get_forward_context().attn_metadata
-        if not isinstance(metadata, dict) or not metadata:
-            return tokens.clamp_(max=len(self.rows.scale) - 1)
-        any_layer: Any = next(iter(metadata.values()))
-        starts = any_layer.query_start_loc
-        # Also right in a pure decode step, where starts is 0, 1, 2, ...
-        return torch.searchsorted(starts[1:], tokens, right=True).clamp_(max=len(self.rows.scale) - 1)
+        """``[tokens]`` int64: the batch row of each token, as the runner has told; one each outside steps."""
+        tokens = input_ids.shape[0]
+        metadata: Any = get_forward_context().attn_metadata
+        if not metadata:
+            rows = torch.arange(tokens, device=input_ids.device)
+            return rows.clamp_(max=len(self.rows.scale) - 1)
+        if self.compressed is not None and not self._v2:  # our own metadata; other backends': hear_token_rows
+            self.rows.place_tokens(next(iter(metadata.values())).query_start_loc, tokens)
+        return self.rows.token_rows[:tokens]
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """``[rows, 2 * hidden + 2]`` -> float32 ``[rows, text_vocab + codes]``, or ``[rows, codes]``.

@@ -8,10 +8,14 @@ known to be affected are listed in tokenization_auto.py, ``multi_modality`` is n
 
 # ruff: noqa: RUF001 (the full-width bars are part of the tokens)
 
-import logging
+from collections.abc import Callable
+from functools import partial
+from operator import setitem
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from vllm_kvcompress.log import logger_for
+
+logger = logger_for(__name__)
 
 # The same in every family, unlike their ids: 100015 and 100002 are both the pad of some Janus.
 BOS = "<｜begin▁of▁sentence｜>"
@@ -21,16 +25,16 @@ BOI = "<begin_of_image>"
 _PROBE = "a cat on 2 mats"
 
 
-def register_tokenizer_fix() -> None:
-    """Make transformers read ``multi_modality`` tokenizers from tokenizer.json as they are.
+def tokenizer_fix() -> Callable[[], object]:
+    """What makes transformers read ``multi_modality`` tokenizers from tokenizer.json as they are.
 
-    Idempotent; a table entry, which no other model type looks at.
+    A table entry, which no other model type looks at. Raises ImportError if transformers has moved the table.
     """
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     from vllm_kvcompress.models.config import ORIGINAL_LAYOUT
 
-    TOKENIZER_MAPPING_NAMES[ORIGINAL_LAYOUT] = "TokenizersBackend"
+    return partial(setitem, TOKENIZER_MAPPING_NAMES, ORIGINAL_LAYOUT, "TokenizersBackend")
 
 
 def token_id(tokenizer: Any, token: str) -> int | None:

@@ -6,7 +6,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from vllm_kvcompress import patches
+from vllm_kvcompress import patches, plugin
 from vllm_kvcompress.config import FP8, is_compressed, parse_config
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.config import raster_of
@@ -72,6 +72,7 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
             "Image model: %d x %d tokens a picture, %d x %d pixels, image ids from %d.",
             image.raster.lines, image.raster.width, width, height, image.text_vocab,
         )  # fmt: skip
+        plugin.prepare(vllm_config)
         patches.serve_images_route()
 
 
@@ -98,9 +99,7 @@ def check_conflicts(vllm_config: "VllmConfig") -> None:
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     raster = raster_of(vllm_config.model_config.hf_config)
-    policy = parse_config(vllm_config.additional_config).policy
-    for spatial, semantic in {"profile": [(1, 1)], "semantic": [(0, 1)], "spatial": [(1, 0)]}[policy.types]:
-        policy.rules(raster, spatial, semantic)  # raises where no head could find its victims
+    parse_config(vllm_config.additional_config).policy.check(raster)
     refused = (
         (parallel.tensor_parallel_size > 1, "tensor parallelism: set --tensor-parallel-size 1"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set --pipeline-parallel-size 1"),

@@ -1,16 +1,17 @@
 """Patch 1: image requests are checked, and their length is fixed, where every front end admits requests."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 
-def apply() -> None:
-    """Wrap ``InputProcessor.process_inputs`` (vllm v1/engine/input_processor.py)."""
+def changes() -> list[Callable[[], object]]:
+    """What wraps ``InputProcessor.process_inputs`` (vllm v1/engine/input_processor.py), once."""
     from vllm.v1.engine.input_processor import InputProcessor
 
     original = InputProcessor.process_inputs
     if getattr(original, "_kvcompress", False):
-        return
+        return []
 
     @functools.wraps(original)
     def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
@@ -30,4 +31,4 @@ def apply() -> None:
         return request
 
     process_inputs._kvcompress = True  # type: ignore[attr-defined]
-    InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]
+    return [functools.partial(setattr, InputProcessor, "process_inputs", process_inputs)]

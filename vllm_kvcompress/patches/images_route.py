@@ -1,6 +1,7 @@
 """Patch 2: the images route is mounted when, and only when, the served model draws pictures."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 _served = False
@@ -12,23 +13,24 @@ def serve_images_route() -> None:
     _served = True
 
 
-def apply() -> None:
-    """Wrap ``load_endpoint_plugins`` (vllm plugins/__init__.py)."""
+def changes() -> list[Callable[[], object]]:
+    """What wraps ``load_endpoint_plugins`` (vllm plugins/__init__.py), once."""
     import vllm.plugins as plugins
 
-    original = plugins.load_endpoint_plugins
+    original: Any = plugins.load_endpoint_plugins
     if getattr(original, "_kvcompress", False):
-        return
+        return []
 
     @functools.wraps(original)
-    def load_endpoint_plugins(supported_tasks: tuple[Any, ...] | None = None) -> list[Any]:
-        loaded: list[Any] = original(supported_tasks)
+    def load_endpoint_plugins(*args: Any, **kwargs: Any) -> list[Any]:
+        loaded: list[Any] = original(*args, **kwargs)
+        supported_tasks = args[0] if args else kwargs.get("supported_tasks")
         if _served and supported_tasks is not None and "generate" in supported_tasks:
-            from vllm_kvcompress.serving.cache_usage import cache_usage
+            from vllm_kvcompress.serving.cache_usage import CacheUsage
             from vllm_kvcompress.serving.images import ImagesEndpoint
 
-            loaded = [*loaded, ImagesEndpoint(usage_extra=cache_usage)]
+            loaded = [*loaded, ImagesEndpoint(usage_extra=CacheUsage)]
         return loaded
 
     load_endpoint_plugins._kvcompress = True  # type: ignore[attr-defined]
-    plugins.load_endpoint_plugins = load_endpoint_plugins
+    return [functools.partial(setattr, plugins, "load_endpoint_plugins", load_endpoint_plugins)]

@@ -3,15 +3,27 @@
 The method is docs/design.md, "The method".
 """
 
-from vllm_kvcompress.policy.presets import DECAY, PRESETS, REFINEMENTS, HeadTypes, Policy, Preset, Score
+from vllm_kvcompress.policy.presets import (
+    AUTO,
+    DECAY,
+    PRESETS,
+    REFINEMENTS,
+    TOLERANCE,
+    HeadTypes,
+    Policy,
+    Preset,
+    Score,
+)
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.policy.rule import MAX_TYPES, HeadRule
 
 __all__ = [
+    "AUTO",
     "DECAY",
     "MAX_TYPES",
     "PRESETS",
     "REFINEMENTS",
+    "TOLERANCE",
     "HeadRule",
     "HeadTypes",
     "Policy",

@@ -2,7 +2,8 @@
 
 The method is docs/design.md, "The method". A `Policy` is one point in its space; together with a grid
 and the number of heads of each type it gives a `HeadRule` per head type, and a rule is all that the
-attention code needs to know.
+attention code needs to know. Under `fitted` every head has the rule that measured losses give it
+(`vllm_kvcompress.heads.fit`).
 
 Papers: SSD, https://arxiv.org/abs/2510.18716; LineAR, https://arxiv.org/abs/2512.04857; StreamingLLM,
 https://arxiv.org/abs/2309.17453; H2O, https://arxiv.org/abs/2306.14048.
@@ -16,7 +17,7 @@ from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.policy.rule import HeadRule
 
 Score = Literal["inter_line", "averaged", "accumulated"]
-HeadTypes = Literal["profile", "semantic", "spatial"]
+HeadTypes = Literal["profile", "semantic", "spatial", "fitted"]
 
 DECAY: dict[Score, float] = {"inter_line": 0.0, "averaged": 0.5, "accumulated": 1.0}
 """What a line's end leaves of the scores: nothing, half (an exponential average over lines), or all."""
@@ -49,7 +50,10 @@ PRESETS: dict[str, Preset] = {
     "line_ar": Preset("semantic", anchors=4),
     "ssd": Preset("profile", score="accumulated"),
     "decoupled": Preset("profile", anchors=4),
+    "fitted": Preset("fitted", anchors=4),
 }
+TOLERANCE = 0.001  # predicted loss; docs/quality.md says how it was set
+AUTO = "auto"  # as a budget: the smallest whose predicted loss is within the tolerance
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Policy:
         A name in `PRESETS`. It decides whatever is None below.
     budget : float
         Resident image slots per head as a share of the image, in (0, 1], mean over the heads, the line
-        being written included: 0.2 of 576 is 115 slots. `full` keeps everything whatever the budget.
+        being written included: 0.2 of 576 is 115 slots. `full` keeps everything whatever the budget; under
+        `fitted` "auto" takes the smallest whose predicted loss is within the tolerance.
     spatial_tokens : int, optional
         Resident image slots of a spatial head; the semantic heads get the rest. None: the preset's
         number of lines (three) beside the anchors, at most the mean, and more only where semantic
@@ -82,8 +87,8 @@ class Policy:
     Raises ValueError, one line that names the field, for anything out of range.
     """
 
-    preset: str = "decoupled"
-    budget: float = 0.2
+    preset: str = "fitted"
+    budget: float | Literal["auto"] = 0.2
     spatial_tokens: int | None = None
     anchor_tokens: int | None = None
     recent_tokens: int | None = None
@@ -94,8 +99,12 @@ class Policy:
     stratify: bool | None = None
 
     def __post_init__(self) -> None:
-        if type(self.budget) not in (int, float) or not 0 < self.budget <= 1:  # a NaN fails the comparison
-            raise ValueError(f"budget: {self.budget!r} is not a share of the image; need 0 < budget <= 1")
+        number = type(self.budget) in (int, float) and 0 < self.budget <= 1  # type: ignore[operator]
+        if not number and (self.budget != AUTO or self.preset != "fitted"):  # a NaN fails the comparison
+            auto = ", or auto under the preset fitted" if self.budget == AUTO else ""
+            raise ValueError(
+                f"budget: {self.budget!r} is not a share of the image; need 0 < budget <= 1{auto}"
+            )
         for name in ("spatial_tokens", "anchor_tokens", "recent_tokens"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 0):
@@ -108,6 +117,13 @@ class Policy:
             if getattr(self, name) not in choices:
                 names = ", ".join(str(choice) for choice in choices if choice is not None)
                 raise ValueError(f"{name}: unknown {getattr(self, name)!r}; one of {names}")
+        fitted = ("head_types", "spatial_tokens", "anchor_tokens", "recent_tokens", "score", *REFINEMENTS)
+        for name in fitted if self.preset == "fitted" else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: preset fitted chooses every head's rule by measured losses; leave it out, or "
+                    "set preset to decoupled"
+                )
         if self.spatial_tokens is not None and self.types != "profile":
             raise ValueError(f"spatial_tokens: all heads are {self.types}, nothing to share; set budget")
         for name in ("recent_tokens", "score", *REFINEMENTS) if self.types == "spatial" else ():
@@ -127,9 +143,24 @@ class Policy:
 
     def slots(self, raster: Raster) -> int:
         """The budget in slots: resident image slots per head, mean over the heads."""
-        if not PRESETS[self.preset].evicts:
+        if not PRESETS[self.preset].evicts or self.budget == AUTO:
             return raster.tokens
+        assert not isinstance(self.budget, str)
         return math.floor(self.budget * raster.tokens + 1e-9)
+
+    def check(self, raster: Raster) -> None:
+        """Raise ValueError, one line, where no heads could find their victims on this grid."""
+        if self.types == "fitted":
+            mean, line, image = self.slots(raster), raster.width, raster.tokens
+            if mean < line:
+                least = math.ceil(line / image * 1e4) / 1e4
+                raise ValueError(
+                    f"budget: budget {self.budget:g} of {image} tokens is {mean} slots per head, {line} "
+                    f"needed (a line of {line}); set budget to at least {least:g}"
+                )
+            return
+        for heads in {"profile": [(1, 1)], "semantic": [(0, 1)], "spatial": [(1, 0)]}[self.types]:
+            self.rules(raster, *heads)
 
     def rules(
         self, raster: Raster, n_spatial: int, n_semantic: int
@@ -149,6 +180,8 @@ class Policy:
         ValueError
             One line that names the field, the numbers and what would work.
         """
+        if self.types == "fitted":
+            raise ValueError("preset: fitted has no two rules; vllm_kvcompress.heads.fit gives its types")
         preset, line, image = PRESETS[self.preset], raster.width, raster.tokens
         if min(n_spatial, n_semantic) < 0 or n_spatial + n_semantic < 1:
             raise ValueError(f"head_types: {n_spatial} spatial, {n_semantic} semantic; need a head")

@@ -83,6 +83,11 @@ class HeadRule:
         """Whether the rule needs a score at all."""
         return self.evicts and not self.ring
 
+    @property
+    def name(self) -> str:
+        """What the log and the pictures call it: ``full``, ``ring 28`` or ``scored 148``."""
+        return f"{'ring' if self.ring else 'scored'} {self.capacity}" if self.evicts else "full"
+
     def resident(self, drawn: int) -> int:
         """Image slots in use once ``drawn`` tokens have been written."""
         return min(drawn, self.capacity)
@@ -94,6 +99,13 @@ class HeadRule:
         if not self.ring:
             raise ValueError(f"token {token} of a semantic head of {self.capacity} slots goes into a victim")
         return self.anchors + (token - self.anchors) % (self.capacity - self.anchors)
+
+    def held(self, drawn: int) -> list[int]:
+        """The tokens in the slots once ``drawn`` have been written: of a ring, or a head not yet full."""
+        tokens = list(range(self.resident(drawn)))
+        for token in range(max(self.capacity, drawn - self.capacity), drawn):
+            tokens[self.slot(token)] = token
+        return tokens
 
     def free(self, drawn: int) -> int:
         """Image slots never written to once ``drawn`` tokens have been."""

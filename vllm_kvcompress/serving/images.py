@@ -25,6 +25,7 @@ from vllm.utils import random_uuid
 
 from vllm_kvcompress.serving.painter import Job, NegativeIds, Painter, Picture, PromptIds
 from vllm_kvcompress.serving.protocol import (
+    MAX_BODY_BYTES,
     CompletedEvent,
     EncodedPicture,
     ImageRequest,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 PATH = "/v1/images/generations"
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody receives it, but logs and metrics show it
+MAX_REQUEST_ID = 128  # characters; it is in the names of all pictures, and in the log
 
 # The engine's last output of each picture -> what ``usage.kv_cache`` says of them
 UsageExtra = Callable[[Sequence["RequestOutput"]], Awaitable[dict[str, Any] | None]]
@@ -57,7 +59,8 @@ class ImagesEndpoint:
     image_model, prompt_ids, negative_ids
         What to serve and how to tokenize for it; by default, what the engine serves.
     usage_extra
-        Called with each finished request's outputs; what it returns is ``usage.kv_cache``.
+        Called with the engine at the server's start. What it returns is called with each finished request's
+        outputs, and what that returns is ``usage.kv_cache``.
     """
 
     name = "kvcompress"
@@ -69,12 +72,13 @@ class ImagesEndpoint:
         image_model: "ImageModel | None" = None,
         prompt_ids: PromptIds | None = None,
         negative_ids: NegativeIds | None = None,
-        usage_extra: UsageExtra | None = None,
+        usage_extra: "Callable[[EngineClient], UsageExtra] | None" = None,
     ) -> None:
         self._image_model = image_model
         self._prompt_ids = prompt_ids
         self._negative_ids = negative_ids
-        self._usage_extra = usage_extra
+        self._make_usage_extra = usage_extra
+        self._usage_extra: UsageExtra | None = None
         self._painter: Painter | None = None
 
     def attach_router(self, app: FastAPI) -> None:
@@ -99,6 +103,7 @@ class ImagesEndpoint:
                 },
                 HTTPStatus.BAD_REQUEST.value: error,
                 HTTPStatus.NOT_FOUND.value: error,
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE.value: error,
                 HTTPStatus.INTERNAL_SERVER_ERROR.value: error,
                 HTTPStatus.SERVICE_UNAVAILABLE.value: error,
             },
@@ -117,6 +122,8 @@ class ImagesEndpoint:
 
             self._prompt_ids = self._prompt_ids or image_prompt_ids
             self._negative_ids = self._negative_ids or negative_ids
+        if self._make_usage_extra is not None:
+            self._usage_extra = self._make_usage_extra(engine_client)
         self._models = state.openai_serving_models
         self._keep_alive = float(getattr(args, "sse_keep_alive_interval", 0))
         self._painter = Painter(engine_client, self._image_model, self._prompt_ids, self._negative_ids)
@@ -130,19 +137,22 @@ class ImagesEndpoint:
         if self._painter is None:
             raise NotImplementedError("this server has no engine to draw pictures with")
         try:
-            body = await raw_request.body()
+            body = await _body(raw_request)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
+        if body is None:
+            message = f"the body has more than {MAX_BODY_BYTES} bytes: shorten it"
+            return _error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "RequestTooLargeError", "body", message)
         request = parse_request(raw_request.headers.get("content-type", ""), body)
         if (error := self._unknown_model(request.model)) is not None:
-            return JSONResponse(error.model_dump(), status_code=error.error.code)
+            return error
         response = await until_disconnect(
             raw_request.receive, self._respond(self._painter, request, raw_request)
         )
         return Response(status_code=CLIENT_CLOSED_REQUEST) if response is None else response
 
     async def _respond(self, painter: Painter, request: ImageRequest, raw_request: Request) -> Response:
-        request_id = raw_request.headers.get("X-Request-Id") or random_uuid()
+        request_id = raw_request.headers.get("X-Request-Id", "")[:MAX_REQUEST_ID] or random_uuid()
         # vLLM's exception handlers log it.
         raw_request.state.request_metadata = RequestResponseMetadata(request_id=request_id)
         trace_headers = None
@@ -171,17 +181,32 @@ class ImagesEndpoint:
             len(job.prompt_ids), len(pictures) * self._painter.model.raster.tokens, kv_cache
         )
 
-    def _unknown_model(self, name: str | None) -> ErrorResponse | None:
+    def _unknown_model(self, name: str | None) -> JSONResponse | None:
         """The names that vLLM's other routes know, without adapters: the model has none."""
         if not name or envs.VLLM_SKIP_MODEL_NAME_VALIDATION or self._models.is_base_model(name):
             return None
         served = ", ".join(path.name for path in self._models.base_model_paths)
-        return create_error_response(
-            f"The model `{name[:200]}` does not exist. Valid aliases: {served}.",
-            err_type="NotFoundError",
-            status_code=HTTPStatus.NOT_FOUND,
-            param="model",
-        )
+        message = f"The model `{name[:200]}` does not exist. Valid aliases: {served}."
+        return _error(HTTPStatus.NOT_FOUND, "NotFoundError", "model", message)
+
+
+def _error(status: HTTPStatus, kind: str, parameter: str, message: str) -> JSONResponse:
+    """An answer in vLLM's shape, of a status that no exception of vLLM's stands for."""
+    error = create_error_response(message, err_type=kind, status_code=status, param=parameter)
+    return JSONResponse(error.model_dump(), status_code=status)
+
+
+async def _body(raw_request: Request) -> bytes | None:
+    """The request's body, or None if it has more than MAX_BODY_BYTES: no more than that is read."""
+    declared = raw_request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > MAX_BODY_BYTES):
+        return None
+    body = bytearray()
+    async for chunk in raw_request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            return None
+    return bytes(body)
 
 
 async def _whole(painter: Painter, job: Job, index: int) -> Picture:

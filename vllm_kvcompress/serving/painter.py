@@ -1,8 +1,8 @@
 """From a checked request to encoded pictures, through vLLM's engine client.
 
 Three resources, none of which may wait for another: the engine draws tokens for all pictures at once;
-its worker turns codes into pixels between two steps, one picture at a time; threads of this process
-tokenize prompts and encode files.
+its worker turns codes into pixels between two steps; threads of this process tokenize prompts and encode
+files.
 """
 
 import asyncio
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm import SamplingParams
 from vllm.exceptions import GenerationError, VLLMError
-from vllm.logger import init_logger
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils import random_uuid
 
-from vllm_kvcompress.serving.encode import Pixels, encode_base64
+from vllm_kvcompress.guidance import GUIDANCE_SCALE, NEGATIVE_IDS
+from vllm_kvcompress.log import logger_for
+from vllm_kvcompress.serving.decoder import Decoder
+from vllm_kvcompress.serving.encode import encode_base64
 from vllm_kvcompress.serving.protocol import MAX_SEED, BadParameter, ImageRequest
 
 if TYPE_CHECKING:
@@ -26,13 +28,12 @@ if TYPE_CHECKING:
 
     from vllm_kvcompress.models.config import ImageModel
 
-DECODE_METHOD = "kvcompress_decode_image"
 # (tokenizer, image model, text) -> ids that end in begin-of-image
 PromptIds = Callable[[Any, "ImageModel", str], list[int]]
 # (tokenizer, image model, text, length) -> ids of exactly that length; ValueError when it does not fit
 NegativeIds = Callable[[Any, "ImageModel", str, int], list[int]]
 
-logger = init_logger(__name__)
+logger = logger_for(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Painter:
         self._negative_ids = negative_ids
         # vLLM's own, which is safe to use from several threads.
         self._tokenizer = engine.renderer.get_tokenizer()
-        self._decoding = asyncio.Lock()
+        self._decoder = Decoder(engine)
 
     @property
     def size(self) -> str:
@@ -115,9 +116,9 @@ class Painter:
                 f"but the context holds {context}",
             )
         scale = self.model.guidance_scale if request.guidance_scale is None else request.guidance_scale
-        extra_args: dict[str, Any] = {"guidance_scale": scale}
+        extra_args: dict[str, Any] = {GUIDANCE_SCALE: scale}
         if request.negative_prompt:
-            extra_args["negative_prompt_token_ids"] = await self._tokenized(
+            extra_args[NEGATIVE_IDS] = await self._tokenized(
                 "negative_prompt", self._negative_ids, request.negative_prompt, len(prompt_ids)
             )
         self.engine.check_admission(request.n)
@@ -149,7 +150,7 @@ class Painter:
             async for output in outputs:
                 codes += self._codes(output)
                 lines = len(codes) // raster.width
-                if output.finished or not due or lines < due[0] or self._decoding.locked():
+                if output.finished or not due or lines < due[0] or self._decoder.busy:
                     continue
                 due = [line for line in due if line > lines]
                 yield Picture(await self._picture(codes[: lines * raster.width], job.request))
@@ -204,7 +205,7 @@ class Painter:
 
     async def _picture(self, codes: list[int], request: ImageRequest) -> str:
         try:
-            pixels = await self._decode(codes)
+            pixels = await self._decoder.decode(codes)
             return await asyncio.to_thread(
                 encode_base64,
                 pixels,
@@ -217,17 +218,3 @@ class Painter:
         except Exception as error:
             logger.exception("A picture could not be decoded")
             raise GenerationError("the picture could not be decoded") from error
-
-    async def _decode(self, codes: list[int]) -> Pixels:
-        """Pixels of whole lines.
-
-        The engine draws no tokens while it decodes, so there is one call in flight: between two
-        pictures that are ready at the same time, the others get their steps.
-        """
-        await self._decoding.acquire()
-        call = asyncio.ensure_future(self.engine.collective_rpc(DECODE_METHOD, args=(codes,)))
-        # A worker can't be interrupted: if this task is cancelled, the call still runs, and holds the lock.
-        call.add_done_callback(lambda _: self._decoding.release())
-        workers = await asyncio.shield(call)
-        (decoded,) = [pixels for pixels in workers if pixels is not None]
-        return Pixels(*decoded)

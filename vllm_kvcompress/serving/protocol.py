@@ -16,15 +16,18 @@ refused                ``response_format`` ``url``; ``background`` ``transparent
 """
 
 import json
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
-from typing_extensions import Self
 from vllm.exceptions import VLLMValidationError
+
+from vllm_kvcompress.guidance import MAX_SCALE
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 MAX_PROMPT_CHARACTERS = 32_000  # OpenAI's limit; also bounds the time spent in the tokenizer
 MAX_SEED = 2**63 - 1
+# Two texts of 32,000 characters, each escaped as \uXXXX, twice over for those beyond the basic plane.
+MAX_BODY_BYTES = 2**20
 
 # What to do instead, for values and names that clients of other servers are likely to send.
 _HINTS = {
@@ -82,7 +85,7 @@ class ImageRequest(BaseModel):
         description="Makes pictures reproducible: picture i of n, from 0, is the one that seed + i draws.",
     )
     guidance_scale: FiniteFloat | None = Field(
-        None, ge=0, le=100, description="Classifier-free guidance; 1 is none. Default: the model's."
+        None, ge=0, le=MAX_SCALE, description="Classifier-free guidance; 1 is none. Default: the model's."
     )
     temperature: FiniteFloat = Field(1.0, ge=0, le=2, description="0 is greedy.")
     top_k: int = Field(0, ge=-1, description="Draw among the k likeliest codes; 0 or -1: among all.")

@@ -10,13 +10,13 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve import create_error_response
 from vllm.exceptions import VLLMError
-from vllm.logger import init_logger
 
+from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.serving.painter import Job, Painter, Picture
 from vllm_kvcompress.serving.protocol import CompletedEvent, ImagesUsage, PartialImageEvent
 from vllm_kvcompress.serving.tasks import until_disconnect
 
-logger = init_logger(__name__)
+logger = logger_for(__name__)
 
 
 def _event(name: str, data: dict[str, Any]) -> str:

@@ -1,0 +1,124 @@
+"""``vllm-kvcompress doctor``: what it finds is what is there."""
+
+import inspect
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_kvcompress import __version__, cli, doctor, plugin
+from vllm_kvcompress.attention import cpu
+from vllm_kvcompress.heads import provide
+from vllm_kvcompress.models import vllm_config
+
+
+def found(subject: str) -> list[str]:
+    """What the report says of a subject."""
+    return [line.removeprefix(f"{subject}: ") for line in doctor.report() if line.startswith(f"{subject}: ")]
+
+
+def test_report_on_the_command_line() -> None:
+    result = CliRunner().invoke(cli.app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines == doctor.report()
+    assert [line.split(": ")[0] for line in lines if not line.startswith("refused")] == [
+        "vllm-kvcompress", "Python", "vLLM", "plugin", "device", "model runner", "kernels", "CPU library",
+        "logits", "head profiles",
+    ]  # fmt: skip
+    assert "not to be found out" not in result.stdout
+    assert lines[0].startswith(f"vllm-kvcompress: {__version__}, in ")
+    assert found("plugin") == ["fits this vLLM"]
+    assert found("Python") == [sys.version.split()[0]]
+
+
+def test_vllm_that_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    assert found("vLLM") == [f"{vllm.__version__}, tested"]
+    monkeypatch.setattr(vllm, "__version_tuple__", (0, 99, 0))
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    [line] = found("vLLM")
+    assert "0.99.0" in line
+    assert plugin.REQUIREMENT in line
+
+
+def test_plugin_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.transformers_utils import config
+
+    monkeypatch.delattr(config, "_CONFIG_REGISTRY")
+    [line] = found("plugin")
+    assert "_CONFIG_REGISTRY" in line
+    assert plugin.REQUIREMENT in line
+
+
+def test_plugin_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert found("plugin") == ["left out by VLLM_PLUGINS=other: add kvcompress"]
+    monkeypatch.setenv("VLLM_PLUGINS", "other,kvcompress")
+    assert found("plugin") == ["fits this vLLM"]
+
+
+@pytest.mark.parametrize(("value", "runner"), [("0", "V1"), ("1", "V2")])
+def test_model_runner(monkeypatch: pytest.MonkeyPatch, value: str, runner: str) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", value)
+    assert found("model runner") == [f"{runner}, set by VLLM_USE_V2_MODEL_RUNNER"]
+
+
+def test_kernels_of_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "_device_type", lambda: "cpu")
+    monkeypatch.setattr(cpu, "isa", lambda: "avx2")
+    assert found("kernels") == ["cpu (avx2)"]
+    assert found("CPU library") == ["there, and runs with avx2"]
+    assert not any("cpu kernels" in line for line in found("refused"))
+    monkeypatch.setattr(cpu, "isa", lambda: None)
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_kernels.so")
+    assert found("kernels") == ["torch, the reference: many times slower"]
+    assert found("CPU library")[0].startswith("_kernels.so was not built: install a C++ compiler")
+    assert any("cpu kernels" in line and "not built" in line for line in found("refused"))
+    cpu.LIBRARY.touch()
+    assert found("CPU library")[0].startswith("_kernels.so is of another version, or can't be loaded")
+
+
+def test_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_device_type", lambda: "cuda")
+    assert found("kernels") == ["triton"]
+    assert any("cpu kernels can't be used, the cache is on cuda" in line for line in found("refused"))
+
+
+def test_logits_where_another_package_looks_at_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found("logits") == ["of image codes alone, while all requests draw"]
+
+    def entry_points(**wanted: Any) -> list[EntryPoint]:
+        return [EntryPoint("watermark", "other:Processor", wanted["group"])]
+
+    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
+    [line] = found("logits")
+    assert "whole vocabulary" in line
+    assert "watermark" in line
+
+
+def test_head_profiles_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(provide, "cache_directory", lambda: tmp_path / "a" / "b")
+    assert found("head profiles") == [f"kept in {tmp_path / 'a' / 'b'}, writable"]
+    (tmp_path / "a").touch()  # a file where a folder should be; root may write anywhere else
+    [line] = found("head profiles")
+    assert "not writable" in line
+    assert "VLLM_CACHE_ROOT" in line
+
+
+def test_what_can_not_be_found_out_is_said_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str:
+        raise OSError("no such device\nat all")
+
+    monkeypatch.setitem(doctor._SUBJECTS, "device", broken)
+    assert found("device") == ["not to be found out (OSError: no such device)"]
+    assert found("Python")
+
+
+def test_what_is_refused_is_refused_at_start_up() -> None:
+    source = inspect.getsource(vllm_config)
+    assert [name for name in doctor.REFUSED if name not in source] == []

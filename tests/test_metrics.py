@@ -1,0 +1,109 @@
+"""Counters of finished pictures: there from the start, with vLLM's labels, whatever else the process runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY, generate_latest
+from vllm.v1.metrics.prometheus import get_prometheus_registry, unregister_vllm_metrics
+
+from vllm_kvcompress.scheduler import REPORT
+from vllm_kvcompress.serving.cache_usage import CacheUsage
+
+NAMES = ("pictures_total", "kv_resident_bytes_total", "kv_full_bytes_total")
+REPORTED = {"resident_bytes": 10, "full_bytes": 40, "evicted_spatial": 3, "evicted_semantic": 2}
+
+
+def engine(name: str, ranks: list[int] | None = None) -> Any:
+    core = {} if ranks is None else {"engine_core": SimpleNamespace(engine_ranks_managed=ranks)}
+    return SimpleNamespace(model_config=SimpleNamespace(served_model_name=name), **core)
+
+
+def picture(**report: int) -> Any:
+    return SimpleNamespace(kv_transfer_params={REPORT: {**REPORTED, **report}})
+
+
+def shown(model: str) -> dict[str, float]:
+    """Values on /metrics by name, other labels after it."""
+    text = generate_latest(get_prometheus_registry()).decode()
+    found = re.findall(r"^vllm:image_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
+    values = {}
+    for name, labels, value in found:
+        parts = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        if parts.pop("model_name") == model and not name.endswith("_created"):
+            values[" ".join((name, *(f"{k}={v}" for k, v in sorted(parts.items()))))] = float(value)
+    return values
+
+
+def expected(rank: str, *values: float) -> dict[str, float]:
+    names = [f"{name} engine={rank}" for name in NAMES]
+    names += [f"kv_evicted_tokens_total engine={rank} head_type={kind}" for kind in ("spatial", "semantic")]
+    return dict(zip(names, values, strict=True))
+
+
+async def test_zero_before_the_first_picture_then_sums() -> None:
+    usage = CacheUsage(engine("first", [0]))
+    assert shown("first") == expected("0", 0, 0, 0, 0, 0)
+    answer = await usage([picture(), picture(resident_bytes=1, evicted_semantic=5)])
+    assert answer == {
+        "resident_bytes": 11,
+        "full_bytes": 80,
+        "evicted_tokens": {"spatial": 6, "semantic": 7},
+    }
+    assert shown("first") == expected("0", 2, 11, 80, 6, 7)
+
+
+async def test_another_scheduler_reports_nothing() -> None:
+    usage = CacheUsage(engine("silent", [0]))
+    assert (
+        await usage([SimpleNamespace(kv_transfer_params=None), SimpleNamespace(kv_transfer_params={})])
+        is None
+    )
+    assert shown("silent") == expected("0", 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("ranks", "label"), [([3], "3"), ([0, 1], "all"), (None, "0")])
+def test_engine_label(ranks: list[int] | None, label: str) -> None:
+    name = f"ranks {label}"
+    CacheUsage(engine(name, ranks))
+    assert shown(name) == expected(label, 0, 0, 0, 0, 0)
+
+
+async def test_a_second_engine_of_the_process_leaves_them() -> None:
+    """vLLM then unregisters all of its metrics, and all that look like them."""
+    usage = CacheUsage(engine("kept", [0]))
+    await usage([picture()])
+    unregister_vllm_metrics()
+    assert shown("kept") == expected("0", 1, 10, 40, 3, 2)
+    other = CacheUsage(engine("later", [0]))
+    await other([picture()])
+    assert shown("kept") == shown("later")
+
+
+async def test_the_registry_knows_their_names() -> None:
+    """So that a metric of the same name is refused, as ever."""
+    CacheUsage(engine("names", [0]))
+    assert "vllm:image_pictures_total" in REGISTRY._names_to_collectors
+
+
+def test_several_api_servers_add_up(tmp_path: Path) -> None:
+    """vLLM gives each of them a process, and Prometheus' files a folder."""
+    code = (
+        "import sys; from vllm_kvcompress.serving.metrics import PictureMetrics;"
+        "PictureMetrics('shared', '0').count(int(sys.argv[1]), 10, 40, {'spatial': 1});"
+        "from prometheus_client import CollectorRegistry, generate_latest, multiprocess;"
+        "registry = CollectorRegistry(); multiprocess.MultiProcessCollector(registry);"
+        "print(generate_latest(registry).decode())"
+    )
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for pictures in ("2", "3"):
+        last = subprocess.run(
+            [sys.executable, "-c", code, pictures], env=env, capture_output=True, text=True, check=True
+        )
+    assert 'vllm:image_pictures_total{engine="0",model_name="shared"} 5.0' in last.stdout
+    assert 'head_type="semantic",model_name="shared"} 0.0' in last.stdout

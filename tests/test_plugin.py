@@ -1,0 +1,163 @@
+"""What the package does to a vLLM process: all of it or nothing, and nothing to servers of other models.
+
+In processes of their own: a registration can't be taken back.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_kvcompress import plugin, worker
+
+# Everything that registration sets, as text.
+STATE = """
+import json, logging, sys
+import vllm, vllm.plugins
+vllm.plugins.plugins_loaded = True  # nothing is registered but what this script asks for
+from vllm import ModelRegistry
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.transformers_utils import config as configs
+from vllm.transformers_utils.chat_templates import registry as templates
+from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
+from vllm.v1.attention.backends.registry import _ATTN_OVERRIDES, AttentionBackendEnum, register_backend
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.worker.worker_base import WorkerBase
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+from vllm_kvcompress import plugin, worker
+
+TABLE = configs._CONFIG_REGISTRY
+lines = []
+class Kept(logging.Handler):
+    def emit(self, record):
+        lines.append(record.getMessage())
+logging.getLogger("vllm").addHandler(Kept())
+
+def state():
+    return {
+        "architectures": [name for name in ModelRegistry.models if ModelRegistry.models[name].module_name.startswith("vllm_kvcompress")],
+        "checks": [name for name, check in MODELS_CONFIG_MAP.items() if check.__module__.startswith("vllm_kvcompress")],
+        "config": "multi_modality" in TABLE,
+        "convertors": [name for name, made in MODEL_ARCH_CONFIG_CONVERTORS.items() if made.__module__.startswith("vllm_kvcompress")],
+        "template": "multi_modality" in templates._MODEL_TYPE_TO_CHAT_TEMPLATE_FALLBACK,
+        "tokenizer": "multi_modality" in TOKENIZER_MAPPING_NAMES,
+        "backend": "KVCOMPRESS" in AttentionBackendEnum.__members__,
+        "custom": _ATTN_OVERRIDES.get(AttentionBackendEnum.CUSTOM),
+        "methods": [m.__name__ for m in worker.METHODS if hasattr(WorkerBase, m.__name__)],
+        "admission": hasattr(InputProcessor.process_inputs, "_kvcompress"),
+        "route": hasattr(vllm.plugins.load_endpoint_plugins, "_kvcompress"),
+    }
+"""  # noqa: E501
+MODELS = ["MultiModalityCausalLM", "JanusForConditionalGeneration"]
+LAYOUTS = ["multi_modality", "janus"]
+NOTHING: dict[str, Any] = {
+    "architectures": [], "checks": [], "config": False, "convertors": [], "template": False,
+    "tokenizer": False, "backend": False, "custom": None, "methods": [], "admission": False, "route": False,
+}  # fmt: skip
+REGISTERED: dict[str, Any] = {
+    "architectures": MODELS, "checks": MODELS, "config": True, "convertors": LAYOUTS, "template": True,
+    "tokenizer": True, "backend": True, "custom": None, "admission": True, "route": True,
+}  # fmt: skip
+
+
+def run(script: str, *arguments: object) -> Any:
+    """The JSON that a script prints last."""
+    done = subprocess.run(
+        [sys.executable, "-c", STATE + script, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def without_methods(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name != "methods"}
+
+
+@pytest.mark.parametrize(
+    ("remove", "restore", "name"),
+    [
+        ("del configs._CONFIG_REGISTRY", "configs._CONFIG_REGISTRY = TABLE", "_CONFIG_REGISTRY"),
+        (
+            "method = InputProcessor.process_inputs; del InputProcessor.process_inputs",
+            "InputProcessor.process_inputs = method",
+            "process_inputs",
+        ),
+        # The last thing that is looked up, and one that is no import.
+        (
+            "loader = vllm.plugins.load_endpoint_plugins; del vllm.plugins.load_endpoint_plugins",
+            "vllm.plugins.load_endpoint_plugins = loader",
+            "load_endpoint_plugins",
+        ),
+    ],
+    ids=lambda value: None if " " in value else value,
+)
+def test_a_moved_name_is_one_line_and_no_change(remove: str, restore: str, name: str) -> None:
+    """And once the name is there, the next call registers everything."""
+    seen = run(f"""
+{remove}
+plugin.register()
+said = list(lines)
+{restore}
+between = state()
+plugin.register()
+plugin.register()
+print(json.dumps([said, between, state(), lines]))
+""")
+    said, between, after, lines = seen
+    [line] = said
+    assert "image models can't be served" in line
+    assert name in line
+    assert plugin.REQUIREMENT in line
+    assert between == NOTHING
+    assert without_methods(after) == REGISTERED
+    assert after["methods"] == [method.__name__ for method in worker.METHODS]
+    assert lines == said
+
+
+def test_another_packages_backend_stays_where_no_image_model_is_served(checkpoints: dict[str, Path]) -> None:
+    """The placeholder is ours while a model of ours is served with it, and only then."""
+    seen = run(
+        """
+from vllm.engine.arg_utils import EngineArgs
+register_backend(AttentionBackendEnum.CUSTOM, "other.package.Backend")
+plugin.register()
+seen = [AttentionBackendEnum.CUSTOM.get_path()]
+for backend in (None, "kvcompress"):
+    EngineArgs(model=sys.argv[1], max_model_len=128, attention_backend=backend).create_engine_config()
+    seen.append(AttentionBackendEnum.CUSTOM.get_path())
+print(json.dumps(seen))
+""",
+        checkpoints["tiny-hf"],
+    )
+    assert seen == ["other.package.Backend", "other.package.Backend", plugin.BACKEND_PATH]
+
+
+def test_requirement_is_the_packages_own() -> None:
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert plugin.REQUIREMENT in project["dependencies"]
+
+
+def test_an_untested_vllm_is_named_where_an_image_model_is_served(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import vllm
+
+    assert plugin.untested() is None
+    monkeypatch.setattr(vllm, "__version_tuple__", (0, 33, 0))
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    said = plugin.untested()
+    assert said is not None
+    assert "vLLM 0.33.0" in said
+    assert plugin.REQUIREMENT in said
+    monkeypatch.setattr("vllm_kvcompress.config.is_compressed", lambda config: False)
+    logger = logging.getLogger("vllm.kvcompress.plugin")
+    monkeypatch.setattr(logger, "propagate", False)  # whatever earlier tests made of vLLM's loggers
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    plugin.prepare(None)  # type: ignore[arg-type]
+    assert caplog.messages == [said]

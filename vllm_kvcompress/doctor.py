@@ -1,0 +1,154 @@
+"""What would run on this machine, and what would not: ``vllm-kvcompress doctor``.
+
+Nothing is started, and no model is needed.
+"""
+
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+# What --attention-backend kvcompress refuses on every machine; models/vllm_config.py says it at start-up.
+REFUSED = (
+    "tensor parallelism", "pipeline parallelism", "context parallelism", "KV connectors", "LoRA",
+    "speculative decoding",
+)  # fmt: skip
+
+
+def report() -> list[str]:
+    """One line a subject, ``subject: finding``; a subject that can't be looked into says why."""
+    lines = []
+    for subject, find in _SUBJECTS.items():
+        try:
+            findings = find()
+        except Exception as error:
+            first = next(iter(str(error).strip().splitlines()), "")
+            findings = f"not to be found out ({type(error).__name__}: {first})"
+        lines += [
+            f"{subject}: {finding}" for finding in ([findings] if isinstance(findings, str) else findings)
+        ]
+    return lines
+
+
+def _package() -> str:
+    from vllm_kvcompress import __version__
+
+    return f"{__version__}, in {Path(__file__).parent}"
+
+
+def _vllm() -> str:
+    import vllm
+
+    from vllm_kvcompress.plugin import untested
+
+    return untested() or f"{vllm.__version__}, tested"
+
+
+def _plugin() -> str:
+    from importlib.metadata import entry_points
+
+    from vllm import envs
+
+    from vllm_kvcompress.plugin import problem
+
+    if not entry_points(group="vllm.general_plugins", name="kvcompress"):
+        return "vLLM can't find it: install the package, it is not enough to have it on the path"
+    if envs.VLLM_PLUGINS is not None and "kvcompress" not in envs.VLLM_PLUGINS:
+        return f"left out by VLLM_PLUGINS={','.join(envs.VLLM_PLUGINS)}: add kvcompress"
+    return problem() or "fits this vLLM"
+
+
+def _device_type() -> str:
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type
+
+
+def _device() -> str:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda_alike():
+        return f"{_device_type() or 'none'}, {platform.machine()}, {os.cpu_count()} processors"
+    name, capability = current_platform.get_device_name(), current_platform.get_device_capability()
+    shown = "" if capability is None else f", compute capability {capability.as_version_str()}"
+    return f"{_device_type()}, {name}{shown}"
+
+
+def _runner() -> str:
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+
+    if envs.VLLM_USE_V2_MODEL_RUNNER is not None:
+        return f"V{1 + envs.VLLM_USE_V2_MODEL_RUNNER}, set by VLLM_USE_V2_MODEL_RUNNER"
+    return "V2, unless a setting needs V1" if HAS_TRITON else "V1: Triton does not run on this device"
+
+
+def _kernels() -> str:
+    from vllm_kvcompress.attention import cpu, kernels
+
+    name = kernels.choose("auto", _device_type())
+    if name == "cpu":
+        return f"cpu ({cpu.isa()})"
+    return "torch, the reference: many times slower" if name == "torch" else name
+
+
+def _library() -> str:
+    from vllm_kvcompress.attention import cpu
+
+    isa = cpu.isa()
+    if isa is not None:
+        return f"there, and runs with {isa}"
+    why = "is of another version, or can't be loaded here" if cpu.LIBRARY.exists() else "was not built"
+    return f"{cpu.LIBRARY.name} {why}: install a C++ compiler and reinstall the package"
+
+
+def _logits() -> str:
+    from importlib.metadata import entry_points
+
+    from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
+
+    others = sorted(point.name for point in entry_points(group=LOGITSPROCS_GROUP))
+    if others:
+        return f"of the whole vocabulary, slower: {', '.join(others)} of another package may look at any id"
+    return "of image codes alone, while all requests draw"
+
+
+def _refused() -> list[str]:
+    from vllm.platforms import current_platform
+
+    from vllm_kvcompress.attention import kernels
+
+    found = [f"with --attention-backend kvcompress: {', '.join(REFUSED)}"]
+    for name in ("cpu", "triton"):
+        try:
+            kernels.choose(name, _device_type())
+        except ValueError as error:
+            found.append(str(error))
+    if current_platform.is_cuda() and not current_platform.has_device_capability(89):
+        found.append("--kv-cache-dtype fp8: this GPU lacks e4m3 (compute capability 8.9)")
+    return found
+
+
+def _profiles() -> str:
+    from vllm_kvcompress.heads.provide import cache_directory
+
+    folder = cache_directory()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return f"kept in {folder}, writable"
+    return f"{folder} is not writable, heads are measured at every start: set VLLM_CACHE_ROOT"
+
+
+_SUBJECTS: dict[str, Callable[[], str | list[str]]] = {
+    "vllm-kvcompress": _package,
+    "Python": platform.python_version,
+    "vLLM": _vllm,
+    "plugin": _plugin,
+    "device": _device,
+    "model runner": _runner,
+    "kernels": _kernels,
+    "CPU library": _library,
+    "logits": _logits,
+    "head profiles": _profiles,
+    "refused": _refused,
+}

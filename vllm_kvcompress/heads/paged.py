@@ -1,0 +1,189 @@
+"""The page constraint on a fit: changes of type that make all types' pages fit one pool.
+
+All types draw pages of one size, so a type with n heads and t tokens a page leaves unused what n * t falls
+short of the page, and a request's last page of each type what its tokens fall short of it. Page sizes around
+those that the fitted counts suggest are tried; for each, heads leave the types that have too many by the
+cheapest chain of changes, and capacities grow to the end of their last page, which costs nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_kvcompress.policy import HeadRule
+
+MOST_WASTE = 0.03  # lost to unequal pages, of an average request's bytes
+MOST_OVERHEAD = 0.022  # beside K and V of the budget, for a typical prompt: waste, rounding and side state
+MOST_ROUNDING = 0.045  # the same on average over prompts
+TYPICAL_PREFIX = 20
+PREFIXES = np.arange(8, 72)
+_NEAR = (0.0, -0.01, 0.01, -0.02, 0.02, -0.035, 0.035)
+_TRIED = 40  # page sizes for which heads are moved
+_MOST_TOKENS = 16
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Bytes of a slot: K and V, and the side state that scored heads have beside them."""
+
+    slot: int
+    side: int
+
+    def weights(self, rules: Sequence[HeadRule]) -> Ints:
+        """``[types]`` bytes of a slot of one head."""
+        return np.array([self.slot + (self.side if rule.scores else 0) for rule in rules], np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Paged:
+    """An assignment whose pages fit: ``choice [heads]``, the types' rules, tokens a page, the losses' sum."""
+
+    choice: Ints
+    rules: tuple[HeadRule, ...]
+    tokens: tuple[int, ...]
+    loss: float
+
+
+def to_pages(
+    losses: Floats, choice: Ints, rules: Sequence[HeadRule], budget: float, pages: Pages
+) -> Paged | None:
+    """The cheapest assignment near ``choice`` whose pages fit; None where none within reach does.
+
+    Parameters
+    ----------
+    losses : array
+        ``[heads, types]``.
+    choice : array
+        ``[heads]``: the types that the heads would have; every type has one.
+    rules : sequence of HeadRule
+        Of the types.
+    budget : float
+        Image slots per head, mean over the heads, which the result keeps to as well.
+    """
+    heads, weights = len(choice), pages.weights(rules)
+    counts = np.bincount(choice, minlength=len(rules))
+    slots = np.array([rule.capacity for rule in rules])
+    best: Paged | None = None
+    for tokens, most in _page_sizes(counts, slots, weights):
+        if best is not None and len(rules) == 1:
+            break
+        moved = _within(losses, choice, most)
+        if moved is None:
+            continue
+        now = np.bincount(moved, minlength=len(rules))
+        full = tokens * -(-(TYPICAL_PREFIX + slots) // tokens) - TYPICAL_PREFIX
+        grown = np.minimum(full, rules[0].image)
+        if now @ grown > budget * heads + 1e-9:
+            grown = slots
+        if now @ grown > budget * heads + 1e-9 or not _fits(now, grown, tokens, weights, budget, pages.slot):
+            continue
+        loss = float(losses[np.arange(heads), moved].sum())
+        if best is None or loss < best.loss:
+            longer = tuple(_grown(rule, int(n)) for rule, n in zip(rules, grown, strict=True))
+            best = Paged(moved, longer, tuple(int(t) for t in tokens), loss)
+    return best
+
+
+def _grown(rule: HeadRule, slots: int) -> HeadRule:
+    more = slots - rule.capacity
+    return (
+        replace(rule, capacity=slots, recent=rule.recent + more)
+        if rule.ring
+        else replace(rule, capacity=slots)
+    )
+
+
+def _page_sizes(counts: Ints, slots: Ints, weights: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """(tokens a page, most heads) of each type, for page sizes near the counts'; fewest moves first."""
+    size = counts * weights
+    found: dict[tuple[int, ...], tuple[float, Ints, Ints]] = {}
+    for first, tokens, off in product(range(len(size)), range(1, _MOST_TOKENS + 1), _NEAR):
+        page = size[first] * tokens * (1 + off)
+        options = [_tokens(page, n) for n in size]
+        for choice in product(*options):
+            t = np.array(choice)
+            most = (page // (t * weights)).astype(np.int64)
+            if most.sum() < counts.sum() or (most < 1).any():
+                continue
+            excess = float(np.maximum(counts - most, 0).sum()) / counts.sum()
+            taken = float((-(-(TYPICAL_PREFIX + slots) // t)).sum() * page)
+            key = (*choice, *most.tolist())
+            # A head moved is worth about a tenth of what memory lost would be.
+            found.setdefault(key, (excess * 0.1 + taken / float(size @ (TYPICAL_PREFIX + slots)), t, most))
+    yield from ((t, most) for _, t, most in sorted(found.values(), key=lambda one: one[0])[:_TRIED])
+
+
+def _tokens(page: float, size: int) -> list[int]:
+    """Whole tokens of a type in a page, and one more where few heads would have to leave for it."""
+    whole = int(page // size)
+    more = [whole + 1] if (whole + 1) * size <= 1.08 * page else []
+    return [t for t in (whole, *more) if t > 0] or [1]
+
+
+def _fits(counts: Ints, slots: Ints, tokens: Ints, weights: Ints, budget: float, slot: int) -> bool:
+    """Whether waste and rounding are within their limits."""
+    heads, size = counts.sum(), counts * tokens * weights
+    page = size.max()
+
+    def taken(prefix: Ints) -> Ints:
+        return -(-(prefix[:, None] + slots) // tokens)
+
+    average = taken(PREFIXES).mean(0)
+    wasted = (average * (page - size)).sum() / (average * page).sum()
+    typical = taken(np.array([TYPICAL_PREFIX])).sum() * page
+    return bool(
+        wasted <= MOST_WASTE
+        and typical <= (1 + MOST_OVERHEAD) * heads * (TYPICAL_PREFIX + budget) * slot
+        and (average * page).sum() <= (1 + MOST_ROUNDING) * heads * (PREFIXES.mean() + budget) * slot
+    )
+
+
+def _within(losses: Floats, choice: Ints, most: Ints) -> Ints | None:
+    """The least costly assignment near ``choice`` with at most ``most`` heads of each type.
+
+    Successive shortest paths over the types: one head at a time leaves a type that has too many, by the chain
+    of changes that costs least (a step's cost is that of its cheapest head), for a type that has room.
+    """
+    choice, kinds = choice.copy(), len(most)
+    counts = np.bincount(choice, minlength=kinds)
+    while (counts > most).any():
+        step = np.full((kinds, kinds), np.inf)
+        who = np.zeros((kinds, kinds), np.int64)
+        for kind in range(kinds):
+            mine = np.flatnonzero(choice == kind)
+            if len(mine):
+                change = losses[mine] - losses[mine, kind][:, None]
+                who[kind] = mine[change.argmin(0)]
+                step[kind] = change.min(0)
+        path = _cheapest(step, counts > most, counts < most)
+        if path is None:
+            return None
+        for out, into in reversed(list(pairwise(path))):
+            choice[who[out, into]] = into
+        counts = np.bincount(choice, minlength=kinds)
+    return choice if (counts > 0).all() else None
+
+
+def _cheapest(step: Floats, sources: NDArray[np.bool_], targets: NDArray[np.bool_]) -> list[int] | None:
+    """Types along the cheapest path from a source to a target (Bellman and Ford); None without one."""
+    kinds = len(step)
+    cost = np.where(sources, 0.0, np.inf)
+    before = np.full(kinds, -1)
+    for _ in range(kinds - 1):
+        through = cost[:, None] + step
+        better = through.min(0) < cost - 1e-15
+        before[better] = through.argmin(0)[better]
+        cost = np.minimum(cost, through.min(0))
+    ends = np.flatnonzero(targets & np.isfinite(cost))
+    if not len(ends):
+        return None
+    path = [int(ends[cost[ends].argmin()])]
+    while not sources[path[-1]] and len(path) <= kinds:
+        path.append(int(before[path[-1]]))
+    return path[::-1] if sources[path[-1]] else None
