@@ -6,7 +6,8 @@ Needs torch, triton and this package; vLLM is not imported.
 
 1. Checks against float64 on fresh random inputs: outputs, scores and victims. A failure ends the run.
 2. (a) Decode attention of one layer, as all layers of a model run it one after the other in a CUDA graph,
-   against its floor: the bytes that must move at the bandwidth of a plain copy on the same card.
+   against its floor: the bytes that must move at the bandwidth of a plain copy on the same card. With the
+   two head types of preset decoupled, and with six as a fit picks them, at one budget.
 3. (b) The whole decode step, random weights, in a CUDA graph, against max(bytes, FLOP); (c) the same step
    with the full cache through the best attention installed (gpu_step.py, gpu_full_cache.py).
 4. (d) transformers' own Janus at the same batch, where transformers is installed (gpu_transformers.py).
@@ -19,89 +20,17 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
+from gpu_caches import JANUS_1B, JANUS_7B, PREFIX, TINY, Caches, Geometry, layouts
 
 BATCHES = (16, 64, 128, 256, 512)  # images
 BUDGETS = (1.0, 0.5, 0.2, 1 / 6, 1 / 8)
-PREFIX = 20
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A language model; heads are those of one branch."""
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    mlp: int
-    codes: int = 16384
-    head_size: int = 128
-    lines: int = 24
-    width: int = 24
-
-    @property
-    def image(self) -> int:
-        return self.lines * self.width
-
-
-JANUS_1B = Geometry("Janus-Pro-1B", 24, 2048, 16, 5632)
-JANUS_7B = Geometry("Janus-Pro-7B", 30, 4096, 32, 11008)
-TINY = Geometry("tiny", 2, 64, 2, 96, 32, 16, 4, 3)
-
-
-class Caches:
-    """The pages of all layers in a steady state, in the middle of line ``line`` of the picture."""
-
-    def __init__(
-        self, shape: Geometry, images: int, budget: float, dtype: torch.dtype, device: str, line: int
-    ) -> None:
-        from vllm_kvcompress.attention.pages import HeadType, Plan, page_bytes, pages_from_bytes
-        from vllm_kvcompress.policy import Policy
-        from vllm_kvcompress.policy.raster import Raster
-
-        half, layers = shape.heads // 2, shape.layers
-        rules = Policy(budget=budget).rules(Raster(shape.lines, shape.width), layers * half, layers * half)
-        self.layers: list[list[HeadType]] = [[] for _ in range(layers)]
-        self.together: list[HeadType] = []
-        self.kv_bytes = 0  # of one layer: K and V of resident slots, read once
-        self.score_bytes = 0  # of one layer: read and written
-        drawn = line * shape.width + shape.width // 2
-        for kind, rule in enumerate(rules):
-            assert rule is not None
-            mine = [branch * shape.heads + 2 * h + kind for branch in (0, 1) for h in range(half)]
-            page, owned = 4, len(mine) * layers
-            per_row = math.ceil((PREFIX + rule.capacity) / page)
-            size = -(-page_bytes(owned, page, shape.head_size, dtype) // 64) * 64
-            raw = torch.zeros(images * per_row, size, dtype=torch.uint8, device=device)
-            pages = pages_from_bytes(raw, owned, page, shape.head_size, dtype)
-            for block in pages.kv.split(64):  # in pieces: random numbers are made in the cache's dtype
-                block.normal_()
-            pages.score.uniform_()
-            slot = torch.randint(0, rule.capacity, pages.victim.shape, device=device)
-            pages.victim.copy_(slot)
-            table = torch.randperm(images * per_row, device=device).view(images, per_row).int()
-            held = torch.arange(per_row * page, device=device) - PREFIX  # slot s holds token s: all differ
-            held = held.clamp(-1, drawn - 1).short().view(per_row, 1, page)
-            pages.token[table.long()] = held.expand(per_row, owned, page)
-            index = torch.tensor(mine, dtype=torch.int32, device=device)
-            self.together.append(HeadType(pages, rule, index, table))
-            for n, types in enumerate(self.layers):
-                part = pages.layer(n * len(mine), (n + 1) * len(mine))
-                types.append(HeadType(part, rule, index, table))
-            slots = images * len(mine) * (PREFIX + min(drawn, rule.capacity))
-            self.kv_bytes += slots * 2 * shape.head_size * dtype.itemsize
-            self.score_bytes += slots * 8 if rule.scores else 0
-        prefix = torch.full((images,), PREFIX, dtype=torch.int32, device=device)
-        self.plan = Plan(prefix, prefix + drawn)
-        self.line_end = Plan(prefix, prefix + drawn // shape.width * shape.width)
 
 
 def attend64(q: Tensor, kind, row: int, head: int, length: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -114,20 +43,22 @@ def attend64(q: Tensor, kind, row: int, head: int, length: int, scale: float) ->
     return weight @ value, weight
 
 
-def verify(dtype: torch.dtype, device: str, shape: Geometry) -> dict:
+def verify(dtype: torch.dtype, device: str, shape: Geometry, name: str) -> dict:
     """Worst relative errors of fresh random inputs; raises AssertionError where a limit is passed."""
     from vllm_kvcompress.attention import select, triton_decode, triton_select
 
-    caches = Caches(shape, 3, 0.5, dtype, device, shape.lines - 2)
+    caches = Caches(shape, 3, layouts(shape, 0.5)[name], dtype, device, shape.lines - 2)
     heads, size = 2 * shape.heads, shape.head_size
     q, k, v = (torch.randn(3, heads, size, device=device).to(dtype) for _ in range(3))
-    out, scale = torch.full_like(q, torch.nan), size**-0.5
-    before = [kind.pages.score.clone() for kind in caches.together]
+    scale, worst, score_worst = size**-0.5, 0.0, 0.0
     caches.plan.length[1] = 0  # a padding row
-    triton_decode.decode(q, k, v, caches.layers[0], caches.plan, scale, out)
-    assert not out[1].any(), "a padding row's output is zero"
-    worst = score_worst = 0.0
-    for kind, old in zip(caches.layers[0], before, strict=True):
+    checked = []
+    for types in caches.layers:
+        out, before = torch.full_like(q, torch.nan), [kind.pages.score.clone() for kind in types]
+        triton_decode.decode(q, k, v, types, caches.plan, scale, out)
+        assert not out[1].any(), "a padding row's output is zero"
+        checked += [(kind, old, out) for kind, old in zip(types, before, strict=True)]
+    for kind, old, out in checked:
         for row, head in ((0, 0), (2, len(kind.head_index) - 1)):
             at, length = int(kind.head_index[head]), int(caches.plan.length[row])
             want, weight = attend64(q[row, at], kind, row, head, length, scale)
@@ -141,17 +72,23 @@ def verify(dtype: torch.dtype, device: str, shape: Geometry) -> dict:
                 score_worst = max(score_worst, float(gap))
     assert worst < LIMIT[dtype], f"{dtype}: outputs differ by {worst:.1e}"
     assert score_worst < 1e-5, f"{dtype}: scores differ by {score_worst:.1e}"
-    kind = caches.together[1]
-    score = kind.pages.score.clone()
-    select.select_victims(kind, caches.line_end)
-    wanted = kind.pages.victim.clone()
-    kind.pages.score.copy_(score)
-    kind.pages.victim.fill_(-1)
-    triton_select.select_victims(kind, caches.line_end)
-    written = kind.pages.victim >= 0
-    assert written.any(), "no victims were chosen"
-    assert torch.equal(kind.pages.victim[written], wanted[written]), "other victims"
-    return {"dtype": str(dtype), "output": worst, "score": score_worst}
+    scored = [kind for kind in caches.together if kind.rule.scores]
+    scores = [kind.pages.score.clone() for kind in scored]
+    for kind in scored:
+        value = kind.pages.kv[..., size:]  # of norms that any order of summation gives exactly
+        value.zero_()
+        value[..., 0] = torch.randint(1, 8, value.shape[:-1], device=device).to(dtype)
+        kind.pages.victim.fill_(-1)
+        select.select_victims(kind, caches.line_end)
+    wanted = [kind.pages.victim.clone() for kind in scored]
+    for kind, score in zip(scored, scores, strict=True):
+        kind.pages.score.copy_(score)
+        kind.pages.victim.fill_(-1)
+    triton_select.select_all(caches.together, caches.line_end)
+    for kind, victims in zip(scored, wanted, strict=True):
+        assert (victims >= 0).any(), "no victims were chosen"
+        assert torch.equal(kind.pages.victim, victims), "other victims"
+    return {"dtype": str(dtype), "layout": name, "output": worst, "score": score_worst}
 
 
 def seconds(run: Callable[[], None], repeats: int = 20) -> float:
@@ -182,11 +119,12 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / seconds(lambda: target.copy_(source))
 
 
-def attention(shape: Geometry, images: int, budget: float, device: str, bandwidth: float) -> dict:
+def attention(shape: Geometry, images: int, budget: float, name: str, device: str, bandwidth: float) -> dict:
     """(a) Decode attention of a layer against its floor; victims of a line's end of all rows at once."""
     from vllm_kvcompress.attention import triton_decode, triton_select
 
-    caches = Caches(shape, images, budget, torch.bfloat16, device, shape.lines - 1)
+    layout = layouts(shape, budget)[name]
+    caches = Caches(shape, images, layout, torch.bfloat16, device, shape.lines - 1)
     q, k, v = (torch.randn(images, 2 * shape.heads, shape.head_size, device=device).bfloat16() for _ in "qkv")
     out = torch.empty_like(q)
 
@@ -197,8 +135,10 @@ def attention(shape: Geometry, images: int, budget: float, device: str, bandwidt
     def victims() -> None:
         triton_select.select_all(caches.together, caches.line_end)
 
-    moved = caches.kv_bytes + caches.score_bytes + 6 * q.nbytes  # q, k, v, out, and the new K and V
-    row = {"model": shape.name, "images": images, "budget": budget, "bytes": moved}
+    # q, k, v, out, and the new K and V
+    moved = (caches.kv_bytes + caches.score_bytes) / shape.layers + 6 * q.nbytes
+    row = {"model": shape.name, "images": images, "budget": budget, "layout": name}
+    row |= {"slots": layout.slots, "bytes": round(moved)}
     if device == "cpu":  # the dry run
         layers()
         victims()
@@ -242,15 +182,16 @@ def main() -> None:
     card = "none: dry run" if args.dry_run else torch.cuda.get_device_name()
     result: dict = {"card": card, "torch": torch.__version__}
     result["limits"] = {str(dtype): limit for dtype, limit in LIMIT.items()}
-    result["checks"] = [verify(dtype, device, shape) for dtype in LIMIT]
+    result["checks"] = [verify(dtype, device, shape, name) for dtype in LIMIT for name in layouts(shape, 0.5)]
     print(f"card: {card}\n{table(result['checks'])}")
     bandwidth = math.nan if args.dry_run else copy_bandwidth()
     result["copy_bytes_per_second"] = None if args.dry_run else bandwidth
     batches = (1,) if args.dry_run else BATCHES
     result["attention"] = [
-        attention(shape, images, budget, device, bandwidth)
+        attention(shape, images, budget, name, device, bandwidth)
         for budget in (BUDGETS[:2] if args.dry_run else BUDGETS)
         for images in batches
+        for name in layouts(shape, budget)
         if args.dry_run or fits(shape, images, budget)
     ]
     print(f"copy: {bandwidth / 1e9:.0f} GB/s; (a) decode attention of a layer\n{table(result['attention'])}")

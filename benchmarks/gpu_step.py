@@ -7,7 +7,8 @@ a step (its own kernels, its scheduler) is in neither side of the comparison.
 
 import torch
 import torch.nn.functional as F
-from gpu import PREFIX, Caches, Geometry, fits, seconds
+from gpu import fits, seconds
+from gpu_caches import PREFIX, Caches, Geometry, layouts
 from gpu_full_cache import Attend, attends, best
 from torch import Tensor
 
@@ -93,20 +94,22 @@ def steps(shapes: list[Geometry], device: str, bandwidth: float) -> list[dict]:
         tokens = PREFIX + line * shape.width + shape.width // 2
         for images in (1,) if device == "cpu" else BATCHES:
             model = Model(shape, images, device)
-            for budget in (0.5, None) if device == "cpu" else (1 / 6, 0.2, None):
-                name = f"full, {kernel}" if budget is None else f"budget {budget:.3g}"
+            budgets = (0.5,) if device == "cpu" else (1 / 6, 0.2)
+            held = [(budget, *entry) for budget in budgets for entry in layouts(shape, budget).items()]
+            for budget, kept, layout in [*held, (1.0, "full", None)]:
+                name = f"full, {kernel}" if layout is None else f"{kept}, budget {budget:.3g}"
                 row = {"model": shape.name, "images": images, "cache": name}
                 rows.append(row)
-                if device != "cpu" and not fits(shape, images, budget or 1.0):
+                if device != "cpu" and not fits(shape, images, budget):
                     row["note"] = "does not fit"
                     continue
-                if budget is None:
+                if layout is None:
                     attend = full(shape, images, tokens, device, kernel)
                     moved = shape.layers * images * 4 * shape.heads * tokens * shape.head_size * 2
                 else:
-                    caches = Caches(shape, images, budget, torch.bfloat16, device, line)
+                    caches = Caches(shape, images, layout, torch.bfloat16, device, line)
                     attend = compressed(caches, shape, images)
-                    moved = shape.layers * (caches.kv_bytes + caches.score_bytes)
+                    moved = caches.kv_bytes + caches.score_bytes
                 if device == "cpu":
                     model.step(attend)
                     continue

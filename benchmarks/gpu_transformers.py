@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 
 import torch
-from gpu import PREFIX, Geometry
+from gpu_caches import PREFIX, Geometry
 
 BOS, PAD, BOI = 1, 2, 3
 

@@ -142,8 +142,8 @@ FITTED = (  # six types as a fit picks them, for pictures of 4 lines of 3
 
 @check
 def six_types_equal_the_oracle() -> None:
-    """Refined scores, rings without side state, layers without some types, one of a single type."""
-    kinds = [[0, 1, 2, 3, 4, 5], [4, 2, 2, 3, 5, 2], [2] * 6]
+    """Refined scores, rings without side state, a layer without some types."""
+    kinds = [[0, 1, 2, 3, 4, 5], [4, 2, 2, 3, 5, 2]]
     draw(World(FITTED, np.array(kinds), head_size=16, pages=(3, 1, 4, 2, 5, 7)), [3, 1], 2)
 
 
@@ -153,7 +153,7 @@ def any_list_of_types_equals_the_oracle() -> None:
     random = np.random.default_rng(0)
     for count in range(1, 7):
         rules = tuple(FITTED[n] for n in random.permutation(6)[:count])
-        kinds, pages = random.integers(0, count, (1 + count % 2, 4)), random.integers(1, 8, count)
+        kinds, pages = random.integers(0, count, (1, 3)), random.integers(1, 8, count)
         shape = {"group": 1 + count // 3, "head_size": 16, "pages": tuple(pages.tolist())}
         draw(World(rules, kinds, **shape), random.integers(1, 4, 2).tolist(), 1)
 
@@ -342,8 +342,11 @@ def test_benchmark_checks_itself(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(result.read_text())
-    assert [check["dtype"] for check in found["checks"]] == [str(dtype) for dtype in found["limits"]]
-    assert len(found["attention"]) == len(found["step"]) == 2
+    checked = [(check["dtype"], check["layout"]) for check in found["checks"]]
+    assert checked == list(product(found["limits"], ("decoupled", "fitted")))
+    cached = [(row["layout"], row["budget"]) for row in found["attention"]]
+    assert cached == [("decoupled", 1.0), ("decoupled", 0.5), ("fitted", 0.5)]
+    assert [row["cache"].split(",")[0] for row in found["step"]] == ["decoupled", "fitted", "full"]
     assert len(found["transformers"]) == 1
     rows = found["attention"] + found["step"] + found["transformers"]
     assert not any("us" in row or "ms" in row for row in rows)

@@ -161,10 +161,14 @@ def test_wheel_serves_the_original_layout(
     server = Server(model, tmp_path / "server.log", SERVER)
     server.command[:1] = [str(python), "-m", "vllm.entrypoints.cli.main"]
     with server, httpx.Client(base_url=server.url, timeout=120) as http:
+        counted = 'vllm:image_pictures_total{engine="0",model_name="janus"} '
+        assert f"{counted}0.0" in http.get("/metrics").text
         drawn = http.post("/v1/images/generations", json={"prompt": "a red circle", "seed": 1})
         assert drawn.status_code == 200, drawn.text
         picture = Image.open(io.BytesIO(base64.b64decode(drawn.json()["data"][0]["b64_json"])))
         assert "x".join(map(str, picture.size)) == drawn.json()["size"]
+        assert f"{counted}1.0" in http.get("/metrics").text
+        assert drawn.json()["usage"]["kv_cache"]["resident_bytes"] > 0
         messages = [{"role": "user", "content": "hello"}]
         said = http.post(
             "/v1/chat/completions", json={"model": "janus", "messages": messages, "max_tokens": 4}

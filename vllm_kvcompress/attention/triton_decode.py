@@ -24,14 +24,7 @@ from torch import Tensor
 
 from vllm_kvcompress.attention.pages import HeadType, Plan
 from vllm_kvcompress.attention.triton_attend import add_scores, attend_group, attend_single, to_cache
-from vllm_kvcompress.attention.triton_kinds import (
-    RING,
-    SCORES,
-    alignment,
-    filled,
-    kind_args,
-    pick,
-)
+from vllm_kvcompress.attention.triton_kinds import RING, SCORES, alignment, filled, kind_args, pick
 from vllm_kvcompress.policy.rule import MAX_TYPES
 
 __all__ = ["decode", "launch"]

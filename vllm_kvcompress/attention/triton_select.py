@@ -8,8 +8,9 @@ token) as one integer: no sort, no atomics, the same answer whatever the order o
 capacity squared comparisons once a line: 13 thousand for a fifth of a 576-token picture, and half a
 million for a sixth of 4,160 tokens, about ten microseconds of one multiprocessor.
 
-The keys of a head are written to scratch memory first, where a score is refined on the way; the neighbours
-in the raster row are found by the same comparison of every slot with every other.
+The keys of a head are written to scratch memory first, and the score is refined on the way; its neighbours
+in the raster row are found by the same comparison of every slot with every other. All arithmetic is that of
+`select`, but the norm of a value vector is a sum in another order: it may differ in its last bit.
 """
 
 from collections.abc import Sequence

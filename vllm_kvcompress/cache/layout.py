@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from vllm.utils.math_utils import cdiv
 
 from vllm_kvcompress.attention.pages import slot_bytes
 from vllm_kvcompress.cache.paging import Paging
+from vllm_kvcompress.heads.paged import TYPICAL_PREFIX, page_bytes, picture_bytes
 from vllm_kvcompress.policy.rule import HeadRule
 
 BRANCHES = 2
-TYPICAL_PREFIX = 20  # tokens of a short prompt, for the figures in the log
-_ALIGNMENT = 64  # bytes; a cache line
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,17 @@ class CacheLayout:
     @property
     def page_bytes(self) -> int:
         """Bytes of a page of any type, side state included: those of the largest."""
-        need = max(
-            self.total(kind) * self.page_tokens(kind) * self.slot_bytes(kind)
-            for kind in range(len(self.rules))
-        )
-        return -(-need // _ALIGNMENT) * _ALIGNMENT
+        return page_bytes(self.counts, self.paging.tokens, self.weights)
+
+    @property
+    def counts(self) -> list[int]:
+        """Cache heads of each type."""
+        return [self.total(kind) for kind in range(len(self.rules))]
+
+    @property
+    def weights(self) -> list[int]:
+        """Bytes of a slot of one head of each type."""
+        return [self.slot_bytes(kind) for kind in range(len(self.rules))]
 
     def slot_bytes(self, kind: int) -> int:
         """Bytes of one slot of one head of a type."""
@@ -102,10 +106,11 @@ class Footprint:
 
 def footprint(layout: CacheLayout, prefix: int) -> Footprint:
     """Bytes of a picture with ``prefix`` prompt tokens."""
-    pages = sum(cdiv(prefix + r.capacity, layout.page_tokens(kind)) for kind, r in enumerate(layout.rules))
+    slots = [rule.capacity for rule in layout.rules]
+    resident = picture_bytes(layout.counts, slots, layout.paging.tokens, layout.weights, prefix)
     heads = layout.layers * BRANCHES * layout.kv_heads
     full = (prefix + layout.rules[0].image) * heads * 2 * layout.head_size * layout.dtype.itemsize
-    return Footprint(pages * layout.page_bytes, full)
+    return Footprint(resident, full)
 
 
 def at_once(layout: CacheLayout, blocks: int) -> str:

@@ -114,7 +114,9 @@ class LossMeter:
             line = _Line(mass, values, word_sum, word_out, first, last)
             for n, (candidate, held) in enumerate(zip(self.candidates, kept, strict=True)):
                 loses = last > candidate.capacity
-                chooses = held is not None and (candidate.decay or candidate.victims_due(last)) and last < image
+                chooses = (
+                    held is not None and (candidate.decay or candidate.victims_due(last)) and last < image
+                )
                 if not loses and not chooses:
                     continue
                 if held is None:

@@ -18,7 +18,8 @@ from vllm_kvcompress.policy import HeadRule
 MOST_WASTE = 0.03  # lost to unequal pages, of an average request's bytes
 MOST_OVERHEAD = 0.022  # beside K and V of the budget, for a typical prompt: waste, rounding and side state
 MOST_ROUNDING = 0.045  # the same on average over prompts
-TYPICAL_PREFIX = 20
+TYPICAL_PREFIX = 20  # tokens of a short prompt
+ALIGNMENT = 64  # bytes; a cache line
 PREFIXES = np.arange(8, 72)
 _NEAR = (0.0, -0.01, 0.01, -0.02, 0.02, -0.035, 0.035)
 _TRIED = 40  # page sizes for which heads are moved
@@ -48,6 +49,28 @@ class Paged:
     rules: tuple[HeadRule, ...]
     tokens: tuple[int, ...]
     loss: float
+
+
+def picture_bytes(
+    counts: Sequence[int], slots: Sequence[int], tokens: Sequence[int], weights: Sequence[int], prefix: int
+) -> int:
+    """KV bytes of the pages of one picture, rounding and side state included.
+
+    Parameters
+    ----------
+    counts, slots, tokens, weights : sequence of int
+        Of each head type: heads, image slots of each, tokens a page, bytes of a slot of one head.
+    prefix : int
+        Prompt tokens.
+    """
+    pages = sum(-(-(prefix + capacity) // t) for capacity, t in zip(slots, tokens, strict=True))
+    return pages * page_bytes(counts, tokens, weights)
+
+
+def page_bytes(counts: Sequence[int], tokens: Sequence[int], weights: Sequence[int]) -> int:
+    """Bytes of a page of any type: those of the largest, whole cache lines."""
+    need = max(n * t * weight for n, t, weight in zip(counts, tokens, weights, strict=True))
+    return -(-need // ALIGNMENT) * ALIGNMENT
 
 
 def to_pages(
