@@ -58,9 +58,23 @@ class DenseHead:
         due = rule.line - (rule.capacity - len(self.seen))
         if not rule.ring and due > 0 and drawn < rule.image:
             free = [t for t in self.seen if rule.anchors <= t < drawn - rule.recent]
-            self.queue = sorted(free, key=lambda t: (self.score[t], t))[:due]
+            mass = self.refined()
+            self.queue = sorted(free, key=lambda t: (mass[t], t))[:due]
             self.victims[drawn] = list(self.queue)
         self.score = {t: mass * rule.decay for t, mass in self.score.items()}
+
+    def refined(self) -> dict[int, float]:
+        """Scores as victims are chosen by them: by the value's norm, averaged along the row."""
+        rule, mass = self.rule, dict(self.score)
+        if rule.value_norm:
+            mass = {t: m * float(np.linalg.norm(self.v[self.prefix + t])) for t, m in mass.items()}
+        if rule.smooth_row:
+            row = {
+                t: [n for n in (t - 1, t, t + 1) if n in mass and n // rule.line == t // rule.line]
+                for t in mass
+            }
+            mass = {t: sum(mass[n] for n in near) / len(near) for t, near in row.items()}
+        return mass
 
 
 def draw_dense(
@@ -81,7 +95,7 @@ def draw_dense(
     prompt : list of int
         Begin-of-sentence to begin-of-image.
     rule_of : callable
-        (layer, KV head) -> its rule.
+        (layer, branch * kv_heads + head) -> its rule.
     forced : list of int
         Codes to take instead of the drawn ones, for the first tokens of the picture.
     """
@@ -90,7 +104,7 @@ def draw_dense(
     config = text.config
     kv_heads = config.num_key_value_heads
     heads = [
-        [DenseHead(rule_of(layer, head), len(prompt)) for _ in range(2) for head in range(kv_heads)]
+        [DenseHead(rule_of(layer, head), len(prompt)) for head in range(2 * kv_heads)]
         for layer in range(config.num_hidden_layers)
     ]
     uncond = [prompt[0], *[pad] * (len(prompt) - 2), prompt[-1]]

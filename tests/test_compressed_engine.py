@@ -20,6 +20,7 @@ from vllm_kvcompress.testing.checkpoints import CheckpointGeometry, make_checkpo
 
 GREEDY = SamplingParams(temperature=0.0)
 EVICTING = [name for name, preset in PRESETS.items() if preset.evicts]
+TWO_RULES = [name for name in EVICTING if PRESETS[name].head_types != "fitted"]
 SMALL = {"max_model_len": 128}
 TEXTS = [f"{thing} {where}" for thing in ("a red bird", "two boats", "an old clock", "grass")
          for where in ("", "by the sea", "at night, in the rain, under a lamp", "on a table")]  # fmt: skip
@@ -143,12 +144,14 @@ def test_draws_what_the_dense_simulation_draws(
     engine = compressed(checkpoints[model], kernel, preset=preset, budget=budget, **with_profile)
     prompts = [engine.prompt(text) for text in TEXTS[:2]]
     drawn = engine.draw(prompts, GREEDY)
-    rule_of = rules(policy, engine.image.raster, held_types(engine))
+    rule_of = held_rules(engine)
+    if policy.types != "fitted":
+        assert_planned(policy, engine)
     for prompt, tokens in zip(prompts, drawn, strict=True):
         codes, seen = dense(checkpoints[model], engine, prompt, rule_of)
         assert [engine.image.code(token) for token in tokens] == codes
         for layer, row in enumerate(seen):
-            assert [len(head) for head in row] == [rule_of(layer, h).capacity for h in (0, 1)] * 2
+            assert [len(head) for head in row] == [rule_of(layer, h).capacity for h in range(len(row))]
 
 
 _DENSE: dict[str, tuple[list[int], list[list[list[int]]]]] = {}
@@ -158,7 +161,7 @@ def dense(
     model: Path, engine: Engine, prompt: list[int], rule_of: Callable[[int, int], HeadRule]
 ) -> tuple[list[int], list[list[list[int]]]]:
     """Codes that the dense simulation draws, and the image tokens that every head still sees in the end."""
-    types = held_types(engine)
+    types = engine.model.compressed._layout.types
     key = str((model, prompt, [[rule_of(n, h) for h in range(len(row))] for n, row in enumerate(types)]))
     if key not in _DENSE:
         reference, tokens = load_reference(model), engine.image.raster.tokens
@@ -167,10 +170,25 @@ def dense(
     return _DENSE[key]
 
 
-def held_types(engine: Engine) -> list[list[int]]:
-    """The head types in use, after the split was snapped to pages that fit."""
+def held_rules(engine: Engine) -> Callable[[int, int], HeadRule]:
+    """(layer, cache head) -> the rule in use, after types were snapped to pages that fit."""
     layout = engine.model.compressed._layout
-    return [[int(h in row) for h in range(layout.kv_heads)] for row in layout.spatial]
+    return lambda layer, head: layout.rules[layout.types[layer][head]]
+
+
+def held_types(engine: Engine) -> list[list[int]]:
+    """Per layer and KV head, 1 for a ring; both branches of a head have the same."""
+    layout, rule_of = engine.model.compressed._layout, held_rules(engine)
+    rings = [[int(rule_of(n, h).ring) for h in range(len(row))] for n, row in enumerate(layout.types)]
+    assert all(row[: layout.kv_heads] == row[layout.kv_heads :] for row in rings)
+    return [row[: layout.kv_heads] for row in rings]
+
+
+def assert_planned(policy: Policy, engine: Engine) -> None:
+    """The rules in use are the policy's for this split."""
+    planned, rule_of = rules(policy, engine.image.raster, held_types(engine)), held_rules(engine)
+    for layer, row in enumerate(held_types(engine)):
+        assert [planned(layer, h) for h in range(len(row))] == [rule_of(layer, h) for h in range(len(row))]
 
 
 def test_the_published_grid_equals_the_dense_simulation(
@@ -179,7 +197,7 @@ def test_the_published_grid_equals_the_dense_simulation(
     spatial = [[1, 0, 0, 1], [0, 1, 1, 0], [1, 1, 0, 0]]
     engine = Engine.get(
         checkpoints["small-hf"],
-        kvcompress={"kernels": kernel, "head_profile": profile(spatial)},
+        kvcompress={"preset": "decoupled", "kernels": kernel, "head_profile": profile(spatial)},
         max_model_len=640,
         kv_cache_memory_bytes=32 << 20,
     )
@@ -187,8 +205,8 @@ def test_the_published_grid_equals_the_dense_simulation(
     prompt = engine.prompt("a red bird")
     out = engine.outputs([prompt], GREEDY)[0]
     drawn, report = out.outputs[0].token_ids, out.kv_transfer_params[REPORT]
-    rule_of = rules(Policy(), engine.image.raster, spatial)
-    codes, _ = dense(checkpoints["small-hf"], engine, prompt, rule_of)
+    rule_of = rules(Policy("decoupled"), engine.image.raster, spatial)
+    codes, _ = dense(checkpoints["small-hf"], engine, prompt, held_rules(engine))
     assert [engine.image.code(token) for token in drawn] == codes
     assert report["evicted_spatial"] == 575 - rule_of(0, 0).capacity
     assert report["evicted_semantic"] == 575 - rule_of(0, 1).capacity
@@ -257,7 +275,6 @@ def test_a_full_server_queues_then_serves_everything(tiny: Path) -> None:
     )
     preempted = _count_preemptions(full)
     free, most, fewest = full.free, 0, full.free
-    full.use()
     for n, prompt in enumerate(prompts):
         full.add(str(n), prompt, MIXED[n])
     done = {}
@@ -361,6 +378,8 @@ def test_what_lies_in_free_memory_does_not_matter(tiny: Path) -> None:
                     kind.pages.kv[blocks] = 0
                 else:
                     kind.pages.kv[blocks] = float("nan")
+                    if not kind.rule.scores:
+                        continue
                     kind.pages.score[blocks] = float("nan")
                     kind.pages.token[blocks] = -77
                     kind.pages.victim[blocks] = -77
@@ -382,15 +401,18 @@ def test_evicted_tokens_are_nowhere_in_the_pages(tiny: Path, profile: Callable, 
         if engine.scheduler.running:
             tables = engine.scheduler.kv_cache_manager.get_block_ids(engine.scheduler.running[0].request_id)
         engine.steps(1)
-    rule_of = rules(Policy("decoupled", 0.35), engine.image.raster, held_types(engine))
-    _, seen = dense(tiny, engine, prompt, rule_of)
+    assert_planned(Policy("decoupled", 0.35), engine)
+    _, seen = dense(tiny, engine, prompt, held_rules(engine))
     cache = engine.model.compressed
     for kind, blocks in enumerate(tables):
         for layer, mine in enumerate(cache._types[kind]):
             page, capacity = mine.pages.page, mine.rule.capacity
             for at, head in enumerate(mine.head_index.tolist()):
                 slots = [len(prompt) + slot for slot in range(capacity)]
-                held = [int(mine.pages.token[blocks[s // page], at, s % page]) for s in slots]
+                if mine.rule.scores:
+                    held = [int(mine.pages.token[blocks[s // page], at, s % page]) for s in slots]
+                else:
+                    held = mine.rule.held(63)
                 assert sorted(held) == seen[layer][head]
 
 
@@ -445,7 +467,6 @@ def _at_once(engine: Engine, drawn: int) -> int:
     names = [f"once-{n}" for n in range(64)]
     for name in names:
         engine.add(name, _begun(engine, drawn), GREEDY)
-    engine.use()
     engine.scheduler.schedule()
     running = len(engine.scheduler.running)
     free = engine.free
@@ -456,7 +477,7 @@ def _at_once(engine: Engine, drawn: int) -> int:
     return running
 
 
-@pytest.mark.parametrize("preset", ["decoupled", "line_ar", "streaming"])
+@pytest.mark.parametrize("preset", ["fitted", "decoupled", "line_ar", "streaming"])
 @pytest.mark.parametrize(("budget", "bytes_ratio", "pictures_ratio"), [(0.2, 4.3, 4.2), (0.16667, 5.0, 4.9)])
 def test_memory_of_a_picture_as_allocated(
     wide: Path, stock_at_once: int, profile: Callable, preset: str, budget: float, bytes_ratio: float,

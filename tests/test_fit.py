@@ -130,8 +130,8 @@ def test_a_budget_of_everything_keeps_everything() -> None:
 
 
 def test_the_conditional_branch_counts_twice() -> None:
-    losses = np.tile(np.array([1.0, 0.4, 0.0]), (1, 4, 1))  # four heads, all alike
-    found = fit(curves_of(losses, [10, 30, 60]), 30, 2)
+    losses = np.tile(np.array([1.0, 0.6, 0.0]), (1, 4, 1))  # four heads, all alike
+    found = fit(curves_of(losses, [10, 30, 60]), 35, 2)
     assert BRANCH_WEIGHTS[0] == 2 * BRANCH_WEIGHTS[1]
     conditional, unconditional = found.types[0, :2], found.types[0, 2:]
     slots = np.array([rule.capacity for rule in found.rules])
@@ -204,4 +204,4 @@ def test_candidates_exist_on_any_grid(raster: Raster) -> None:
     assert len(set(found)) == len(found)
     assert min(rule.capacity for rule in found) <= max(raster.width, 1)
     assert not found[-1].evicts
-    assert isinstance(made_up_fit(raster, 0.9, (2, 4)), Assignment)
+    assert isinstance(made_up_fit(raster, max(0.9, 1 / raster.lines), (2, 4)), Assignment)

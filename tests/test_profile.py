@@ -1,12 +1,16 @@
 """Head profiles: the file, its errors, and who may use it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from vllm_kvcompress.heads.curves import LossCurves, candidate_types
 from vllm_kvcompress.heads.profile import HeadProfile
+from vllm_kvcompress.policy import Raster
 
 GOOD: dict[str, Any] = {
     "model": "deepseek-ai/Janus-Pro-1B",
@@ -51,6 +55,56 @@ def test_a_bad_file_is_one_line(tmp_path: Path, change: dict, match: str) -> Non
         HeadProfile.load(path)
     assert str(caught.value).startswith("head_profile: ")
     assert "\n" not in str(caught.value)
+
+
+CURVES = LossCurves(candidate_types(Raster(8, 8)), np.ones((2, 6, len(candidate_types(Raster(8, 8))))))
+FITTED = GOOD | {"format": 2, "head_size": 64, "dtype": "bfloat16", "curves": CURVES.dump()}
+
+
+def test_a_profile_with_curves_survives_a_file(tmp_path: Path) -> None:
+    profile = HeadProfile(**FITTED)
+    profile.save(tmp_path / "profile.json")
+    again = HeadProfile.load(tmp_path / "profile.json")
+    assert again == profile
+    assert again.loss_curves.candidates == CURVES.candidates
+    assert (tmp_path / "profile.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_profile_of_format_1_is_read_as_what_it_is() -> None:
+    profile = HeadProfile(**GOOD)
+    assert profile.format == 1
+    with pytest.raises(
+        ValueError, match=r"^head_profile: .*\(format 1\).*; calibrate again, or set preset to"
+    ):
+        profile.loss_curves  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"format": 3}, r"format: "),
+        ({"curves": None}, r"curves: format 2 needs them, with head_size and dtype"),
+        ({"head_size": None}, r"curves: format 2 needs them"),
+        ({"kv_heads": 2, "scores": [[0.1, 0.2], [0.3, 0.4]]}, r"curves: of 2 layers with 6 cache heads, but"),
+        ({"curves": {"line": 8}}, r"curves: "),
+        ({"curves": CURVES.dump() | {"losses": [[[-1.0]]]}}, r"curves: losses \[1, 1, 1\] for"),
+    ],
+)
+def test_bad_curves_are_one_line(tmp_path: Path, change: dict, match: str) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(FITTED | change))
+    with pytest.raises(ValueError, match=match) as caught:
+        HeadProfile.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_link_left_in_the_way_is_not_followed(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "profile.json"
+    victim.write_text("mine")
+    path.with_name(f"profile.json.{os.getpid()}.part").symlink_to(victim)
+    HeadProfile(**GOOD).save(path)
+    assert victim.read_text() == "mine"
+    assert HeadProfile.load(path) == HeadProfile(**GOOD)
 
 
 def test_no_file_and_no_json_are_one_line(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def parse_config(additional_config: Any) -> CompressionConfig:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
+    name = str(first["loc"][0])  # the rest names a member of a union
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, CompressionConfig.model_fields, n=1)
         mend = f"did you mean {close[0]}?" if close else f"known: {', '.join(CompressionConfig.model_fields)}"

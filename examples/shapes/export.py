@@ -66,12 +66,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--vq", type=Path, required=True, help="checkpoint of train_vq.py")
+    parser.add_argument(
+        "--vq", type=Path, required=True, help="checkpoint of train_vq.py, or folder of an exported model"
+    )
     parser.add_argument("--lm", type=Path, required=True, help="checkpoint of train_lm.py")
     parser.add_argument("--codes", type=Path, required=True, help="patch centres, from train_vq.py")
     parser.add_argument("--out", type=Path, default=MODEL_FOLDER)
     args = parser.parse_args()
-    vq, lm = torch.load(args.vq), torch.load(args.lm)
+    lm = torch.load(args.lm)
+    if args.vq.is_dir():
+        there = JanusForConditionalGeneration.from_pretrained(args.vq, dtype=torch.float32)
+        vq = {"model": there.model.vqmodel.state_dict(), "step": f"as in {args.vq.name}"}
+    else:
+        vq = torch.load(args.vq)
     export(vq["model"], lm["master"], args.lm.parent / "tokenizer.json", args.out)
     export_scenes(torch.load(args.codes), args.out)
     print(f"{args.out}: tokenizer of step {vq['step']}, language model of step {lm['step']}")

@@ -109,13 +109,13 @@ def fit(curves: LossCurves, budget: float, types: int = MAX_TYPES, pages: Pages 
     types : int
         At most that many head types.
     pages : Pages, optional
-        Bytes of a slot: the counts are then such that pages of one size fit all types (a fit for a slightly
-        smaller budget makes room for what pages waste). Without it there is no such constraint.
+        Bytes of a slot: the counts are then such that pages of one size fit all types. A fit for a slightly
+        smaller budget makes room for what pages waste; a model of few heads may end with fewer types.
 
     Raises
     ------
     ValueError
-        One line: no candidate is small enough for the budget, or no page size fits.
+        One line: no candidate is small enough for the budget.
     """
     slots, losses = curves.slots, curves.weighted
     if slots.min() > budget:
@@ -124,16 +124,26 @@ def fit(curves: LossCurves, budget: float, types: int = MAX_TYPES, pages: Pages 
             f"budget: {budget:g} slots per head, the smallest head type needs {slots.min()}; set budget to "
             f"at least {share:g}"
         )
-    search = Sets(losses, slots, budget, min(types, len(slots)))
+    for number in range(min(types, len(slots)), 0, -1):
+        chosen, choice = _best_set(losses, slots, budget, number)
+        if pages is None:
+            return _assignment(curves, chosen[choice])
+        found = _paged(curves, chosen, choice, budget, pages)
+        if found is not None:
+            return found
+    raise AssertionError("pages of a single type always fit")
+
+
+def _best_set(losses: Floats, slots: Ints, budget: float, types: int) -> tuple[Ints, Ints]:
+    """The best set of that many candidates, and each head's place in it."""
+    search = Sets(losses, slots, budget, types)
     chosen = search.climb()
     search.best, choice = knapsack(losses[:, chosen], slots[chosen], budget)
     for other in search.better():
         loss, found = knapsack(losses[:, other], slots[other], budget)
         if loss < search.best:
             search.best, choice, chosen = loss, found, other
-    if pages is None:
-        return _assignment(curves, np.array(chosen)[choice])
-    return _paged(curves, np.array(chosen), choice, budget, pages)
+    return np.array(chosen), choice
 
 
 def predict(curves: LossCurves, budget: float, types: int = MAX_TYPES) -> float:
@@ -171,8 +181,8 @@ def _assignment(curves: LossCurves, choice: Ints) -> Assignment:
     return Assignment(tuple(curves.candidates[n] for n in used), types, loss)
 
 
-def _paged(curves: LossCurves, chosen: Ints, choice: Ints, budget: float, pages: Pages) -> Assignment:
-    """The nearest assignment whose pages fit, of this budget or a little less."""
+def _paged(curves: LossCurves, chosen: Ints, choice: Ints, budget: float, pages: Pages) -> Assignment | None:
+    """The nearest assignment whose pages fit, of this budget or a little less; None where none does."""
     losses, layers_heads = curves.weighted, curves.losses.shape[:2]
     for less in _LESS:
         if less:
@@ -187,10 +197,7 @@ def _paged(curves: LossCurves, chosen: Ints, choice: Ints, budget: float, pages:
         if found is not None:
             types = found.choice.reshape(layers_heads)
             return Assignment(found.rules, types, found.loss / len(losses), page_tokens=found.tokens)
-    raise ValueError(
-        f"budget: no page size fits {len(chosen)} head types at {budget:g} slots per head; change budget, or "
-        f"set max_types to {len(chosen) - 1}"
-    )
+    return None
 
 
 def knapsack(losses: Floats, slots: Ints, budget: float) -> tuple[float, Ints]:

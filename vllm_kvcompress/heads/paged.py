@@ -17,7 +17,8 @@ from vllm_kvcompress.policy import HeadRule
 
 MOST_WASTE = 0.03  # lost to unequal pages, of an average request's bytes
 MOST_OVERHEAD = 0.022  # beside K and V of the budget, for a typical prompt: waste, rounding and side state
-MOST_ROUNDING = 0.045  # the same on average over prompts
+MOST_BESIDE_SIDE = 0.008  # of it, where small heads' side state alone is more
+MOST_ROUNDING = 0.025  # more than that on average over prompts
 TYPICAL_PREFIX = 20  # tokens of a short prompt
 ALIGNMENT = 64  # bytes; a cache line
 PREFIXES = np.arange(8, 72)
@@ -94,8 +95,6 @@ def to_pages(
     slots = np.array([rule.capacity for rule in rules])
     best: Paged | None = None
     for tokens, most in _page_sizes(counts, slots, weights):
-        if best is not None and len(rules) == 1:
-            break
         moved = _within(losses, choice, most)
         if moved is None:
             continue
@@ -160,10 +159,15 @@ def _fits(counts: Ints, slots: Ints, tokens: Ints, weights: Ints, budget: float,
     average = taken(PREFIXES).mean(0)
     wasted = (average * (page - size)).sum() / (average * page).sum()
     typical = taken(np.array([TYPICAL_PREFIX])).sum() * page
+    whole = heads * (TYPICAL_PREFIX + budget) * slot
+    side = (counts * (TYPICAL_PREFIX + slots) * (weights - slot)).sum() / whole
+    most = 1 + max(MOST_OVERHEAD, side + MOST_BESIDE_SIDE)
+    if len(counts) == 1:  # nothing is wasted, and rounding is what whole pages cost any layout
+        return bool(typical <= (1 + 2 * MOST_OVERHEAD + side) * whole)
     return bool(
         wasted <= MOST_WASTE
-        and typical <= (1 + MOST_OVERHEAD) * heads * (TYPICAL_PREFIX + budget) * slot
-        and (average * page).sum() <= (1 + MOST_ROUNDING) * heads * (PREFIXES.mean() + budget) * slot
+        and typical <= most * whole
+        and (average * page).sum() <= (most + MOST_ROUNDING) * heads * (PREFIXES.mean() + budget) * slot
     )
 
 
