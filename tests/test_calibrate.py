@@ -4,17 +4,19 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from inprocess import Engine, in_process  # noqa: F401
 from parity import load_reference
+from vllm import SamplingParams
 
-from vllm_kvcompress.heads.calibrate import PROMPTS, FullCache, locality_scores
+from vllm_kvcompress.heads import provide
+from vllm_kvcompress.heads.calibrate import FullCache, draw_full
 from vllm_kvcompress.heads.profile import HeadProfile
-from vllm_kvcompress.heads.provide import METRIC, cache_directory
+from vllm_kvcompress.heads.provide import cache_directory
+from vllm_kvcompress.models.compression import METRIC, subject_of
 
 SMALL = {"max_model_len": 128}
 
@@ -83,23 +85,12 @@ def test_scores_equal_those_from_the_attentions_of_transformers(
     checkpoints: dict[str, Path], name: str
 ) -> None:
     """The pictures that calibration drew, run through transformers with ``output_attentions``."""
-    from vllm.forward_context import set_forward_context
 
     engine = Engine.get(checkpoints[name], kvcompress={"preset": "h2o"}, **SMALL)
     model, image = engine.model, engine.image
     prompts = [engine.prompt(text) for text in ("a red bird", "grass at night by the sea")]
-    drawn: list[list[int]] = [[], []]
-    multinomial = torch.multinomial
-
-    def remembered(*args: Any, **kwargs: Any) -> torch.Tensor:
-        ids = multinomial(*args, **kwargs)
-        for row, token in zip(drawn, ids.flatten().tolist(), strict=True):
-            row.append(token)
-        return ids
-
-    with pytest.MonkeyPatch.context() as patch, set_forward_context(None, engine.core.vllm_config):
-        patch.setattr(torch, "multinomial", remembered)
-        scores = locality_scores(model, prompts, 16)
+    drawn = draw_full(subject_of(engine.core.vllm_config, model), prompts, 16)
+    scores = drawn.scores
 
     reference = load_reference(checkpoints[name])
     reference.set_attn_implementation("eager")
@@ -107,8 +98,10 @@ def test_scores_equal_those_from_the_attentions_of_transformers(
     kv_heads = text.config.num_key_value_heads
     want = torch.zeros(text.config.num_hidden_layers, kv_heads, dtype=torch.float64)
     total = 0
-    for prompt, row in zip(prompts, drawn, strict=True):
-        codes = torch.tensor([[t - image.text_vocab for t in row[len(prompt) - 1 :]][: image.raster.tokens]])
+    for prompt, row in zip(prompts, drawn.ids, strict=True):
+        assert row[: len(prompt)] == prompt
+        codes = torch.tensor([[t - image.text_vocab for t in row[len(prompt) :]]])
+        assert codes.shape[1] == image.raster.tokens
         codes = codes[:, : image.raster.tokens - 1 + (len(prompt) < max(map(len, prompts)))]
         uncond = [prompt[0], *[image.pad] * (len(prompt) - 2), prompt[-1]]
         with torch.no_grad():
@@ -132,10 +125,14 @@ def test_auto_calibrates_once_and_says_where(checkpoints: dict[str, Path], log: 
         old.unlink()
     first = Engine(checkpoints["gqa-hf"], kvcompress={}, **SMALL)
     (path,) = cache_directory().glob("gqa-hf-*.json")
-    assert log.said(f"Head profile calibrated on {len(PROMPTS)} prompts, kept in {path}")
+    assert log.said(f"Head profile calibrated, kept in {path}")
     profile = HeadProfile.load(path)
     assert (profile.metric, profile.layers, profile.kv_heads) == (METRIC, 2, 2)
     assert profile.neighbourhood == 16
+    assert profile.format == 2
+    assert profile.loss_curves.losses.shape[:2] == (2, 4)
+    assert (profile.loss_curves.losses[..., :-1].sum((0, 1)) > 0).all()
+    assert (profile.head_size, profile.dtype) == (32, "float32")
     assert profile.model_hash == first.model.fingerprint != ""
     assert len(profile.prompts_hash) == 16
     assert profile.threshold == pytest.approx(np.quantile(profile.scores, 0.25), abs=1e-6)
@@ -150,11 +147,38 @@ def test_auto_calibrates_once_and_says_where(checkpoints: dict[str, Path], log: 
     assert path.stat().st_mtime_ns > stamp
     assert HeadProfile.load(path) == profile, "the same weights give the same scores"
     assert len(log.said("Head profile calibrated")) == 2
+    Engine.started |= {"first": first, "third": third}  # stopped with the others
 
     profile.model_copy(update={"threshold": 0.9}).save(path)  # of a version with another default
-    fourth = Engine(checkpoints["gqa-hf"], kvcompress={}, **SMALL)
+    Engine.started["fourth"] = Engine(checkpoints["gqa-hf"], kvcompress={}, **SMALL)
     assert HeadProfile.load(path) == profile
-    Engine.started |= {"first": first, "third": third, "fourth": fourth}  # stopped with the others
+    path.write_text('{"broken')
+    Engine.started["fifth"] = Engine(checkpoints["gqa-hf"], kvcompress={}, **SMALL)
+    assert log.said("Cached head profile set aside, the heads are measured again")
+    assert HeadProfile.load(path) == profile
+
+
+def test_an_unwritable_cache_is_a_warning(
+    checkpoints: dict[str, Path], tmp_path: Path, log: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(provide, "cache_directory", lambda: tmp_path / "file" / "profiles")
+    engine = Engine(checkpoints["tiny-hf"], kvcompress={}, **SMALL)
+    Engine.started["unwritable"] = engine
+    assert log.said("Head profile calibrated; not kept for the next start:")
+    assert len(engine.draw([engine.prompt("grass")], SamplingParams(temperature=0.0))[0]) == 64
+
+
+def test_a_cache_that_others_can_write_is_not_trusted(
+    checkpoints: dict[str, Path], tmp_path: Path, log: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "profiles"
+    folder.mkdir()
+    folder.chmod(0o777)
+    monkeypatch.setattr(provide, "cache_directory", lambda: folder)
+    Engine.started["open"] = Engine(checkpoints["tiny-hf"], kvcompress={}, **SMALL)
+    assert log.said("can be written by others; chmod go-w, or set VLLM_CACHE_ROOT")
+    assert not list(folder.iterdir())
 
 
 def test_an_explicit_profile_is_read_and_the_cache_left_alone(
@@ -165,8 +189,9 @@ def test_an_explicit_profile_is_read_and_the_cache_left_alone(
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(fields | sizes))
     before = sorted(cache_directory().glob("*"))
-    engine = Engine.get(checkpoints["tiny-hf"], kvcompress={"head_profile": str(path)}, **SMALL)
-    assert engine.model.compressed._layout.spatial == ((0,), (1,))
+    section = {"preset": "decoupled", "head_profile": str(path)}
+    engine = Engine.get(checkpoints["tiny-hf"], kvcompress=section, **SMALL)
+    assert engine.model.compressed._layout.types == ((0, 1, 0, 1), (1, 0, 1, 0))
     assert sorted(cache_directory().glob("*")) == before
     assert not log.said("calibrated")
 
@@ -184,17 +209,15 @@ def test_the_start_up_line_says_everything(checkpoints: dict[str, Path], log: Li
     (line,) = log.said("kvcompress: preset")
     blocks = engine.scheduler.kv_cache_config.num_blocks - 1
     layout = engine.model.compressed._layout
-    pages = sum(
-        -(-(20 + rule.capacity) // layout.page_tokens(kind)) for kind, rule in enumerate(layout.rules)
-    )
+    pages = sum(-(-(20 + r.capacity) // layout.page_tokens(kind)) for kind, r in enumerate(layout.rules))
     fits = blocks // pages
     full = (20 + 64) * 4 * 2 * 2 * 32 * 4
     at_once_full = blocks * layout.page_bytes // full
     for part in (
-        "preset decoupled, budget 0.4",
-        f"{sum(map(len, layout.spatial))} spatial heads of {layout.rules[0].capacity} slots",
-        f"semantic heads of {layout.rules[1].capacity} slots",
-        f"{layout.page_tokens(0)} tokens a page",
+        "preset fitted, budget 0.4",
+        *(f"{rule.name}: {layout.total(kind)} heads" for kind, rule in enumerate(layout.rules)),
+        f"tokens a page {', '.join(map(str, layout.paging.tokens))}",
+        "predicted loss",
         "page waste",
         f"{pages * layout.page_bytes / 2**20:.2f} MiB instead of {full / 2**20:.2f}",
         f"memory for {fits} pictures at once instead of {at_once_full}",

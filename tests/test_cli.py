@@ -1,6 +1,7 @@
 """The ``vllm-kvcompress`` command."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from vllm_kvcompress import cli
+from vllm_kvcompress.heads.curves import LossCurves, candidate_types
 from vllm_kvcompress.heads.plot import draw_profile
 from vllm_kvcompress.heads.profile import HeadProfile
+from vllm_kvcompress.policy import Raster
 from vllm_kvcompress.testing.checkpoints import TINY
 
 SCORES = [[0.1, 0.2, 0.9], [0.3, 0.75, 0.8]]
@@ -175,11 +178,63 @@ def test_calibrate_then_inspect(checkpoints: dict[str, Path], private_cache: Pat
     made = HeadProfile.load(out)
     assert (made.layers, made.kv_heads) == (TINY.layers, TINY.kv_heads)
     assert made.neighbourhood == 2 * TINY.lines
-    assert "Calibrating attention heads" in done.stderr
-    assert f"{out}: 1 spatial and 3 semantic heads" in done.stdout
+    assert "Calibrating: drawing" in done.stderr
+    assert "Calibrating: measuring heads" in done.stderr
+    assert f"{out}: curves of 8 cache heads; by locality 1 spatial and 3 semantic heads" in done.stdout
     [kept] = (private_cache / "kvcompress" / "head_profiles").glob(f"*{made.model_hash}.json")
     assert HeadProfile.load(kept) == made
-    assert invoke("inspect", out, "-o", tmp_path / "heads.png").exit_code == 0
+    shown = invoke("inspect", out, "-o", tmp_path / "heads.png")
+    assert shown.exit_code == 0
+    assert "predicted loss" in shown.stdout
+    one = invoke("inspect", out, "--budget", "1/4")
+    assert one.exit_code == 0
+    assert "conditional" in one.stdout
+    assert "preset to decoupled" not in one.output
+
+
+FITTED = LossCurves(candidate_types(Raster(8, 8)), np.zeros((2, 6, len(candidate_types(Raster(8, 8))))))
+
+
+def fitted(**changes: object) -> HeadProfile:
+    """A profile with curves: two layers of three heads in two branches, that fall with the slots."""
+    slots = np.array([rule.capacity for rule in FITTED.candidates])
+    reach = np.linspace(4, 20, 12).reshape(2, 6, 1)
+    losses = np.exp(-slots / reach) * (slots < 64)
+    curves = LossCurves(FITTED.candidates, losses).dump()
+    return profile(format=2, head_size=64, dtype="bfloat16", curves=curves, **changes)
+
+
+def test_what_budgets_cost(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    fitted().save(path)
+    result = invoke("inspect", path, "-o", tmp_path / "fit.png")
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.replace("│", " ").splitlines()]
+    table = [row for row in rows if len(row) == 5 and row[3].endswith("x")]
+    budgets, losses = [float(row[0]) for row in table], [float(row[1]) for row in table]
+    assert budgets == sorted(budgets, reverse=True)
+    assert losses == sorted(losses)
+    assert "0.2" in [row[0] for row in table]
+    for row in table:
+        assert int(row[4]) == pytest.approx(1024 / float(row[2]), rel=0.1)
+    assert Image.open(tmp_path / "fit.png").size[0] > 600
+
+    one = invoke("inspect", path, "--budget", "0.15")
+    assert one.exit_code == 0
+    heads = [line.split() for line in one.stdout.replace("│", " ").splitlines()]
+    layers = [row for row in heads if len(row) == 3 and row[0] in ("0", "1")]
+    assert [[len(part) for part in row[1:]] for row in layers] == [[3, 3], [3, 3]]
+    for budget, match in (
+        ("0.01", "^vllm-kvcompress: budget: .* at least 0.125"),
+        ("much", "neither a share"),
+    ):
+        assert re.search(match, one_line(invoke("inspect", path, "--budget", budget)))
+    assert invoke("inspect", path, "--budget", "auto").exit_code == 0
+    assert invoke("inspect", path, "--budget", "0.2", "--threshold", "0.5").exit_code == 2
+
+
+def test_budgets_of_a_profile_without_curves(saved: Path) -> None:
+    assert "format 1" in one_line(invoke("inspect", saved, "--budget", "0.2"))
 
 
 def test_a_model_that_cannot_be_calibrated_is_one_line(tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ REQUESTS = slice(3)  # a picture, one without guidance in chunks, one with a neg
 
 
 def jobs(model: Path, kernels: str) -> list[dict[str, Any]]:
-    section = {"preset": "decoupled", "budget": 0.4, "kernels": kernels}
+    section = {"preset": "fitted", "budget": 0.4, "kernels": kernels}
     args = {"attention_backend": "kvcompress", "additional_config": {"kvcompress": section}}
     waves = [mixed_requests(Prompts(model))[REQUESTS]]
-    return [{"name": "decoupled", "args": {**SETTINGS, "model": str(model), **args}, "waves": waves}]
+    return [{"name": "fitted", "args": {**SETTINGS, "model": str(model), **args}, "waves": waves}]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def drawn(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     folder, model = tmp_path_factory.mktemp("graphs"), checkpoints["tiny-hf"]
     graph = EngineProcess(folder / "graph", V2, jobs(model, "triton"), script="graph_process.py")
     eager = EngineProcess(folder / "eager", V1, jobs(model, "torch"))
-    return {name: process.finish()["decoupled"] for name, process in (("eager", eager), ("graph", graph))}
+    return {name: process.finish()["fitted"] for name, process in (("eager", eager), ("graph", graph))}
 
 
 def test_replayed_steps_draw_the_reference_tokens(drawn: dict[str, Any]) -> None:
@@ -86,13 +86,14 @@ def test_the_backend_says_so(drawn: dict[str, Any]) -> None:
     [
         ({}, "cuda", AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
         ({"preset": "streaming"}, "cuda", AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
-        ({"smooth_row": True}, "cuda", AttentionCGSupport.NEVER),
+        ({"preset": "line_ar", "smooth_row": True}, "cuda", AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        ({"preset": "line_ar", "stratify": True}, "cuda", AttentionCGSupport.NEVER),
         ({"kernels": "torch"}, "cuda", AttentionCGSupport.NEVER),
         ({}, "cpu", AttentionCGSupport.NEVER),
     ],
 )
 def test_support(section: dict[str, Any], device: str, support: AttentionCGSupport) -> None:
-    """Refined scores are chosen by in torch, which looks at the host; so does the reference."""
+    """Choice within columns is torch's, which looks at the host; so does the reference."""
 
     class Config:
         additional_config: Any = {"kvcompress": section}  # noqa: RUF012

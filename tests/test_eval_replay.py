@@ -33,7 +33,6 @@ def drawn(engine: Engine) -> tuple[list[tuple[list[int], list[int]]], list[float
 
 
 def replayed(engine: Engine, scenes: Sequence, trials: dict[str, Trial], batch: int) -> dict[str, Likelihood]:
-    engine.use()
     found = {name: Likelihood() for name in trials}
     for _, part in replay_batches(engine.llm, scenes, trials, 5.0, batch):
         for name, one in part.items():
@@ -59,7 +58,7 @@ def test_replay_gives_what_drawing_gave(checkpoints: dict[str, Path], preset: st
     assert np.abs(np.subtract(found["other"].nll, nll)).max() > 1e-4, "eviction makes no difference here"
     assert max(found["other"].kl) < 1e-6 < min(found["paged"].kl) < min(found["paged"].kl_guided)
     assert np.max(found["other"].error) < 1e-5 < np.max(found["paged"].error)
-    assert found["paged"].resident == pytest.approx(0.5 * 64, abs=1)
+    assert found["paged"].resident == pytest.approx(0.5 * 64, abs=2)
 
 
 def test_every_score_and_per_layer_victims(checkpoints: dict[str, Path]) -> None:

@@ -51,7 +51,7 @@ HOOKS = {
     ),
     "vllm_kvcompress.cache.spec:HeadTypeSpec": (
         "prefix_cacheable block_table_token_alignment uses_slot_mapping max_num_blocks_per_req "
-        "max_memory_usage_bytes page_size_padded page_size_bytes dcp_sharded"
+        "max_memory_usage_bytes page_size_padded page_size_bytes dcp_sharded is_uniform_with_collection"
     ),
     "vllm_kvcompress.cache.store:HeadTypeCache": "get_attn_backend get_kv_cache_spec bind_kv_cache",
     "vllm_kvcompress.attention.backend:KVCompressBackend": (
@@ -221,13 +221,12 @@ def test_block_managers_are_registered() -> None:
     from vllm_kvcompress.cache import manager, spec
 
     assert issubclass(manager.BoundedManager, SingleTypeKVCacheManager)
-    for kind in (spec.SpatialSpec, spec.SemanticSpec):
-        one = kind(
-            block_size=16, num_kv_heads=2, head_size=8, dtype=None, capacity=8, image_tokens=64, context=128,
-            page_size_padded=4096,
-        )  # fmt: skip
-        assert KVCacheSpecRegistry.get_manager_class(one) is manager.BoundedManager
-        assert one.page_size_bytes == 4096
+    one = spec.HeadTypeSpec(
+        kind=0, scored=True, block_size=16, num_kv_heads=2, head_size=8, dtype=None, capacity=8,
+        image_tokens=64, context=128, page_size_padded=4096,
+    )  # fmt: skip
+    assert KVCacheSpecRegistry.get_manager_class(one) is manager.BoundedManager
+    assert one.page_size_bytes == 4096
 
 
 def test_model_tables() -> None:

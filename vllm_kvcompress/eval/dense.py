@@ -97,7 +97,8 @@ class DenseReplay:
             out[..., first:last, :] = p @ torch.cat((prompt[1], v[:, :, :last]), 2)[:, :, None]
             if rule.scores:
                 facts = Line(p[..., to_words.shape[-1] :], score[..., :last], v[:, :, :last], rule)
-                score[..., :last] = chosen = self.score(facts)
+                score[..., :last] = self.score(facts)
+                chosen = kept.refined(score[..., :last], v[:, :, :last])
                 if self.per_layer:
                     chosen = chosen.sum(1, keepdim=True).expand(chosen.shape)
                 kept.end_line(chosen)

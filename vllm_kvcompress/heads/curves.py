@@ -105,9 +105,8 @@ RING_LINES: Sequence[float] = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16)
 """Lines that a ring keeps beside its anchors."""
 SCORED_LINES: Sequence[float] = (3, 4, 5, 6, 8, 10, 12, 16)
 """Lines that a scored head keeps beside its anchors, the last one always."""
-SCORED_RULES: Sequence[dict[str, Any]] = (
-    {"value_norm": True, "smooth_row": True},
-    {"decay": 0.5},
-    {"decay": 0.5, "value_norm": True, "smooth_row": True},
-)
-"""How a scored head chooses."""
+SCORED_RULES: Sequence[dict[str, Any]] = ({"decay": 0.5},)
+"""How a scored head chooses: by the last line's attention and half of what the lines before left.
+
+docs/quality.md has the others that were tried: the last line's sum, and value norm with a smoothed row.
+"""
