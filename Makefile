@@ -1,10 +1,11 @@
-# make demo   a picture from a served model, on any machine
+# make demo   a picture from a served model, on any machine (BOTH=1: full and compressed cache, same seeds)
 # make test   the tests        make lint   ruff and mypy        make soak   the slow ones
 # make bench  side by side with transformers and vLLM's full cache, half an hour; make bench-full: hours
 PROMPT ?= a big blue star on a striped yellow ground
 SEED ?= 0
 N ?= 1
 COMPRESSED ?=
+BOTH ?=
 BENCH ?=
 PY := .venv/bin/python
 
@@ -16,7 +17,7 @@ PY := .venv/bin/python
 
 
 demo: .venv/.ready
-	@$(PY) examples/demo.py --prompt "$(PROMPT)" --seed $(SEED) --n $(N) $(if $(COMPRESSED),--compressed)
+	@$(PY) examples/demo.py --prompt "$(PROMPT)" --seed $(SEED) --n $(N) $(if $(COMPRESSED),--compressed) $(if $(BOTH),--both)
 
 test: .venv/.ready
 	@$(PY) -m pytest tests

@@ -89,6 +89,35 @@ def test_a_bad_setting_is_one_line(section: dict[str, Any], match: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (
+            {"kvcompres": {"budget": 0.1}},
+            r"^additional_config has 'kvcompres' beside .*; did you mean kvcompress\?$",
+        ),
+        (
+            {"budget": 0.1},
+            r'^additional_config has .budget. beside kvcompress; write \{"kvcompress": \{"budget"',
+        ),
+        ({"kvcompress": {}, "preset": "ssd"}, r"^additional_config has 'preset' beside kvcompress; write"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_one_line(config: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        parse_config(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_without_the_backend_are_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(
+        ValueError, match=r"kvcompress goes with --attention-backend kvcompress; add it, or drop"
+    ):
+        Engine(
+            checkpoints["tiny-hf"], None, additional_config={"kvcompress": {"budget": 0.1}}, max_model_len=128
+        )
+
+
 @pytest.mark.parametrize("section", ["small", 3, [1], True])
 def test_the_section_must_be_an_object(section: Any) -> None:
     with pytest.raises(ValueError, match=r"^additional_config.kvcompress must be an object of settings, got"):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from dense_janus import DenseHead, draw_dense
 from inprocess import KERNELS, Engine, in_process  # noqa: F401
 from oracle import draw as oracle_draw
@@ -501,3 +502,18 @@ def test_two_pictures_of_one_request(tiny: Path) -> None:
     both = engine.outputs([prompt], SamplingParams(n=2, temperature=1.0, seed=3))[0]
     assert len({tuple(one.token_ids) for one in both.outputs}) == 2
     assert {len(one.token_ids) for one in both.outputs} == {64}
+
+
+def test_a_trial_cache_is_let_go(tiny: Path) -> None:
+    """vLLM frees the small cache that it captures graphs with by binding an empty tensor."""
+    cache = compressed(tiny, "auto", budget=0.3).model.compressed
+    kept = [layer.kv_cache for layer in cache.caches]
+    assert cache._types
+    for layer in cache.caches:
+        layer.kv_cache = torch.tensor([])
+    assert not cache._types
+    assert not cache._all_layers
+    for layer, memory in zip(cache.caches, kept, strict=True):
+        if memory.numel():
+            layer.bind_kv_cache(memory)
+    assert len(cache._types) == len(cache._layout.rules)

@@ -72,7 +72,13 @@ def parse_config(additional_config: Any) -> CompressionConfig:
     ValueError
         One line naming the key and the mend.
     """
-    section = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
+    given = additional_config if isinstance(additional_config, dict) else {}
+    for name in given:
+        if name != KEY and (name in CompressionConfig.model_fields or difflib.get_close_matches(name, [KEY])):
+            inside = f'{{"{KEY}": {{"{name}": ...}}}}'
+            mend = f"write {inside}" if name in CompressionConfig.model_fields else f"did you mean {KEY}?"
+            raise ValueError(f"additional_config has {name!r} beside {KEY}; {mend}")
+    section = given.get(KEY, {})
     if not isinstance(section, dict):
         raise ValueError(f"additional_config.{KEY} must be an object of settings, got {section!r}")
     try:

@@ -28,15 +28,26 @@ class HeadTypeCache(nn.Module, AttentionLayerBase):
 
     def __init__(self, name: str, kind: int, store: "CompressedCache", vllm_config: "VllmConfig") -> None:
         super().__init__()
-        self.kv_cache = torch.tensor([])
-        self.name, self.kind = name, kind
         self._held = [store]  # in a list, so that nn.Module does not make it a submodule
+        self.name, self.kind = name, kind
+        self.kv_cache = torch.tensor([])
         vllm_config.compilation_config.static_forward_context[name] = self
 
     @property
     def store(self) -> "CompressedCache":
         """The cache that this is a part of."""
         return self._held[0]
+
+    @property
+    def kv_cache(self) -> Tensor:
+        """The memory that vLLM has bound; an empty tensor lets go of it: so vLLM frees a trial's."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, memory: Tensor) -> None:
+        self._kv_cache = memory
+        if not memory.numel():
+            self.store.unbind(self.kind)
 
     def get_attn_backend(self) -> type[KVCompressBackend]:
         return KVCompressBackend
@@ -72,12 +83,13 @@ class CompressedCache(nn.Module):
         self._make_layout = make_layout
         self._layout: CacheLayout | None = None
         self.kernels: Kernels | None = None  # chosen with the layout
-        self.caches = nn.ModuleList(
-            HeadTypeCache(name, kind, self, vllm_config) for kind, name in enumerate(CACHES)
-        )
         self._types: dict[int, list[HeadType]] = {}
         self._all_layers: dict[int, HeadType] = {}
         self._step: tuple[StepPlan, ...] = ()
+        self.caches = nn.ModuleList(
+            HeadTypeCache(name, kind, self, vllm_config) for kind, name in enumerate(CACHES)
+        )
+        self._line = ""  # what was decided, until it has been said
         self.recorder: Any = None  # while heads are being calibrated, it attends instead
 
     def layout(self, vllm_config: "VllmConfig") -> CacheLayout:
@@ -117,7 +129,21 @@ class CompressedCache(nn.Module):
         self._all_layers[kind] = HeadType(pages, rule, all_index, empty)
         self._step = ()
         if len(self._types) == len(layout.rules):
-            logger.info("%s; %s", layout.summary, at_once(layout, kv_cache.shape[0]))
+            self._line = f"{layout.summary}; {at_once(layout, kv_cache.shape[0])}"
+            if kv_cache.device.type != "cuda":
+                self._say()
+
+    def unbind(self, kind: int) -> None:
+        """Forget a head type's pages, so that their memory can go."""
+        self._types.pop(kind, None)
+        self._all_layers.pop(kind, None)
+        self._step = ()
+
+    def _say(self) -> None:
+        """The start-up line, once; on CUDA at the first step, since a small trial cache comes first."""
+        if self._line:
+            logger.info("%s", self._line)
+            self._line = ""
 
     def _plans(self) -> dict[int, StepPlan]:
         """This step's plans, with block tables handed to the head types once per step."""
@@ -126,6 +152,8 @@ class CompressedCache(nn.Module):
             return {}
         plans: dict[int, StepPlan] = {kind: metadata[n] for kind, n in enumerate(CACHES) if n in metadata}
         step = tuple(plans.values())
+        if plans and self._types:
+            self._say()
         if len(step) != len(self._step) or any(a is not b for a, b in zip(step, self._step, strict=True)):
             self._step = step
             for kind, plan in plans.items():

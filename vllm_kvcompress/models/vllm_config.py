@@ -7,7 +7,8 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from vllm_kvcompress import patches, plugin
-from vllm_kvcompress.config import FP8, is_compressed, parse_config
+from vllm_kvcompress.config import FP8, KEY, CompressionConfig, is_compressed, parse_config
+from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.config import raster_of
 from vllm_kvcompress.models.registry import (
@@ -16,6 +17,7 @@ from vllm_kvcompress.models.registry import (
     store_special_ids,
     text_vocab_size,
 )
+from vllm_kvcompress.policy import AUTO
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -49,6 +51,12 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
         if vllm_config.speculative_config is not None:
             raise ValueError(
                 "speculative decoding does not work with image models: drop --speculative-config"
+            )
+        config = parse_config(vllm_config.additional_config)  # a misplaced key is an error without it too
+        if not is_compressed(vllm_config) and config != CompressionConfig():
+            raise ValueError(
+                f"additional_config.{KEY} goes with --attention-backend kvcompress; add it, or drop the "
+                "settings"
             )
         if is_compressed(vllm_config):
             check_conflicts(vllm_config)
@@ -99,7 +107,12 @@ def check_conflicts(vllm_config: "VllmConfig") -> None:
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     raster = raster_of(vllm_config.model_config.hf_config)
-    parse_config(vllm_config.additional_config).policy.check(raster)
+    config = parse_config(vllm_config.additional_config)
+    config.policy.check(raster)
+    if config.head_profile != AUTO and config.policy.types in ("profile", "fitted"):
+        profile = HeadProfile.load(config.head_profile)  # its model is compared when the weights are there
+        if config.policy.types == "fitted":
+            profile.loss_curves  # noqa: B018 - raises where there are none
     refused = (
         (parallel.tensor_parallel_size > 1, "tensor parallelism: set --tensor-parallel-size 1"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set --pipeline-parallel-size 1"),
