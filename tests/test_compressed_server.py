@@ -100,9 +100,7 @@ def test_text_is_refused_and_the_server_goes_on(server: Server, client: openai.O
     assert draw(client).data
 
 
-def test_the_profile_is_left_for_the_next_start(
-    server: Server, checkpoints: dict[str, Path]
-) -> None:
+def test_the_profile_is_left_for_the_next_start(server: Server, checkpoints: dict[str, Path]) -> None:
     profiles = list((server.log.parent / "cache" / "kvcompress" / "head_profiles").glob("gqa-hf-*.json"))
     assert len(profiles) == 1
     assert profiles[0].stat().st_mode & 0o777 == 0o600

@@ -140,12 +140,13 @@ def test_the_conditional_branch_counts_twice() -> None:
 
 def test_the_smallest_budget_within_a_tolerance() -> None:
     curves = made_up("1B", 1)
-    loose, tight = (smallest_budget(curves, tolerance) for tolerance in (1e-3, 1e-4))
+    pages = Pages(512, 8)
+    loose, tight = (smallest_budget(curves, tolerance, pages=pages) for tolerance in (1e-3, 1e-4))
     assert loose.mean_slots < tight.mean_slots
     for found, tolerance in ((loose, 1e-3), (tight, 1e-4)):
         assert found.loss is not None
         assert found.loss <= tolerance
-        assert predict(curves, found.mean_slots - 7) > tolerance
+        assert predict(curves, found.mean_slots - 24) > tolerance
     nothing = smallest_budget(curves, 1e-30)
     assert [rule.evicts for rule in nothing.rules] == [False]
 

@@ -36,7 +36,7 @@ def _compressed(preset: str, budget: Fraction) -> Contender:
     return Contender(f"{preset} {budget}", {"preset": preset, "budget": round(float(budget), 4)})
 
 
-PRESETS = ("streaming", "h2o", "line_ar", "ssd", "decoupled")
+PRESETS = ("streaming", "h2o", "line_ar", "ssd", "decoupled", "fitted")
 BUDGETS = (Fraction(1, 5), Fraction(1, 6))
 CONTENDERS = {
     contender.name: contender

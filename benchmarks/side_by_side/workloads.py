@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
+from vllm_kvcompress.heads.curves import LossCurves, candidate_types
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.testing.checkpoints import SMALL_24, CheckpointGeometry, janus_pro_1b, make_checkpoint
@@ -97,17 +100,22 @@ class Workload:
     def settings(self, section: dict[str, Any]) -> dict[str, Any]:
         """A contender's ``kvcompress`` settings, with a head profile for random weights.
 
-        Those have no local heads to find: half of the heads, drawn at random, are spatial. The demo model's
-        profile is its own, measured when it is first served.
+        Those have no local heads to find: half of the heads, drawn at random, are spatial, and loss curves
+        are made up, of heads that need very different amounts. The demo model's profile is its own, measured
+        when it is first served.
         """
         g = self.geometry
         if g is None:
             return section
-        path = OUT / "profiles" / f"{g.layers}x{g.kv_heads}.json"
+        path = OUT / "profiles" / f"{g.layers}x{g.kv_heads}-{self.lines}x{self.width}.json"
         if not path.exists():
             draw = random.Random(0)
             path.parent.mkdir(parents=True, exist_ok=True)
             HeadProfile(
+                format=2,
+                head_size=self.head_size,
+                dtype="bfloat16",
+                curves=_curves(Raster(self.lines, self.width), g.layers, 2 * g.kv_heads).dump(),
                 model="",
                 model_hash="",
                 metric="drawn at random",
@@ -146,6 +154,18 @@ def _halves(draw: random.Random, layers: int, heads: int) -> list[list[float]]:
     scores = [(i + 0.5) / (layers * heads) for i in range(layers * heads)]
     draw.shuffle(scores)
     return [scores[layer * heads : (layer + 1) * heads] for layer in range(layers)]
+
+
+def _curves(raster: Raster, layers: int, heads: int) -> LossCurves:
+    """Losses that fall with a head's slots, each head's in its own way; some heads are better off scored."""
+    candidates, draw = candidate_types(raster), np.random.default_rng(0)
+    slots = np.array([rule.capacity for rule in candidates])
+    need = draw.lognormal(-6, 2, (layers, heads, 1))
+    reach = draw.uniform(0.8, 5, (layers, heads, 1)) * raster.width
+    scored = draw.uniform(0.5, 1.6, (layers, heads, 1))
+    losses = need * np.where([rule.ring for rule in candidates], 1.0, scored) * np.exp(-slots / reach)
+    losses[..., [not rule.evicts for rule in candidates]] = 0
+    return LossCurves(candidates, losses)
 
 
 def janus(name: str, layers: int, sampled: tuple[int, ...], memory_images: int = 0) -> Workload:

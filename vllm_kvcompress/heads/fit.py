@@ -169,7 +169,11 @@ def smallest_budget(
             high = middle
         else:
             low = middle + 1
-    return fit(curves, budgets[high], types, pages)
+    found = fit(curves, budgets[high], types, pages)
+    while found.loss is not None and found.loss > tolerance:  # what pages cost comes on top
+        high += 1
+        found = fit(curves, budgets[high], types, pages)
+    return found
 
 
 def _assignment(curves: LossCurves, choice: Ints) -> Assignment:
