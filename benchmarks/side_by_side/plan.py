@@ -90,6 +90,7 @@ class HttpGroup:
 _ALL = tuple(CONTENDERS)
 _SIXTHS = tuple(f"{preset} 1/6" for preset in PRESETS)
 _MAIN = (TRANSFORMERS, STOCK, OURS)
+_TYPES = tuple(f"{preset} {budget}" for budget in ("1/5", "1/6") for preset in ("decoupled", "fitted"))
 _OTHERS = tuple(name for name in _ALL if name not in _MAIN)
 
 
@@ -114,6 +115,7 @@ def groups(mode: str) -> list[Group | HttpGroup]:
                 (4,),
                 3,
             ),
+            Group("types", janus("janus-1b-types", 24, (0, 4, 12, 23)), _TYPES, (16,), 5),
             Group("presets", janus("janus-1b", 24, (0, 4, 12, 23)), _OTHERS, (1, 4, 16), 3),
             Group("presets-64", janus("janus-1b-64", 12, (0, 4, 23)), _OTHERS, (64,), 3),
             Group("whole", janus("janus-1b-whole", 24, (0, 4, 12, 23)), _MAIN, (4,), 3, whole=True),
@@ -126,6 +128,14 @@ def groups(mode: str) -> list[Group | HttpGroup]:
             Group("memory", janus("janus-1b-memory", 6, (0, 4, 23), 8), (STOCK, OURS), (FIT,), 3, 64),
             HttpGroup("http", shapes("shapes-http", ()), (STOCK, OURS), 2, 32),
             Group("long", long_image("long", 4, (0, 11, 32, 63)), (STOCK, OURS), (4,), 2),
+            Group(
+                "types",
+                janus("janus-1b-types", 6, (0, 4, 12, 23)),
+                _TYPES,
+                (16, 64),
+                3,
+                lines=((16, (4, 12, 23)), (64, (12, 23))),
+            ),
             Group("presets", model, _OTHERS, (16,), 2),
             Group("whole", janus("janus-1b-whole", 6, (0, 4, 23)), _MAIN, (4,), 1, whole=True),
             Group("shapes", shapes("shapes", (0, 4, 23)), (TRANSFORMERS, STOCK, *_SIXTHS), (1, 16), 2),

@@ -8,7 +8,6 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from vllm_kvcompress import patches, plugin
 from vllm_kvcompress.config import FP8, KEY, CompressionConfig, is_compressed, parse_config
-from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.config import raster_of
 from vllm_kvcompress.models.registry import (
@@ -110,6 +109,8 @@ def check_conflicts(vllm_config: "VllmConfig") -> None:
     config = parse_config(vllm_config.additional_config)
     config.policy.check(raster)
     if config.head_profile != AUTO and config.policy.types in ("profile", "fitted"):
+        from vllm_kvcompress.heads.profile import HeadProfile  # where such a model is served, not before
+
         profile = HeadProfile.load(config.head_profile)  # its model is compared when the weights are there
         if config.policy.types == "fitted":
             profile.loss_curves  # noqa: B018 - raises where there are none
