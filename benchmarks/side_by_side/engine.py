@@ -73,6 +73,19 @@ class Engine:
             for block in tensor:
                 block.copy_(numbers)
 
+    def _clear_side_state(self) -> None:
+        """Zeros in scores, tokens and victims.
+
+        All head types draw from one pool: one's K and V lie where another's victims will be read, and a
+        picture that is begun in the middle reads victims that nobody chose.
+        """
+        if self.contender.section is None:
+            return
+        for held in self.model.compressed._all_layers.values():
+            if held.rule.scores:
+                for part in (held.pages.victim, held.pages.token, held.pages.score):
+                    part.zero_()
+
     @property
     def core(self) -> Any:
         """vLLM's EngineCore."""
@@ -102,6 +115,7 @@ class Engine:
         Their cache is taken as it is: random numbers, which take as long to attend to as others. The first
         step computes one token of the line before. Pictures from line 0 begin with their prompts, as always.
         """
+        self._clear_side_state()
         from vllm import SamplingParams
 
         generator = torch.Generator().manual_seed(line)
