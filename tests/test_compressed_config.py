@@ -389,8 +389,8 @@ def test_an_engine_refuses_to_start(
 
 def test_an_engine_refuses_a_profile_of_another_model(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     path = profile_at(tmp_path / "p.json", layers=1, scores=[[0.1, 0.9]])
+    section = {"preset": "decoupled", "head_profile": path}
     with pytest.raises(ValueError, match=r"^head_profile: layers is 1, the served model's is 2"):
-        section = {"preset": "decoupled", "head_profile": path}
         Engine(checkpoints["tiny-hf"], kvcompress=section, max_model_len=128)
 
 
