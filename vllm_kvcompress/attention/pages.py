@@ -10,9 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.policy.rule import HeadRule
-
-SIDE_BYTES = 8  # per scored head and slot: float32 score, int16 token, int16 victim
+from vllm_kvcompress.policy.rule import SIDE_BYTES, HeadRule
 
 
 @dataclass

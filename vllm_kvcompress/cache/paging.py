@@ -13,13 +13,13 @@ from functools import cache
 from itertools import product
 from math import ceil
 
+from vllm_kvcompress.heads.paged import MOST_TOKENS, PREFIXES
+from vllm_kvcompress.heads.paged import MOST_WASTE as MAX_WASTE
+
 Capacities = Callable[[int, int], tuple[int, int]]
-MAX_WASTE = 0.03  # of a request's bytes, lost to unequal pages
 # Few tokens a page round a request up by little; many make fewer, longer runs of memory for the
 # kernels. 4 rows of K and V are 2 KiB at head size 128 in bfloat16.
 _MIN_RUN = 4
-_MAX_TOKENS = 16
-_PREFIXES = range(8, 72)  # prompt lengths over which rounding is averaged
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _moves(spatial: int, semantic: int, step: int) -> Iterator[int]:
 def _choices(size: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """One type's tokens, 1 to 16, and for the others what equalises the pages, rounded either way."""
     seen = set()
-    for first, tokens in product(range(len(size)), range(1, _MAX_TOKENS + 1)):
+    for first, tokens in product(range(len(size)), range(1, MOST_TOKENS + 1)):
         page = size[first] * tokens
         others = [sorted({page // n, ceil(page / n)} - {0}) for n in size]
         others[first] = [tokens]
@@ -161,5 +161,5 @@ def _choices(size: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 @cache
 def _pages(capacity: int, tokens: int) -> int:
-    """Pages of requests of all of `_PREFIXES`, added up."""
-    return sum(ceil((prefix + capacity) / tokens) for prefix in _PREFIXES)
+    """Pages of requests of all of `PREFIXES`, added up."""
+    return sum(ceil((prefix + capacity) / tokens) for prefix in PREFIXES.tolist())

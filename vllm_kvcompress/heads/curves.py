@@ -41,6 +41,12 @@ class LossCurves:
             raise ValueError("curves: a loss is negative or not a number")
 
     @property
+    def raster(self) -> Raster:
+        """The grid that was measured."""
+        first = self.candidates[0]
+        return Raster(first.image // first.line, first.line)
+
+    @property
     def weighted(self) -> NDArray[np.float64]:
         """``[layers * 2 * kv_heads, candidates]``: losses by `BRANCH_WEIGHTS`, as the fit adds them up."""
         layers, heads, number = self.losses.shape

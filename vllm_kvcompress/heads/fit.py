@@ -139,7 +139,7 @@ def _best_set(losses: Floats, slots: Ints, budget: float, types: int) -> tuple[I
     search = Sets(losses, slots, budget, types)
     chosen = search.climb()
     search.best, choice = knapsack(losses[:, chosen], slots[chosen], budget)
-    for other in search.better():
+    for other in search.better(chosen):
         loss, found = knapsack(losses[:, other], slots[other], budget)
         if loss < search.best:
             search.best, choice, chosen = loss, found, other
@@ -304,14 +304,16 @@ class Sets:
                 return chosen
             best, chosen = min(options)
 
-    def better(self) -> Iterator[list[int]]:
+    def better(self, near: Sequence[int]) -> Iterator[list[int]]:
         """Every set whose bound is below ``best``, which may fall while this goes on: branch and bound.
+
+        Bounds are taken at prices around the best one of the set ``near``.
 
         It ends early, the set found so far being nearly as good as any, after `_MOST_NODES` steps.
         """
         steps = 0
         number = len(self.slots)
-        _, price = self.bound(self.climb())
+        _, price = self.bound(near)
         prices = price * np.array([0.6, 0.8, 1.0, 1.25, 1.6])
         priced = self.losses + prices[:, None, None] * self.slots  # [prices, heads, candidates]
         worth = prices * self.total

@@ -21,10 +21,10 @@ MOST_BESIDE_SIDE = 0.008  # of it, where small heads' side state alone is more
 MOST_ROUNDING = 0.025  # more than that on average over prompts
 TYPICAL_PREFIX = 20  # tokens of a short prompt
 ALIGNMENT = 64  # bytes; a cache line
-PREFIXES = np.arange(8, 72)
+PREFIXES = np.arange(8, 72)  # prompt lengths over which rounding is averaged
 _NEAR = (0.0, -0.01, 0.01, -0.02, 0.02, -0.035, 0.035)
 _TRIED = 40  # page sizes for which heads are moved
-_MOST_TOKENS = 16
+MOST_TOKENS = 16
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -125,7 +125,7 @@ def _page_sizes(counts: Ints, slots: Ints, weights: Ints) -> Iterator[tuple[Ints
     """(tokens a page, most heads) of each type, for page sizes near the counts'; fewest moves first."""
     size = counts * weights
     found: dict[tuple[int, ...], tuple[float, Ints, Ints]] = {}
-    for first, tokens, off in product(range(len(size)), range(1, _MOST_TOKENS + 1), _NEAR):
+    for first, tokens, off in product(range(len(size)), range(1, MOST_TOKENS + 1), _NEAR):
         page = size[first] * tokens * (1 + off)
         options = [_tokens(page, n) for n in size]
         for choice in product(*options):

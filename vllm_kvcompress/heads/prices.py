@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from vllm_kvcompress.heads.fit import Assignment, fit, smallest_budget
 from vllm_kvcompress.heads.paged import TYPICAL_PREFIX, Pages, picture_bytes
 from vllm_kvcompress.heads.profile import HeadProfile
-from vllm_kvcompress.policy import AUTO, MAX_TYPES, TOLERANCE, Policy, Raster
+from vllm_kvcompress.policy import AUTO, MAX_TYPES, TOLERANCE, Policy
+from vllm_kvcompress.policy.rule import SIDE_BYTES
 
-SIDE_BYTES = 8  # as attention/pages.py counts them
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BUDGETS: tuple[float, ...] = (0.5, 1 / 3, 0.25, 0.2, 1 / 6, 1 / 8, 0.1)
 
@@ -47,8 +47,7 @@ class Price:
 def price(profile: HeadProfile, budget: float | str, types: int = MAX_TYPES) -> Price:
     """Fit one budget (or ``auto``: the smallest within the tolerance). Raises ValueError, one line."""
     curves = profile.loss_curves
-    first = curves.candidates[0]
-    raster = Raster(first.image // first.line, first.line)
+    raster = curves.raster
     assert profile.head_size is not None
     slot = 2 * profile.head_size * ITEM_BYTES.get(profile.dtype or "", 2)
     pages = Pages(slot, SIDE_BYTES)

@@ -116,11 +116,8 @@ def _of_this_version(profile: HeadProfile) -> bool:
     """Whether a cached profile has what this version measures; other settings are the configuration's."""
     if profile.format < 2:
         return False
-    raster = Raster(
-        profile.loss_curves.candidates[0].image // profile.loss_curves.candidates[0].line,
-        profile.loss_curves.candidates[0].line,
-    )
-    same_candidates = profile.loss_curves.candidates == candidate_types(raster)
+    curves = profile.loss_curves
+    same_candidates = curves.candidates == candidate_types(curves.raster)
     same_prompts = profile.prompts_hash == _prompts_hash()
     same_threshold = abs(profile.threshold - default_threshold(profile.scores)) < 1e-5
     return same_candidates and same_prompts and same_threshold

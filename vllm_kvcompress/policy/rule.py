@@ -6,6 +6,7 @@ docs/design.md, "The method". The attention code needs to know nothing else of a
 from dataclasses import dataclass
 
 MAX_IMAGE = 2**15 - 1  # token and victim indices are stored as int16 beside the pages
+SIDE_BYTES = 8  # per scored head and slot, beside K and V: float32 score, int16 token, int16 victim
 MAX_TYPES = 6  # head types of one layout: KV-cache groups, block tables, code paths of a GPU kernel
 
 
