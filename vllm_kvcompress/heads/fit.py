@@ -220,23 +220,24 @@ def knapsack(losses: Floats, slots: Ints, budget: float) -> tuple[float, Ints]:
         The sum, and ``[heads]`` columns. Exact while the budget has at most 60,000 units of the slots'
         common divisor; beyond that slots are rounded up to coarser units.
     """
-    heads, number = losses.shape
-    least = int(slots.min())
-    extra = slots - least
-    room = int(np.floor(budget * heads + 1e-9)) - least * heads
+    heads = len(losses)
+    smallest = int(slots.min())
+    extra = slots - smallest
+    room = int(np.floor(budget * heads + 1e-9)) - smallest * heads
     unit = int(np.gcd.reduce(extra)) or 1
     while room // unit > _MOST_STATES:
         unit *= 2
     cost, states = -(-extra // unit), room // unit + 1
     best = np.zeros(states)
-    chosen = np.empty((heads, states), np.uint8)
+    chosen = np.zeros((heads, states), np.uint8)
     for head in range(heads):
-        options = np.full((number, states), np.inf)
+        now = np.full(states, np.inf)
         for column, price in enumerate(cost):
             if price < states:
-                options[column, price:] = best[: states - price] + losses[head, column]
-        chosen[head] = options.argmin(0)
-        best = options.min(0)
+                option, least = best[: states - price] + losses[head, column], now[price:]
+                np.copyto(chosen[head, price:], column, where=option < least)  # ties: the first column
+                np.minimum(option, least, out=least)
+        best = now
     state = int(best.argmin())
     choice = np.empty(heads, np.int64)
     for head in reversed(range(heads)):
