@@ -177,7 +177,8 @@ def _print_fit(profile: HeadProfile, budget: str | None, output: Path | None) ->
     if budget is not None:
         _print_heads(drawn, profile.kv_heads, console)
     if output is not None:
-        _draw(lambda: _plot().draw_fit(profile, drawn, prices(profile), output), output)
+        curve = shown if budget is None else prices(profile)
+        _draw(lambda: _plot().draw_fit(profile, drawn, curve, output), output)
 
 
 def _print_heads(shown: "Price", kv_heads: int, console: Console) -> None:

@@ -6,9 +6,9 @@ and pictures, with everything else of the model as the full cache has it. Under 
 beforehand; a scored rule is played line by line with the scores that its own choices leave.
 
 Cost: for every candidate, layer, cache head and query, the visible keys once more: on Janus-Pro-1B with 12
-pictures and 21 candidates 9 TFLOP. Memory: one layer's line of queries against the picture,
-``[pictures, heads, W, tokens]`` float32 (about 30 MB there); errors wait for the layer's residual as
-``[pictures, heads, candidates, tokens]`` (about 19 MB).
+pictures and 22 candidates 9 TFLOP. Memory: one layer's line of queries against the pictures of a pass,
+``[pictures, heads, W, tokens]`` float32 (7 MB there, 4 at a time); errors wait for the layer's residual as
+``[pictures, heads, candidates, tokens]`` (6 MB).
 """
 
 from collections.abc import Callable, Sequence
