@@ -1,7 +1,7 @@
 """``--additional-config '{"kvcompress": {...}}'``: one frozen model, unknown keys refused."""
 
 import difflib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,6 +14,8 @@ KEY = "kvcompress"
 BACKEND = "kvcompress"
 Choice = Literal["auto", "torch", "cpu", "triton"]  # of kernels
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of an 8-bit cache of e4m3 numbers
+MAX_WINDOW = 16  # places of a row in one step: lanes of a GPU kernel's matrix unit
+WITH_ANY_CACHE = frozenset({"window", "window_rows"})  # settings that do not need the backend
 _POLICY_FIELDS = frozenset(Policy.__dataclass_fields__)
 
 
@@ -35,6 +37,11 @@ class CompressionConfig(BaseModel):
         Locality threshold, in [0, 1], above which a head is semantic; None takes the profile's.
     recalibrate : bool
         With ``head_profile: auto``, measure the heads again even if a profile is there.
+    window : int or str
+        Places that a picture's step may hold, its last token and the drafts after it: 1 draws one token a step,
+        ``auto`` takes what pays. Goes with a full cache too.
+    window_rows : int
+        Pictures at once beyond which windows are off.
     kernels : str
         ``auto``, or one implementation: ``torch`` (the reference), ``cpu`` (compiled) or ``triton`` (GPUs).
     """
@@ -56,6 +63,8 @@ class CompressionConfig(BaseModel):
     head_profile: str = "auto"
     threshold: float | None = Field(default=None, ge=0, le=1)
     recalibrate: bool = False
+    window: Annotated[int, Field(ge=1, le=MAX_WINDOW)] | Literal["auto"] = AUTO
+    window_rows: int = Field(default=32, ge=1)
     kernels: Choice = "auto"
 
     @property

@@ -7,8 +7,8 @@ unconditional branch when the user gave one. ``RequestRows`` holds it in batch o
 about requests through a logits processor (V1 runner) or the model state (V2 runner).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -19,6 +19,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_kvcompress.models.config import ImageModel
 from vllm_kvcompress.models.registry import image_model
 from vllm_kvcompress.sampling import names_ids
+from vllm_kvcompress.windows.drawing import Drawing, Window
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -72,11 +73,14 @@ class RequestFacts:
         Tokens before the first image token; ``NO_IMAGE`` in a text request.
     names_ids : bool
         Whether sampling it takes logits of the whole vocabulary.
+    drawing : Drawing or None
+        The picture's tokens and noise, where the host knows them (the V1 runner).
     """
 
     guidance: GuidanceParams
     prefix: int
     names_ids: bool = False
+    drawing: Drawing | None = field(default=None, compare=False)
 
     @property
     def is_text(self) -> bool:
@@ -117,6 +121,8 @@ class RequestRows:
         self.token_rows = torch.zeros(max_tokens, dtype=torch.int64)
         self._tokens = torch.arange(max_tokens, dtype=torch.int32)
         self.narrow_allowed = True
+        self.window: Window | None = None  # this step's (the V1 runner)
+        self.on_accept: Callable[[list[int]], None] | None = None  # a cache that holds drafts back
         self._narrow = False
         self._rows: dict[int, RequestFacts] = {}
         self._written: dict[int, tuple[int, ...]] = {}  # what `negative` holds
@@ -199,6 +205,27 @@ class RequestRows:
         """
         narrow, self._narrow = self._narrow, False
         return narrow
+
+    def begin_window(self, counts: Sequence[int]) -> Window:
+        """Drafts for this step, as many as ``counts`` says for each row (the V1 runner)."""
+        drawings = self.drawings
+        self.window = Window([drawings[row].drafts(count) if count else () for row, count in enumerate(counts)])
+        return self.window
+
+    def accept(self, standing: list[int]) -> None:
+        """So many tokens that the step fed stand in each row; the cache may keep them."""
+        if self.on_accept is not None:
+            self.on_accept(standing)
+
+    def take_window(self) -> Window | None:
+        """This step's drafts, once."""
+        window, self.window = self.window, None
+        return window
+
+    @property
+    def drawings(self) -> dict[int, Drawing]:
+        """The pictures being drawn, by row (the V1 runner)."""
+        return {row: facts.drawing for row, facts in self._rows.items() if facts.drawing is not None}
 
     @property
     def text_rows(self) -> set[int]:

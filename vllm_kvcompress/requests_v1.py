@@ -6,9 +6,12 @@ not as an entry point, so other models never load it. Which row a token is of th
 backends alone, so it is heard there.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata, subclass_attention_backend
@@ -18,8 +21,9 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Logit
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
 from vllm_kvcompress.guidance import RequestFacts, RequestRows, request_rows
-from vllm_kvcompress.patches import seeds
+from vllm_kvcompress.patches import drafts, seeds
 from vllm_kvcompress.sampling import patch_v1
+from vllm_kvcompress.windows.drawing import Drawing
 
 
 class RequestTracker(V1LogitsProcessor, V2LogitsProcessor):
@@ -36,6 +40,7 @@ class RequestTracker(V1LogitsProcessor, V2LogitsProcessor):
         listed = len(vllm_config.model_config.logits_processors or ())
         self.rows.narrow_allowed = listed <= 1 and not entry_points(group=LOGITSPROCS_GROUP)
         patch_v1()
+        drafts.apply()
         if vllm_config.device_config.device_type == "cpu":
             seeds.apply()
 
@@ -51,11 +56,20 @@ class RequestTracker(V1LogitsProcessor, V2LogitsProcessor):
         if batch_update is not None:
             for row in batch_update.removed:
                 self.rows.remove(row)
-            for row, params, prompt, _output in batch_update.added:
-                self.rows.add(row, RequestFacts.read(params, prompt, self.rows.model))
+            for row, params, prompt, outputs in batch_update.added:
+                facts = RequestFacts.read(params, prompt, self.rows.model)
+                if not facts.is_text:
+                    facts = replace(facts, drawing=self._drawing(params, prompt or (), outputs, facts.prefix))
+                self.rows.add(row, facts)
             for source, target, direction in batch_update.moved:
                 self.rows.move(source, target, swap=direction == MoveDirectionality.SWAP)
         self.rows.flush()
+
+    def _drawing(self, params: Any, prompt: Sequence[int], outputs: list[int], prefix: int) -> Drawing:
+        raster = self.rows.model.raster
+        # vLLM's own generator, so that an engine's seed decides unseeded pictures too.
+        seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
+        return Drawing(seed, raster.width, raster.tokens, prompt[prefix:], outputs)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         return False

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.windows import v1 as window_v1
+from vllm_kvcompress.windows.noise import position_generator
+
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
@@ -75,12 +78,18 @@ def patch_v1() -> None:
         rows = getattr(logits, _MARK, None)
         if rows is None:
             return forward(self, logits, sampling_metadata, *args, **kwargs)
+        window = rows.take_window()
+        one_each = logits if window is None else logits[window_v1.first_of(window, logits.device)]
         setattr(self, _MARK, rows)
         try:
-            output = forward(self, logits, sampling_metadata, *args, **kwargs)
+            output = forward(self, one_each, sampling_metadata, *args, **kwargs)
         finally:
             delattr(self, _MARK)
-        return move_up(output, rows) if is_narrow(logits, rows) else output
+        if is_narrow(logits, rows):
+            output = move_up(output, rows)
+        if window is not None:
+            window_v1.settle(output, window, rows, logits, sampling_metadata, functools.partial(sample, self))
+        return output
 
     @functools.wraps(sample)
     def sample_marked(self: Any, logits: Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
@@ -89,8 +98,12 @@ def patch_v1() -> None:
             return sample(self, logits, whole, *args, **kwargs)
         codes, text = rows.model.codes, rows.text_rows
         top_k = None if whole.top_k is None else whole.top_k.clamp(max=codes)
-        drawing = {row: made for row, made in whole.generators.items() if row not in text}
-        image = replace(whole, top_k=top_k, generators=drawing)
+        noise = {
+            row: position_generator(drawing.seed, drawing.known, logits.device)
+            for row, drawing in rows.drawings.items()
+            if row < len(logits)
+        }
+        image = replace(whole, top_k=top_k, generators=noise)
         if is_narrow(logits, rows):
             return sample(self, logits, image, *args, **kwargs)
         # Sampling works in place, hence the copy; each generator is used once.

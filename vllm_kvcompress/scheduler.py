@@ -4,12 +4,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.request import Request
 
 from vllm_kvcompress.cache.manager import BoundedManager
 from vllm_kvcompress.cache.spec import HeadTypeSpec
 from vllm_kvcompress.models.registry import image_model
+from vllm_kvcompress.windows.places import DraftPlaces
 
 REPORT = "kv_cache"  # key in RequestOutput.kv_transfer_params
 
@@ -46,6 +48,7 @@ class ImageScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         self._image = image_model(self.vllm_config.model_config)
         self._prefixes: dict[str, int] = {}
+        self._windows = DraftPlaces.of(self.vllm_config)
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, BoundedManager):
                 manager.prefixes = self._prefixes
@@ -53,6 +56,11 @@ class ImageScheduler(AsyncScheduler):
     def add_request(self, request: Request) -> None:
         self._prefixes[request.request_id] = self._prefix(request)
         super().add_request(request)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        if self._windows is not None:
+            self._windows.reserve(self.running, self._prefixes)
+        return super().schedule(throttle_prefills)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         report = self._report(request)

@@ -7,7 +7,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from vllm_kvcompress import patches, plugin
-from vllm_kvcompress.config import FP8, KEY, CompressionConfig, is_compressed, parse_config
+from vllm_kvcompress.config import FP8, KEY, WITH_ANY_CACHE, CompressionConfig, is_compressed, parse_config
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.config import raster_of
 from vllm_kvcompress.models.registry import (
@@ -52,7 +52,8 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
                 "speculative decoding does not work with image models: drop --speculative-config"
             )
         config = parse_config(vllm_config.additional_config)  # a misplaced key is an error without it too
-        if not is_compressed(vllm_config) and config != CompressionConfig():
+        alone = config.model_copy(update={name: getattr(CompressionConfig(), name) for name in WITH_ANY_CACHE})
+        if not is_compressed(vllm_config) and alone != CompressionConfig():
             raise ValueError(
                 f"additional_config.{KEY} goes with --attention-backend kvcompress; add it, or drop the "
                 "settings"
