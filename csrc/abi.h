@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-constexpr int32_t kAbi = 3;
+constexpr int32_t kAbi = 4;
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
@@ -41,9 +41,19 @@ struct Step {
   float scale;
 };
 
-// One unit of work: heads [first, last) of one type in one row. `scratch` holds scratch_floats() floats.
-using DecodeFn = void (*)(const Step&, const HeadType&, int32_t row, int32_t first, int32_t last,
-                          float* scratch);
+// Windows of drafts: the rows of a Step have several tokens each, and its tensors are [tokens, ...]. Its
+// `length` counts a row's tokens up to the first of its window, which lies in one line of the picture.
+struct Window {
+  const int32_t *start, *count;  // [rows]: where a row's tokens begin, and how many there are
+  const int32_t* standing;       // [rows]: how many are to be kept; null: attend, and keep nothing yet
+  float* const* mass;            // per type [rows, heads, places, capacity + places]; null where not scored
+  int32_t places;                // the most of any row
+};
+
+// One unit of work: heads [first, last) of one type in one row; `kind` is the type's number, `window` null in
+// a decode step. `scratch` holds scratch_floats() floats.
+using RunFn = void (*)(const Step&, const HeadType&, const Window* window, int32_t kind, int32_t row,
+                       int32_t first, int32_t last, float* scratch);
 
 // A tile is as many whole pages as fit, or a part of a long page.
 constexpr int32_t kTile = 32;
@@ -54,10 +64,10 @@ static inline int64_t padded(int64_t count) { return (count + kTile - 1) / kTile
 // Room for one query's logits: a tile is padded to whole vectors and may start anywhere.
 static inline int64_t logits_of(int64_t slots) { return padded(slots) + kTile; }
 
-// For every query of a chunk: logits, query, accumulator, running maximum and sum; and one tile's weights for
-// the queries of a group.
-static inline int64_t scratch_floats(int64_t slots, int64_t heads, int64_t group, int64_t dim) {
-  return heads * group * (logits_of(slots) + 2 * padded(dim) + 2) + group * kTile;
+// For every query of a chunk: logits, query, accumulator, running maximum and sum; one tile's weights for the
+// `lanes` queries of a head; and the slots that a window's tokens take, one a lane at most.
+static inline int64_t scratch_floats(int64_t slots, int64_t heads, int64_t lanes, int64_t dim) {
+  return heads * lanes * (logits_of(slots) + 2 * padded(dim) + 3) + lanes * kTile;
 }
 
 // Where a row stands: arithmetic on (prefix, length) only, the same for both branches and all layers.
@@ -81,6 +91,18 @@ static inline Phase phase_of(const HeadType& type, int32_t prefix, int32_t lengt
   return {t, resident, -1, position - free};
 }
 
+// Slots in use before the first token of a row's window is written.
+static inline int32_t held_slots(const HeadType& type, int32_t prefix, int32_t length) {
+  const int32_t token = length - 1 - prefix;
+  return prefix + (token < type.capacity ? token : type.capacity);
+}
+
+static inline float* mass_at(const Window& window, const HeadType& type, int32_t kind, int32_t row,
+                             int32_t head, int32_t place) {
+  const int64_t nth = (int64_t(row) * type.heads + head) * window.places + place;
+  return window.mass[kind] + nth * (type.capacity + window.places);
+}
+
 extern "C" {
 #pragma GCC visibility push(default)
 int32_t kvc_abi();
@@ -88,6 +110,7 @@ int32_t kvc_isa();
 int32_t kvc_set_isa(int32_t isa);
 int32_t kvc_max_threads();
 int32_t kvc_decode(const HeadType* const* types, int32_t n_types, const Step* step);
+int32_t kvc_window(const HeadType* const* types, int32_t n_types, const Step* step, const Window* window);
 int32_t kvc_select(const HeadType* type, const int32_t* prefix, const int32_t* length, int32_t rows,
                    int32_t threads);
 #pragma GCC visibility pop

@@ -9,4 +9,4 @@ namespace {
 #include "decode.inl"
 }  // namespace
 
-extern const DecodeFn kDecode_avx2 = decode_any;
+extern const RunFn kRun_avx2 = run_any;

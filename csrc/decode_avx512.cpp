@@ -9,4 +9,4 @@ namespace {
 #include "decode.inl"
 }  // namespace
 
-extern const DecodeFn kDecode_avx512 = decode_any;
+extern const RunFn kRun_avx512 = run_any;

@@ -7,4 +7,4 @@ namespace {
 #include "decode.inl"
 }  // namespace
 
-extern const DecodeFn kDecode_portable = decode_any;
+extern const RunFn kRun_portable = run_any;

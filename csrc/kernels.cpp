@@ -7,9 +7,9 @@
 
 #include "abi.h"
 
-extern const DecodeFn kDecode_portable;
+extern const RunFn kRun_portable;
 #ifdef KVC_X86
-extern const DecodeFn kDecode_avx2, kDecode_avx512;
+extern const RunFn kRun_avx2, kRun_avx512;
 #endif
 
 namespace {
@@ -28,12 +28,12 @@ int32_t best_isa() {
 
 int32_t isa = best_isa();
 
-DecodeFn decode_fn() {
+RunFn run_fn() {
 #ifdef KVC_X86
-  if (isa == kAvx512) return kDecode_avx512;
-  if (isa == kAvx2) return kDecode_avx2;
+  if (isa == kAvx512) return kRun_avx512;
+  if (isa == kAvx2) return kRun_avx2;
 #endif
-  return kDecode_portable;
+  return kRun_portable;
 }
 
 // Grows and stays for the life of its thread: no allocation in a decode step after the first.
@@ -67,23 +67,24 @@ int32_t kvc_set_isa(int32_t wanted) { return isa = std::clamp<int32_t>(wanted, k
 
 int32_t kvc_max_threads() { return omp_get_max_threads(); }
 
-int32_t kvc_decode(const HeadType* const* types, int32_t n_types, const Step* step) {
-  const DecodeFn decode = decode_fn();
+static int32_t run(const HeadType* const* types, int32_t n_types, const Step* step, const Window* window) {
+  const RunFn run = run_fn();
   int32_t heads = 0, slots = 0;
+  const int32_t lanes = step->group * (window ? window->places : 1);
   for (int32_t i = 0; i < n_types; i++) {
     heads += types[i]->heads;
     for (int32_t row = 0; row < step->rows; row++)
       slots = std::max(slots, slots_of(*types[i], step->prefix[row], step->length[row]));
   }
+  if (window) slots += window->places;
   // Heads of one page lie side by side, so a chunk wants many; four chunks a thread keep them all busy.
   const int64_t all = int64_t(heads) * step->rows, threads = std::max<int64_t>(1, step->threads);
   // Their queries and accumulators should stay in the L1 cache.
-  const int32_t most = std::max(4, 16 / step->group);
+  const int32_t most = std::max(window ? 1 : 4, 16 / lanes);
   const int32_t chunk = std::clamp<int64_t>(all / (4 * threads), 1, most);
   int32_t per_row = 0;
   for (int32_t i = 0; i < n_types; i++) per_row += (types[i]->heads + chunk - 1) / chunk;
-  const int64_t floats = scratch_floats(slots, chunk, step->group, step->dim),
-                n = int64_t(per_row) * step->rows;
+  const int64_t floats = scratch_floats(slots, chunk, lanes, step->dim), n = int64_t(per_row) * step->rows;
   int32_t failed = 0;
 #pragma omp parallel num_threads(std::min(threads, n)) reduction(| : failed) if (n > 1 && threads > 1)
   {
@@ -95,8 +96,17 @@ int32_t kvc_decode(const HeadType* const* types, int32_t n_types, const Step* st
       int32_t part = i % per_row, kind = 0;
       for (int32_t count; part >= (count = (types[kind]->heads + chunk - 1) / chunk); kind++) part -= count;
       const int32_t first = part * chunk;
-      decode(*step, *types[kind], i / per_row, first, std::min(first + chunk, types[kind]->heads), scratch);
+      run(*step, *types[kind], window, kind, i / per_row, first,
+          std::min(first + chunk, types[kind]->heads), scratch);
     }
   }
   return failed;
+}
+
+int32_t kvc_decode(const HeadType* const* types, int32_t n_types, const Step* step) {
+  return run(types, n_types, step, nullptr);
+}
+
+int32_t kvc_window(const HeadType* const* types, int32_t n_types, const Step* step, const Window* window) {
+  return run(types, n_types, step, window);
 }

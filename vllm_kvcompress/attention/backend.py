@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvcompress.attention import kernels
 from vllm_kvcompress.attention.pages import Plan
+from vllm_kvcompress.attention.window import WindowPlan
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.guidance import request_rows
 
@@ -42,6 +43,8 @@ class StepPlan:
     starts, prefixes, lengths : list of int
         Where each row's tokens start, and the end of the last; prefix and length of the rows with several
         tokens (prompts, chunks, replays), on the host, length 0 for the others. Empty if every row is one.
+    window : WindowPlan or None
+        The rows with drafts.
     """
 
     query_start_loc: Tensor
@@ -52,6 +55,7 @@ class StepPlan:
     starts: list[int]
     prefixes: list[int]
     lengths: list[int]
+    window: WindowPlan | None = None
 
 
 class StepPlanner(AttentionMetadataBuilder[StepPlan]):
@@ -84,17 +88,32 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
         if m.max_query_len == 1:
             return StepPlan(m.query_start_loc, table, None, None, Plan(prefix, length), [], [], [])
         starts = m.query_start_loc_cpu[: m.num_reqs + 1]
-        single = torch.nonzero(starts.diff() == 1).flatten()
-        known = m.seq_lens_cpu_upper_bound  # exact: nothing is speculated
+        counts = starts.diff()
+        single = torch.nonzero(counts == 1).flatten()
+        known = m.seq_lens_cpu_upper_bound  # exact: drafts are counted, and subtracted below
         if known is None:
             known = m.seq_lens.cpu()
-        many = (starts.diff() > 1).tolist()
         prefixes = [self.rows.prefix_of(row) for row in range(m.num_reqs)]
-        lengths = [int(known[row]) if several else 0 for row, several in enumerate(many)]
+        ends, many = starts.tolist(), (counts > 1).tolist()
+        window = self._window(ends, prefixes, known)
+        drafted = set(window.rows) if window else set()
+        lengths = [
+            int(known[row]) if several and row not in drafted else 0 for row, several in enumerate(many)
+        ]
         rows = async_tensor_h2d(single, device=table.device)
         tokens = async_tensor_h2d(starts[single].long(), device=table.device)
         plan = Plan(prefix[rows], length[rows])
-        return StepPlan(m.query_start_loc, table, rows, tokens, plan, starts.tolist(), prefixes, lengths)
+        return StepPlan(m.query_start_loc, table, rows, tokens, plan, ends, prefixes, lengths, window)
+
+    def _window(self, starts: list[int], prefixes: list[int], known: Tensor) -> WindowPlan | None:
+        """The rows whose places after the first are drafts."""
+        if self.rows.window is None:
+            return None
+        counts = self.rows.window.counts
+        rows = [row for row, count in enumerate(counts) if count > 1]
+        prefix = torch.tensor([prefixes[row] for row in rows], dtype=torch.int32)
+        length = torch.tensor([int(known[row]) - counts[row] + 1 for row in rows], dtype=torch.int32)
+        return WindowPlan(rows, [starts[row] for row in rows], [counts[row] for row in rows], prefix, length)
 
 
 class KVCompressBackend(AttentionBackend):

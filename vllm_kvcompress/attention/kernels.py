@@ -1,13 +1,14 @@
 """Implementations of the decode step: plain torch, or compiled for the device at hand."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.attention import cpu, reference
+from vllm_kvcompress.attention import cpu, cpu_window, reference, window
 from vllm_kvcompress.attention.pages import HeadType, Plan
+from vllm_kvcompress.attention.window import WindowPlan
 from vllm_kvcompress.config import KEY, Choice
 
 FIELD = f"additional_config.{KEY}.kernels"
@@ -26,12 +27,16 @@ class Kernels(NamedTuple):
         ``(head types, plan) -> None``: `select.select_victims` of each.
     limits : (int, int) or None
         Largest head size, most query heads per KV head.
+    verify, commit : callable
+        As `window.verify` and `window.commit`; what the one returns only the other understands.
     """
 
     name: str
     decode: Callable[[Tensor, Tensor, Tensor, Sequence[HeadType], Plan, float, Tensor], None]
     select_all: Callable[[Sequence[HeadType], Plan], None]
     limits: tuple[int, int] | None = None
+    verify: Callable[[Tensor, Tensor, Tensor, Sequence[HeadType], WindowPlan, float, Tensor], Any] = window.verify
+    commit: Callable[[Sequence[Any], Sequence[int]], None] = window.commit
 
     def check_shape(self, head_size: int, group: int) -> None:
         """Raise ValueError, one line, if they can't serve a model of this shape.
@@ -108,7 +113,9 @@ def kernels_for(kernels: Choice, device_type: str, cache_dtype: torch.dtype | No
         shown = "triton (interpreted)" if interpreted() else "triton"
         return Kernels(shown, triton_decode.decode, triton_select.select_all, triton_decode.LIMITS)
     if name == "cpu":
-        return Kernels(f"cpu ({cpu.isa()})", cpu.decode, cpu.select_all)
+        return Kernels(
+            f"cpu ({cpu.isa()})", cpu.decode, cpu.select_all, None, cpu_window.verify, cpu_window.commit
+        )
     unread = device_type == "cpu" and choose(kernels, device_type) == "cpu"
     shown = "torch (the CPU kernels read no 8-bit cache)" if unread else "torch"
     return Kernels(shown, reference.decode, reference.select_all)

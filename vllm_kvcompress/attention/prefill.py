@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from vllm_kvcompress.attention.line import attend_line
 from vllm_kvcompress.attention.pages import HeadType, Plan, locate
 from vllm_kvcompress.attention.prompt import attend_prompts
-from vllm_kvcompress.attention.reference import slot_of
 from vllm_kvcompress.attention.select import select_victims
 
 
@@ -85,7 +85,12 @@ def prefill(
                 if token < 0:
                     got = _prompt(*part, kind, position, scale)
                 else:
-                    got = _line(*part, kind, prefix, token, scale)
+                    drawn = attend_line(*part, kind, prefix, token, scale)
+                    drawn.keep(end - at)
+                    if (token + end - at) % line == 0:
+                        bounds = torch.tensor([prefix, prefix + token + end - at], device=q.device)
+                        select_victims(kind, Plan(bounds[:1], bounds[1:]))
+                    got = drawn.out
                 out[at:end, heads] = got.to(out.dtype)
             at = end
 
@@ -153,35 +158,3 @@ def _prompt(q: Tensor, k: Tensor, v: Tensor, kind: HeadType, position: int, scal
     return out[0].transpose(0, 1).reshape(q.shape)
 
 
-def _line(q: Tensor, k: Tensor, v: Tensor, kind: HeadType, prefix: int, token: int, scale: float) -> Tensor:
-    """Image tokens from ``token`` on, all of one line: q [n, heads, group, D]."""
-    pages, rule, (count, heads) = kind.pages, kind.rule, q.shape[:2]
-    nth = torch.arange(count, device=q.device)
-    slot = prefix + slot_of(kind, kind.block_table.expand(count, -1), token + nth)  # [n, heads]
-    held = prefix + rule.resident(token)
-    old = torch.arange(held, device=q.device)[None]
-    block, place = (x[0] for x in locate(kind.block_table, old, pages.page))
-    fresh = torch.cat((k, v), -1).to(pages.kv.dtype)
-    key, value = torch.cat((pages.kv[block, :, place], fresh)).float().chunk(2, -1)  # [held + n, heads, D]
-
-    # An old slot is seen until a token of this line lands in it, a new one from its own token on.
-    until = torch.full((heads, prefix + rule.capacity), count, device=q.device)
-    until = until.scatter(1, slot.T, nth.expand(heads, -1))[:, :held]
-    seen_old = nth[:, None] < until[:, None]
-    seen_new = (nth <= nth[:, None]).expand(heads, -1, -1)
-    mask = torch.cat((seen_old, seen_new), -1)  # [heads, n, held + n]
-    logits = torch.einsum("nhgd,shd->hgns", q.float(), key) * scale
-    probability = logits.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
-
-    at, to = locate(kind.block_table.expand(count, -1), slot, pages.page)
-    head = torch.arange(heads, device=q.device)
-    pages.kv[at, head, to] = fresh
-    if rule.scores:
-        mass = probability.sum((1, 2))
-        pages.score[block[prefix:], :, place[prefix:]] += mass[:, prefix:held].T
-        pages.token[at, head, to] = (token + nth).to(torch.int16)[:, None]
-        pages.score[at, head, to] = mass[:, held:].T
-    if (token + count) % rule.line == 0:
-        length = torch.tensor([prefix, prefix + token + count], device=q.device)
-        select_victims(kind, Plan(length[:1], length[1:]))
-    return torch.einsum("hgns,shd->nhgd", probability, value)

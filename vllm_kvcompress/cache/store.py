@@ -1,5 +1,6 @@
 """The compressed cache of one engine: head types, pages, and what every decoder layer does with them."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from vllm_kvcompress.attention.backend import KVCompressBackend, StepPlan
 from vllm_kvcompress.attention.cpu import use_huge_pages
 from vllm_kvcompress.attention.kernels import Kernels
 from vllm_kvcompress.attention.layer import CACHES
-from vllm_kvcompress.attention.pages import HeadType, pages_from_bytes
+from vllm_kvcompress.attention.pages import HeadType, Plan, pages_from_bytes
 from vllm_kvcompress.attention.prefill import prefill
 from vllm_kvcompress.cache.layout import CacheLayout, at_once
 from vllm_kvcompress.cache.spec import HeadTypeSpec
@@ -90,6 +91,8 @@ class CompressedCache(nn.Module):
             HeadTypeCache(name, kind, self, vllm_config) for kind, name in enumerate(CACHES)
         )
         self._line = ""  # what was decided, until it has been said
+        self._drafted: dict[int, Tensor] = {}  # block tables of the step's rows with drafts, by type
+        self._held: list[Any] = []  # and what their attention left, by layer
         self.recorder: Any = None  # while heads are being calibrated, it attends instead
 
     def layout(self, vllm_config: "VllmConfig") -> CacheLayout:
@@ -161,6 +164,10 @@ class CompressedCache(nn.Module):
                 table = plan.block_table if rows is None else plan.block_table[rows]
                 for held in (*self._types[kind], self._all_layers[kind]):
                     held.block_table = table
+            window = step[0].window if step else None
+            self._drafted = (
+                {kind: plan.block_table[window.rows] for kind, plan in plans.items()} if window else {}
+            )
         return plans
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
@@ -205,16 +212,44 @@ class CompressedCache(nn.Module):
         plan = next(iter(plans.values()))
         at = plan.decode_tokens
         assert at is not None
-        whole = [
-            HeadType(t.pages, t.rule, t.head_index, plans[kind].block_table)
-            for kind in plans
-            if len((t := self._types[kind][layer]).head_index)
-        ]
-        prefill(q, k, v, whole, plan.starts, plan.prefixes, plan.lengths, scale, out)
+        if any(plan.lengths):
+            whole = self._with_tables(layer, {kind: plan.block_table for kind, plan in plans.items()})
+            prefill(q, k, v, whole, plan.starts, plan.prefixes, plan.lengths, scale, out)
+        else:
+            out[plan.starts[-1] :] = 0
         if len(at):  # after prefill, which clears the rows that are not its own
             part = torch.empty_like(q[at])
             kernels.decode(q[at], k[at], v[at], types, plan.decode, scale, part)
             out[at] = part
+        if plan.window is not None:
+            if layer == 0:
+                self._held = []
+            mine = self._with_tables(layer, self._drafted)
+            self._held.append(kernels.verify(q, k, v, mine, plan.window, scale, out))
+
+    def _with_tables(self, layer: int, tables: dict[int, Tensor]) -> list[HeadType]:
+        """A layer's head types, with these block tables by type."""
+        return [
+            HeadType(t.pages, t.rule, t.head_index, table)
+            for kind, table in tables.items()
+            if len((t := self._types[kind][layer]).head_index)
+        ]
+
+    def commit(self, standing: list[int]) -> None:
+        """Keep what stands of the step's windows, and choose victims where that ends a line.
+
+        ``standing`` says how many tokens, for every row of the batch.
+        """
+        window = self._step[0].window if self._step else None
+        if window is None or not self._held:
+            return
+        assert self.kernels is not None
+        kept = [standing[row] for row in window.rows]
+        self.kernels.commit(self._held, kept)
+        self._held = []
+        every = [replace(self._all_layers[kind], block_table=table) for kind, table in self._drafted.items()]
+        drawn = window.length + torch.tensor(kept, dtype=torch.int32) - 1
+        self.kernels.select_all(every, Plan(window.prefix, drawn))
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

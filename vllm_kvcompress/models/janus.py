@@ -170,6 +170,8 @@ class JanusForImageGeneration(nn.Module):
         )
         self.rows = request_rows(vllm_config)
         self.rows.to(torch.get_default_device())
+        if self.compressed is not None:
+            self.rows.on_accept = self.compressed.commit
 
         self.language_model = BranchedLlama(
             vllm_config=vllm_config.with_hf_config(text, architectures=["LlamaForCausalLM"]),

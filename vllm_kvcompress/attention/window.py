@@ -1,0 +1,93 @@
+"""A step of windows in plain torch: attention of last tokens and drafts, and later the writes that stand.
+
+`verify` writes nothing but outputs; `commit` writes what was drafted right, as drawing one by one would have.
+Between the two lies sampling. An abort between them leaves no trace in the pages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vllm_kvcompress.attention.line import Line, attend_line
+from vllm_kvcompress.attention.pages import HeadType
+
+
+@dataclass
+class WindowPlan:
+    """The rows of a step that have drafts.
+
+    Parameters
+    ----------
+    rows, starts, counts : list of int
+        Batch row, where its tokens start, and how many there are: its last token and its drafts, all of
+        one line of the picture.
+    prefix, length : Tensor
+        ``[n]`` int32, on the host: prompt tokens, and tokens up to and including the first of the window.
+    """
+
+    rows: list[int]
+    starts: list[int]
+    counts: list[int]
+    prefix: Tensor
+    length: Tensor
+
+    @property
+    def spans(self) -> list[tuple[int, int, int, int]]:
+        """Start, count, prefix and the first token's index in the picture, of each row."""
+        first = (self.length - 1 - self.prefix).tolist()
+        return list(zip(self.starts, self.counts, self.prefix.tolist(), first, strict=True))
+
+
+def verify(
+    q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], plan: WindowPlan, scale: float, out: Tensor
+) -> list[list[Line]]:
+    """Attend with the windows of one layer; the pages stay as they are.
+
+    Parameters
+    ----------
+    q : Tensor
+        [tokens, 2 * Hq, D] of the whole step; k and v: [tokens, 2 * Hkv, D].
+    types : Sequence[HeadType]
+        The layer's head types; their block tables have a row per row of the plan.
+    plan : WindowPlan
+        Which tokens are whose.
+    scale : float
+        Factor of q . k before the softmax.
+    out : Tensor
+        [tokens, 2 * Hq, D], written at the windows' tokens.
+
+    Returns
+    -------
+    list of list of Line
+        What `commit` needs, by row and type.
+    """
+    q, out = (x.unflatten(1, (-1, q.shape[1] // k.shape[1])) for x in (q, out))
+    held = []
+    for row, (start, count, prefix, token) in enumerate(plan.spans):
+        at = slice(start, start + count)
+        held.append([])
+        for kind in types:
+            mine = replace(kind, block_table=kind.block_table[row : row + 1])
+            heads = kind.head_index.long()
+            line = attend_line(q[at, heads], k[at, heads], v[at, heads], mine, prefix, token, scale)
+            out[at, heads] = line.out.to(out.dtype)
+            held[-1].append(line)
+    return held
+
+
+def commit(layers: Sequence[list[list[Line]]], standing: Sequence[int]) -> None:
+    """Write what stands, in all layers; where that ends a line, the caller chooses victims.
+
+    Parameters
+    ----------
+    layers : sequence
+        What `verify` has returned, by layer.
+    standing : sequence of int
+        Tokens that stand in each row of the plan, the last one drawn included.
+    """
+    for held in layers:
+        for lines, count in zip(held, standing, strict=True):
+            for line in lines:
+                line.keep(count)
