@@ -42,7 +42,7 @@ struct Step {
 };
 
 // Windows of drafts: the rows of a Step have several tokens each, and its tensors are [tokens, ...]. Its
-// `length` counts a row's tokens up to the first of its window, which lies in one line of the picture.
+// `length` counts a row's tokens up to the first of its window; those past its line's end can't be kept.
 struct Window {
   const int32_t *start, *count;  // [rows]: where a row's tokens begin, and how many there are
   const int32_t* standing;       // [rows]: how many are to be kept; null: attend, and keep nothing yet

@@ -325,7 +325,7 @@ struct Decode : Chunk<T> {
   }
 };
 
-// Several places a row, all of one line of the picture; nothing is written into pages.
+// Several places a row; nothing is written into pages. Tokens past the line's end have no slots yet.
 template <class T>
 struct Verify : Chunk<T> {
   using Base = Chunk<T>;
@@ -345,11 +345,12 @@ struct Verify : Chunk<T> {
 
   void run() const {
     const float never = -__builtin_inff();
+    const int32_t inside = type.line - (step.length[row] - 1 - prefix) % type.line;  // places of this line
     for (int32_t head = first; head < last; head++) {
       for (int32_t i = 0; i < count; i++) {
         this->load(head, start + i, i * group);
         const Phase phase = phase_of(type, prefix, step.length[row] + i);
-        taken[(head - first) * count + i] = this->target(phase, head);
+        taken[(head - first) * count + i] = i < inside ? this->target(phase, head) : -1;
       }
       // The window's own keys and values first: every query sees at least itself, so none starts at -inf.
       const int64_t source = type.head_index[head];

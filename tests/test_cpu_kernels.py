@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_kvcompress.attention import cpu, reference
+from vllm_kvcompress.attention import cpu, cpu_library, reference
 from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan, page_bytes, pages_from_bytes
 from vllm_kvcompress.policy.rule import MAX_TYPES, HeadRule
 
@@ -255,8 +255,8 @@ def test_choice_within_columns_is_left_to_torch(monkeypatch):
 
 def test_without_the_library(monkeypatch, tmp_path, caplog):
     """No compiler: one warning, and the reference does the work."""
-    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "missing.so")
-    cpu._library.cache_clear()
+    monkeypatch.setattr(cpu_library, "LIBRARY", tmp_path / "missing.so")
+    cpu_library.library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "vllm.kvcompress"):
             scene = Scene([HeadRule(4, 2, 8)], [[0, 1]], 1, 2, 16, 4, torch.bfloat16, [2], [0], 0, 0)
@@ -264,7 +264,7 @@ def test_without_the_library(monkeypatch, tmp_path, caplog):
             assert cpu.isa() is None
         assert [("compiler" in record.message) for record in caplog.records] == [True]
     finally:
-        cpu._library.cache_clear()
+        cpu_library.library.cache_clear()
 
 
 @needs_kernels
@@ -272,7 +272,7 @@ def test_unreadable_inputs(caplog):
     """A float32 query on a bfloat16 cache: one warning, and the reference does the work."""
     scene = Scene([HeadRule(4, 2, 8)], [[0, 1]], 1, 1, 16, 4, torch.bfloat16, [2], [0], 0, 0)
     kind = scene.types(scene.caches(), 0)[0]
-    cpu._warn_layout.cache_clear()
+    cpu_library.warn_layout.cache_clear()
     with caplog.at_level(logging.WARNING, "vllm.kvcompress"):
         for step in range(3):
             q, k, v = torch.randn(3, 1, 2, 16).unbind()

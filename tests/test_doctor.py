@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_kvcompress import __version__, cli, doctor, plugin
-from vllm_kvcompress.attention import cpu
+from vllm_kvcompress.attention import cpu, cpu_library
 from vllm_kvcompress.heads import provide
 from vllm_kvcompress.models import vllm_config
 
@@ -75,11 +75,11 @@ def test_kernels_of_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert found("CPU library") == ["there, and runs with avx2"]
     assert not any("cpu kernels" in line for line in found("refused"))
     monkeypatch.setattr(cpu, "isa", lambda: None)
-    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_kernels.so")
+    monkeypatch.setattr(cpu_library, "LIBRARY", tmp_path / "_kernels.so")
     assert found("kernels") == ["torch, the reference: many times slower"]
     assert found("CPU library")[0].startswith("_kernels.so was not built: install a C++ compiler")
     assert any("cpu kernels" in line and "not built" in line for line in found("refused"))
-    cpu.LIBRARY.touch()
+    cpu_library.LIBRARY.touch()
     assert found("CPU library")[0].startswith("_kernels.so is of another version, or can't be loaded")
 
 

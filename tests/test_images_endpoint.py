@@ -151,10 +151,11 @@ async def test_pictures_that_end_while_others_are_decoded_go_in_one_call(client,
 
 async def test_usage_has_room_for_the_cache(engine):
     async def summary(outputs):
-        return {"pictures": len(outputs), "ids": [o.request_id for o in outputs]}
+        return {"steps": 7, "kv_cache": {"pictures": len(outputs), "ids": [o.request_id for o in outputs]}}
 
     async with http_client(await make_app(engine, usage_extra=lambda client: summary)) as client:
         usage = (await draw(client, n=2))["usage"]
+        assert usage["steps"] == 7
         assert usage["kv_cache"] == {"pictures": 2, "ids": list(engine.params)}
         assert '"kv_cache"' in (await client.post(PATH, json={"prompt": "a cat", "stream": True})).text
 

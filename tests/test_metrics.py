@@ -50,7 +50,7 @@ async def test_zero_before_the_first_picture_then_sums() -> None:
     usage = CacheUsage(engine("first", [0]))
     assert shown("first") == expected("0", 0, 0, 0, 0, 0)
     answer = await usage([picture(), picture(resident_bytes=1, evicted_semantic=5)])
-    assert answer == {
+    assert answer["kv_cache"] == {
         "resident_bytes": 11,
         "full_bytes": 80,
         "evicted_tokens": {"spatial": 6, "semantic": 7},

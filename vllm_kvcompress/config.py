@@ -38,8 +38,8 @@ class CompressionConfig(BaseModel):
     recalibrate : bool
         With ``head_profile: auto``, measure the heads again even if a profile is there.
     window : int or str
-        Places that a picture's step may hold, its last token and the drafts after it: 1 draws one token a step,
-        ``auto`` takes what pays. Goes with a full cache too.
+        Places that a picture may have in a step, its last token and the drafts after it: 1 draws one token a
+        step, ``auto`` takes what pays. Goes with a full cache too.
     window_rows : int
         Pictures at once beyond which windows are off.
     kernels : str

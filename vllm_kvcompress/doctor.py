@@ -93,13 +93,15 @@ def _kernels() -> str:
 
 
 def _library() -> str:
-    from vllm_kvcompress.attention import cpu
+    from vllm_kvcompress.attention import cpu, cpu_library
 
     isa = cpu.isa()
     if isa is not None:
         return f"there, and runs with {isa}"
-    why = "is of another version, or can't be loaded here" if cpu.LIBRARY.exists() else "was not built"
-    return f"{cpu.LIBRARY.name} {why}: install a C++ compiler and reinstall the package"
+    why = (
+        "is of another version, or can't be loaded here" if cpu_library.LIBRARY.exists() else "was not built"
+    )
+    return f"{cpu_library.LIBRARY.name} {why}: install a C++ compiler and reinstall the package"
 
 
 def _logits() -> str:

@@ -121,8 +121,12 @@ class RequestRows:
         self.token_rows = torch.zeros(max_tokens, dtype=torch.int64)
         self._tokens = torch.arange(max_tokens, dtype=torch.int32)
         self.narrow_allowed = True
-        self.window: Window | None = None  # this step's (the V1 runner)
-        self.on_accept: Callable[[list[int]], None] | None = None  # a cache that holds drafts back
+        self.places: list[int] | None = None  # this step's tokens to sample after, by row; None: one each
+        self.window: Window | None = None  # their drafts (the V1 runner)
+        self.shared_plan: Any = None  # what the step's head types have in common, with drafts
+        self.on_accept: Callable[[Sequence[int] | Tensor], None] | None = (
+            None  # a cache that holds drafts back
+        )
         self._narrow = False
         self._rows: dict[int, RequestFacts] = {}
         self._written: dict[int, tuple[int, ...]] = {}  # what `negative` holds
@@ -178,6 +182,7 @@ class RequestRows:
 
     def flush(self) -> None:
         """Bring the tensors up to date with the rows, without waiting. Once per step, before the forward."""
+        self.places = self.window = self.shared_plan = None
         rows = self._rows.values()
         self._narrow = self.narrow_allowed and bool(rows) and not any(r.is_text or r.names_ids for r in rows)
         if not self._dirty:
@@ -209,10 +214,13 @@ class RequestRows:
     def begin_window(self, counts: Sequence[int]) -> Window:
         """Drafts for this step, as many as ``counts`` says for each row (the V1 runner)."""
         drawings = self.drawings
-        self.window = Window([drawings[row].drafts(count) if count else () for row, count in enumerate(counts)])
+        self.window = Window(
+            [drawings[row].drafts(count) if count else () for row, count in enumerate(counts)]
+        )
+        self.places = self.window.counts
         return self.window
 
-    def accept(self, standing: list[int]) -> None:
+    def accept(self, standing: Sequence[int] | Tensor) -> None:
         """So many tokens that the step fed stand in each row; the cache may keep them."""
         if self.on_accept is not None:
             self.on_accept(standing)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -14,9 +15,11 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_kvcompress.config import is_compressed
 from vllm_kvcompress.guidance import RequestFacts, RequestRows
 from vllm_kvcompress.requests_v1 import RequestTracker
 from vllm_kvcompress.sampling import is_narrow, move_up
+from vllm_kvcompress.windows.v2 import Places, next_drafts, standing
 
 # vLLM's processors change nothing for a request that names no ids (``sampling.names_ids``), and ours never.
 _HARMLESS = (LogitBiasState, PenaltiesState, BadWordsState, RequestTracker)
@@ -26,15 +29,17 @@ class ImageSampler(Sampler):
     """vLLM's sampler; over image codes alone where the logits are, and for rows that draw."""
 
     rows: RequestRows
+    cut: bool  # whether what stands ends with its line at the latest
+    _row_of: Tensor | None = None  # batch row of each place
 
     @classmethod
-    def adopt(cls, sampler: Sampler, rows: RequestRows) -> "ImageSampler | None":
+    def adopt(cls, sampler: Sampler, rows: RequestRows, *, cut: bool = False) -> "ImageSampler | None":
         """The same sampler as one of these; None for one whose features need all ids."""
         if type(sampler) is not Sampler or sampler.return_sampling_mask or sampler.trace_replay_state:
             return None
         adopted = cls.__new__(cls)
         vars(adopted).update(vars(sampler))
-        adopted.rows = rows
+        adopted.rows, adopted.cut = rows, cut
         return adopted
 
     @property
@@ -43,8 +48,48 @@ class ImageSampler(Sampler):
         return all(type(processor) in _HARMLESS for processor in self.logits_processors)
 
     def __call__(self, logits: Tensor, input_batch: InputBatch) -> SamplerOutput:
+        if not self.num_speculative_tokens:
+            output = super().__call__(logits, input_batch)
+            return move_up(output, self.rows) if is_narrow(logits, self.rows) else output
+        starts = async_tensor_h2d(input_batch.cu_num_logits_np, device=logits.device, dtype=torch.int64)
+        counts = starts.diff()
+        self._row_of = torch.repeat_interleave(
+            torch.arange(len(counts), device=logits.device), counts, output_size=len(logits)
+        )
         output = super().__call__(logits, input_batch)
-        return move_up(output, self.rows) if is_narrow(logits, self.rows) else output
+        if is_narrow(logits, self.rows):
+            output = move_up(output, self.rows)
+        most = (
+            1
+            if input_batch.num_draft_tokens_per_req is None
+            else 1 + int(input_batch.num_draft_tokens_per_req.max())
+        )
+        self._settle(output, input_batch, Places(counts, starts[:-1], most))
+        return output
+
+    def _settle(self, output: SamplerOutput, batch: InputBatch, places: Places) -> None:
+        """How many tokens stand in each row, and its next drafts."""
+        rows, raster = self.rows, self.rows.model.raster
+        prefix = rows.prefix[: batch.num_reqs].long()
+        first = batch.positions[batch.logits_indices][places.starts].long()
+        samples = places.table(output.sampled_token_ids.flatten().long())
+        inputs = places.table(batch.input_ids[batch.logits_indices].long())
+        token = first - prefix  # the picture's token that the first place fed; negative for its prompt
+        limit = raster.tokens - 1 - token
+        if self.cut:
+            limit = torch.minimum(limit, torch.where(token < 0, 1, raster.width - token % raster.width))
+        limit = torch.where(rows.is_text[: batch.num_reqs], 1, limit)
+        stands = standing(samples, inputs, places.counts, limit)
+        reading = output.num_sampled == 0  # a prompt that is not read to its end yet
+        output.num_sampled = torch.where(reading, 0, stands).to(output.num_sampled.dtype)
+        output.num_rejected = torch.where(reading, 0, places.counts - stands).to(output.num_rejected.dtype)
+        output.sampled_token_ids = samples
+        states, index = self.req_states, batch.idx_mapping
+        states.draft_tokens[index] = next_drafts(
+            samples, places.counts, stands, states.all_token_ids.gpu[index], first, prefix, raster.width,
+            states.draft_tokens.shape[1],
+        ).to(states.draft_tokens.dtype)  # fmt: skip
+        rows.accept(stands)
 
     def _sample_random(
         self, processed_logits: Tensor, expanded_idx_mapping: Tensor, idx_mapping_np: Any, pos: Tensor,
@@ -53,6 +98,8 @@ class ImageSampler(Sampler):
         """As vLLM's; ``how`` is ``use_fused_sampler``, from vLLM 0.33 on after ``has_topp_only_rows``."""
         where = expanded_idx_mapping, idx_mapping_np, pos
         first, codes = self.rows.model.text_vocab, self.rows.model.codes
+        if self.num_speculative_tokens:
+            how = (*how[:-1], False)  # the fused sampler's noise is not a function of the position
         few = None if top_k is None else top_k.clamp(max=codes)
         # vLLM reckons with all ids whether a row has top-p alone; a top-k beyond the codes is none either.
         among_codes = how if top_k is None else (*(True for _ in how[:-1]), *how[-1:])
@@ -61,7 +108,8 @@ class ImageSampler(Sampler):
             return choose(logits, *where, few, top_p, *among_codes)
         code, _ = choose(logits[:, first:].clone(), *where, few, top_p, *among_codes)
         sampled, processed = choose(logits, *where, top_k, top_p, *how)
-        return torch.where(self.rows.is_text[: len(code)], sampled, code + first), processed
+        is_text = self.rows.is_text[: len(code)] if self._row_of is None else self.rows.is_text[self._row_of]
+        return torch.where(is_text, sampled, code + first), processed
 
 
 class JanusModelState(DefaultModelState):
@@ -75,7 +123,7 @@ class JanusModelState(DefaultModelState):
         self._slot_of: dict[str, int] = {}
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
-        adopted = ImageSampler.adopt(sampler, self.rows)
+        adopted = ImageSampler.adopt(sampler, self.rows, cut=is_compressed(self.vllm_config))
         self.rows.narrow_allowed &= adopted is not None and adopted.takes_codes
         return None if adopted is None else (adopted, None)
 
@@ -112,3 +160,6 @@ class JanusModelState(DefaultModelState):
                 if slot in self._slots
             }
         )
+        drafts = input_batch.num_draft_tokens_per_req
+        if drafts is not None and drafts.any():
+            self.rows.places = (1 + drafts).tolist()

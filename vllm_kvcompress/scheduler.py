@@ -5,7 +5,9 @@ from typing import Any, cast
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_kvcompress.cache.manager import BoundedManager
@@ -29,12 +31,18 @@ class CacheReport:
     evicted_spatial, evicted_semantic : int
         Image tokens that a head has overwritten, of those with a ring and of those that choose; the mean
         where such heads differ in size.
+    steps : int
+        Steps of the engine that have given the request tokens: one each, or fewer with windows.
+    tokens : int
+        Tokens drawn in them.
     """
 
     resident_bytes: int
     full_bytes: int
     evicted_spatial: int = 0
     evicted_semantic: int = 0
+    steps: int = 0
+    tokens: int = 0
 
 
 class ImageScheduler(AsyncScheduler):
@@ -49,6 +57,7 @@ class ImageScheduler(AsyncScheduler):
         self._image = image_model(self.vllm_config.model_config)
         self._prefixes: dict[str, int] = {}
         self._windows = DraftPlaces.of(self.vllm_config)
+        self._steps: dict[str, int] = {}
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, BoundedManager):
                 manager.prefixes = self._prefixes
@@ -58,13 +67,28 @@ class ImageScheduler(AsyncScheduler):
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        if self._windows is None:
+            return super().schedule(throttle_prefills)
+        self._windows.reserve(self.running, self._prefixes)
+        output = super().schedule(throttle_prefills)
+        self._windows.scheduled(output)
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        tokens = model_runner_output.sampled_token_ids
         if self._windows is not None:
-            self._windows.reserve(self.running, self._prefixes)
-        return super().schedule(throttle_prefills)
+            self._windows.done(scheduler_output, tokens)
+        for name, row in model_runner_output.req_id_to_index.items():
+            if tokens and tokens[row]:
+                self._steps[name] = self._steps.get(name, 0) + 1
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         report = self._report(request)
         self._prefixes.pop(request.request_id, None)
+        self._steps.pop(request.request_id, None)
         kv_params, ec_params = super()._free_request(request, delay_free_blocks)
         return {**(kv_params or {}), REPORT: asdict(report)}, ec_params
 
@@ -88,7 +112,8 @@ class ImageScheduler(AsyncScheduler):
             name: round(sum(n * count for n, count in parts) / max(1, sum(n for n, _ in parts)))
             for name, parts in evicted.items()
         }
-        return CacheReport(resident, full, **means)
+        steps = self._steps.get(request.request_id, 0)
+        return CacheReport(resident, full, **means, steps=steps, tokens=request.num_output_tokens)
 
     def _prefix(self, request: Request) -> int:
         """Tokens before the first image token."""

@@ -5,7 +5,7 @@ prefix comes from the request rows rather than from ``CommonAttentionMetadata.rs
 is the prompt's length: a prompt that is continued or scored ends in image tokens (decision 6).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -87,11 +87,14 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
         table = m.block_table_tensor[: m.num_reqs]
         if m.max_query_len == 1:
             return StepPlan(m.query_start_loc, table, None, None, Plan(prefix, length), [], [], [])
+        shared = self.rows.shared_plan
+        if isinstance(shared, StepPlan):
+            return replace(shared, block_table=table)
         starts = m.query_start_loc_cpu[: m.num_reqs + 1]
         counts = starts.diff()
         single = torch.nonzero(counts == 1).flatten()
-        known = m.seq_lens_cpu_upper_bound  # exact: drafts are counted, and subtracted below
-        if known is None:
+        known = m.seq_lens_cpu_upper_bound
+        if known is None or self.rows.places is not None:  # with drafts it may be too much
             known = m.seq_lens.cpu()
         prefixes = [self.rows.prefix_of(row) for row in range(m.num_reqs)]
         ends, many = starts.tolist(), (counts > 1).tolist()
@@ -103,13 +106,16 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
         rows = async_tensor_h2d(single, device=table.device)
         tokens = async_tensor_h2d(starts[single].long(), device=table.device)
         plan = Plan(prefix[rows], length[rows])
-        return StepPlan(m.query_start_loc, table, rows, tokens, plan, ends, prefixes, lengths, window)
+        made = StepPlan(m.query_start_loc, table, rows, tokens, plan, ends, prefixes, lengths, window)
+        if window is not None:
+            self.rows.shared_plan = made
+        return made
 
     def _window(self, starts: list[int], prefixes: list[int], known: Tensor) -> WindowPlan | None:
         """The rows whose places after the first are drafts."""
-        if self.rows.window is None:
+        counts = self.rows.places
+        if counts is None:
             return None
-        counts = self.rows.window.counts
         rows = [row for row, count in enumerate(counts) if count > 1]
         prefix = torch.tensor([prefixes[row] for row in rows], dtype=torch.int32)
         length = torch.tensor([int(known[row]) - counts[row] + 1 for row in rows], dtype=torch.int32)

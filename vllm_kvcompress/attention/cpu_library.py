@@ -1,4 +1,4 @@
-"""The CPU kernels as a shared library: loading, structs of the C interface (csrc/abi.h), packed head types."""
+"""The CPU kernels as a shared library: loading, the C interface's structs (csrc/abi.h), packed head types."""
 
 import ctypes
 from collections.abc import Sequence
@@ -163,12 +163,17 @@ def step_of(
     return Step(
         *(x.data_ptr() for x in (q, k, v, out, prefix, length)),
         *(x.stride(axis) for x in (q, k, v, out) for axis in (0, 1)),
-        *(len(prefix), q.shape[1] // k.shape[1], q.shape[2], _DTYPES[q.dtype], torch.get_num_threads(), scale),
+        *(
+            len(prefix),
+            q.shape[1] // k.shape[1],
+            q.shape[2],
+            _DTYPES[q.dtype],
+            torch.get_num_threads(),
+            scale,
+        ),
     )
 
 
 def pointers_to(natives: Sequence[Native]) -> Any:
     """A C array of the packed head types."""
     return (c_void_p * len(natives))(*(native.address for native in natives))
-
-

@@ -35,7 +35,9 @@ class Kernels(NamedTuple):
     decode: Callable[[Tensor, Tensor, Tensor, Sequence[HeadType], Plan, float, Tensor], None]
     select_all: Callable[[Sequence[HeadType], Plan], None]
     limits: tuple[int, int] | None = None
-    verify: Callable[[Tensor, Tensor, Tensor, Sequence[HeadType], WindowPlan, float, Tensor], Any] = window.verify
+    verify: Callable[[Tensor, Tensor, Tensor, Sequence[HeadType], WindowPlan, float, Tensor], Any] = (
+        window.verify
+    )
     commit: Callable[[Sequence[Any], Sequence[int]], None] = window.commit
 
     def check_shape(self, head_size: int, group: int) -> None:

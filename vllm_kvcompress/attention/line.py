@@ -26,7 +26,7 @@ class Line:
     out : Tensor
         [n, heads, group, D] float32.
     slot : Tensor
-        [n, heads] int64: the logical slots that the tokens will take.
+        [n or less, heads] int64: the logical slots that the tokens will take, to the line's end.
     fresh : Tensor
         [n, heads, 2 * D], cache dtype: their K and V.
     mass : Tensor
@@ -52,7 +52,7 @@ class Line:
         pages.kv[at, head, to] = self.fresh[:count]
         if mass is not None:
             total = mass[:count].sum(0)
-            held = mass.shape[-1] - len(self.slot)
+            held = mass.shape[-1] - len(self.fresh)
             old = torch.arange(prefix, held, device=device)[None]
             block, place = (x[0] for x in locate(kind.block_table, old, pages.page))
             pages.score[block, :, place] += total[:, prefix:held].T
@@ -63,7 +63,9 @@ class Line:
 def attend_line(
     q: Tensor, k: Tensor, v: Tensor, kind: HeadType, prefix: int, token: int, scale: float
 ) -> Line:
-    """Attend with image tokens from ``token`` on, all of one line, as if each had been written in its turn.
+    """Attend with image tokens from ``token`` on as if each had been written in its turn, to the line's end.
+
+    Tokens past that end have no slots yet. They see what the line has left, and can't be kept.
 
     Parameters
     ----------
@@ -78,7 +80,8 @@ def attend_line(
     """
     pages, rule, (count, heads) = kind.pages, kind.rule, q.shape[:2]
     nth = torch.arange(count, device=q.device)
-    slot = prefix + slot_of(kind, kind.block_table.expand(count, -1), token + nth)  # [n, heads]
+    inside = nth[: rule.line - token % rule.line]
+    slot = prefix + slot_of(kind, kind.block_table.expand(len(inside), -1), token + inside)
     held = prefix + rule.resident(token)
     old = torch.arange(held, device=q.device)[None]
     block, place = (x[0] for x in locate(kind.block_table, old, pages.page))
@@ -87,7 +90,7 @@ def attend_line(
 
     # An old slot is seen until a token of this line lands in it, a new one from its own token on.
     until = torch.full((heads, prefix + rule.capacity), count, device=q.device)
-    until = until.scatter(1, slot.T, nth.expand(heads, -1))[:, :held]
+    until = until.scatter(1, slot.T, inside.expand(heads, -1))[:, :held]
     seen_old = nth[:, None] < until[:, None]
     seen_new = (nth <= nth[:, None]).expand(heads, -1, -1)
     mask = torch.cat((seen_old, seen_new), -1)  # [heads, n, held + n]

@@ -156,5 +156,3 @@ def _prompt(q: Tensor, k: Tensor, v: Tensor, kind: HeadType, position: int, scal
         enable_gqa=True,
     )
     return out[0].transpose(0, 1).reshape(q.shape)
-
-

@@ -7,7 +7,6 @@ Between the two lies sampling. An abort between them leaves no trace in the page
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from vllm_kvcompress.attention.line import Line, attend_line
@@ -21,8 +20,8 @@ class WindowPlan:
     Parameters
     ----------
     rows, starts, counts : list of int
-        Batch row, where its tokens start, and how many there are: its last token and its drafts, all of
-        one line of the picture.
+        Batch row, where its tokens start, and how many there are: its last token and its drafts. Those past
+        the end of its line of the picture can't stand.
     prefix, length : Tensor
         ``[n]`` int32, on the host: prompt tokens, and tokens up to and including the first of the window.
     """
@@ -64,7 +63,7 @@ def verify(
         What `commit` needs, by row and type.
     """
     q, out = (x.unflatten(1, (-1, q.shape[1] // k.shape[1])) for x in (q, out))
-    held = []
+    held: list[list[Line]] = []
     for row, (start, count, prefix, token) in enumerate(plan.spans):
         at = slice(start, start + count)
         held.append([])

@@ -1,5 +1,6 @@
 """The compressed cache of one engine: head types, pages, and what every decoder layer does with them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from vllm_kvcompress.attention.prefill import prefill
 from vllm_kvcompress.cache.layout import CacheLayout, at_once
 from vllm_kvcompress.cache.spec import HeadTypeSpec
 from vllm_kvcompress.log import logger_for
+from vllm_kvcompress.windows.settings import describe, longest, window_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -90,6 +92,7 @@ class CompressedCache(nn.Module):
         self.caches = nn.ModuleList(
             HeadTypeCache(name, kind, self, vllm_config) for kind, name in enumerate(CACHES)
         )
+        self._vllm_config = vllm_config
         self._line = ""  # what was decided, until it has been said
         self._drafted: dict[int, Tensor] = {}  # block tables of the step's rows with drafts, by type
         self._held: list[Any] = []  # and what their attention left, by layer
@@ -147,6 +150,20 @@ class CompressedCache(nn.Module):
         if self._line:
             logger.info("%s", self._line)
             self._line = ""
+            logger.info("%s", describe(self._vllm_config, self._held_bytes()))
+
+    def _held_bytes(self) -> int:
+        """Bytes of the longest window of one picture between its attention and its commit."""
+        layout = self._layout
+        assert layout is not None
+        places = longest(window_config(self._vllm_config))
+        heads = 2 * layout.kv_heads * layout.layers
+        mass = sum(
+            layout.total(kind) * (rule.capacity + places)
+            for kind, rule in enumerate(layout.rules)
+            if rule.scores
+        )
+        return places * (heads * 2 * layout.head_size * layout.dtype.itemsize + 4 * mass)
 
     def _plans(self) -> dict[int, StepPlan]:
         """This step's plans, with block tables handed to the head types once per step."""
@@ -235,7 +252,7 @@ class CompressedCache(nn.Module):
             if len((t := self._types[kind][layer]).head_index)
         ]
 
-    def commit(self, standing: list[int]) -> None:
+    def commit(self, standing: Sequence[int] | Tensor) -> None:
         """Keep what stands of the step's windows, and choose victims where that ends a line.
 
         ``standing`` says how many tokens, for every row of the batch.
@@ -244,7 +261,7 @@ class CompressedCache(nn.Module):
         if window is None or not self._held:
             return
         assert self.kernels is not None
-        kept = [standing[row] for row in window.rows]
+        kept = [int(standing[row]) for row in window.rows]
         self.kernels.commit(self._held, kept)
         self._held = []
         every = [replace(self._all_layers[kind], block_table=table) for kind, table in self._drafted.items()]

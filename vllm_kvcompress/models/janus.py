@@ -36,6 +36,7 @@ from vllm_kvcompress.guidance import (
     unconditional_ids,
     unpack_scale,
 )
+from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.compression import plan_cache
 from vllm_kvcompress.models.registry import image_model_of
 from vllm_kvcompress.models.vq import VQDecoder
@@ -43,6 +44,9 @@ from vllm_kvcompress.models.weights import load_weights
 from vllm_kvcompress.plugin import prepare_cpu
 from vllm_kvcompress.requests_v1 import hear_token_rows
 from vllm_kvcompress.sampling import mark
+from vllm_kvcompress.windows.settings import describe
+
+logger = logger_for(__name__)
 
 BRANCHES = 2
 
@@ -195,6 +199,8 @@ class JanusForImageGeneration(nn.Module):
             if vllm_config.compilation_config.cudagraph_mode.has_piecewise_cudagraphs()
             else None
         )
+        if self.compressed is None:
+            logger.info("%s", describe(vllm_config))
         self.vq = VQDecoder(config.vq_config, self.image.raster)
         self._v2 = vllm_config.use_v2_model_runner
         if not self._v2:

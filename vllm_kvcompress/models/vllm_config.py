@@ -17,6 +17,7 @@ from vllm_kvcompress.models.registry import (
     text_vocab_size,
 )
 from vllm_kvcompress.policy import AUTO
+from vllm_kvcompress.windows.settings import reserve_places
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -52,7 +53,9 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
                 "speculative decoding does not work with image models: drop --speculative-config"
             )
         config = parse_config(vllm_config.additional_config)  # a misplaced key is an error without it too
-        alone = config.model_copy(update={name: getattr(CompressionConfig(), name) for name in WITH_ANY_CACHE})
+        alone = config.model_copy(
+            update={name: getattr(CompressionConfig(), name) for name in WITH_ANY_CACHE}
+        )
         if not is_compressed(vllm_config) and alone != CompressionConfig():
             raise ValueError(
                 f"additional_config.{KEY} goes with --attention-backend kvcompress; add it, or drop the "
@@ -74,6 +77,7 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
             model_config.logits_processors = [*processors, REQUEST_TRACKER]
         if vllm_config.scheduler_config.scheduler_cls is None:
             vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        reserve_places(vllm_config)
         image = image_model(model_config)
         width, height = image.raster.pixel_size
         logger.info(

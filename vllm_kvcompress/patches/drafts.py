@@ -13,7 +13,7 @@ def apply() -> None:
     """Wrap ``GPUModelRunner._prepare_inputs`` (vllm v1/worker/gpu_model_runner.py), called in workers.
 
     The scheduler has reserved places for a row's drafts, as for any speculative decoder. The ids that stand
-    there are replaced by the row's own drafts, and the step's logits are asked for at every place of a window.
+    there are replaced by the row's own drafts, and logits are asked for at every place of a window.
     Steps without such places, and engines with a ``speculative_config``, are left as they are.
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner

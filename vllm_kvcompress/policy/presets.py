@@ -11,7 +11,7 @@ https://arxiv.org/abs/2309.17453; H2O, https://arxiv.org/abs/2306.14048.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.policy.rule import HeadRule
@@ -53,7 +53,7 @@ PRESETS: dict[str, Preset] = {
     "fitted": Preset("fitted", anchors=4),
 }
 TOLERANCE = 0.0008  # predicted loss; docs/quality.md says how it was set
-AUTO = "auto"  # as a budget: the smallest whose predicted loss is within the tolerance
+AUTO: Final = "auto"  # as a budget: the smallest whose predicted loss is within the tolerance
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the KV cache held for finished pictures: ``usage.kv_cache`` and vLLM's /metrics.
+"""What finished pictures took: ``usage.kv_cache``, ``usage.steps`` and vLLM's /metrics.
 
 The figures are the scheduler's (``vllm_kvcompress.scheduler``), counted from the blocks that each request
 held at its end.
@@ -33,8 +33,9 @@ class CacheUsage:
         Returns
         -------
         dict or None
-            ``resident_bytes``, ``full_bytes`` and ``evicted_tokens`` (per head of each type), summed over the
-            pictures; None where the scheduler reports nothing (another ``--scheduler-cls``).
+            ``steps`` of the engine, and in ``kv_cache`` ``resident_bytes``, ``full_bytes`` and
+            ``evicted_tokens`` (per head of each type), all summed over the pictures; None where the scheduler
+            reports nothing (another ``--scheduler-cls``).
         """
         reports = [
             CacheReport(**output.kv_transfer_params[REPORT])
@@ -50,4 +51,7 @@ class CacheUsage:
             "semantic": sum(report.evicted_semantic for report in reports),
         }
         self._metrics.count(len(reports), resident, full, evicted)
-        return {"resident_bytes": resident, "full_bytes": full, "evicted_tokens": evicted}
+        steps = sum(report.steps for report in reports)
+        self._metrics.count_steps(steps, sum(report.tokens for report in reports))
+        kv_cache = {"resident_bytes": resident, "full_bytes": full, "evicted_tokens": evicted}
+        return {"steps": steps, "kv_cache": kv_cache}

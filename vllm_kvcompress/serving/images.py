@@ -47,7 +47,7 @@ PATH = "/v1/images/generations"
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody receives it, but logs and metrics show it
 MAX_REQUEST_ID = 128  # characters; it is in the names of all pictures, and in the log
 
-# The engine's last output of each picture -> what ``usage.kv_cache`` says of them
+# The engine's last output of each picture -> what ``usage`` says of them beside the counts of tokens
 UsageExtra = Callable[[Sequence["RequestOutput"]], Awaitable[dict[str, Any] | None]]
 
 
@@ -60,7 +60,7 @@ class ImagesEndpoint:
         What to serve and how to tokenize for it; by default, what the engine serves.
     usage_extra
         Called with the engine at the server's start. What it returns is called with each finished request's
-        outputs, and what that returns is ``usage.kv_cache``.
+        outputs, and what that returns is added to ``usage``.
     """
 
     name = "kvcompress"
@@ -174,12 +174,10 @@ class ImagesEndpoint:
 
     async def _usage(self, job: Job, pictures: Sequence[Picture]) -> ImagesUsage:
         assert self._painter is not None
-        kv_cache = None
+        extra = None
         if self._usage_extra is not None:
-            kv_cache = await self._usage_extra([p.output for p in pictures if p.output is not None])
-        return ImagesUsage.of(
-            len(job.prompt_ids), len(pictures) * self._painter.model.raster.tokens, kv_cache
-        )
+            extra = await self._usage_extra([p.output for p in pictures if p.output is not None])
+        return ImagesUsage.of(len(job.prompt_ids), len(pictures) * self._painter.model.raster.tokens, extra)
 
     def _unknown_model(self, name: str | None) -> JSONResponse | None:
         """The names that vLLM's other routes know, without adapters: the model has none."""

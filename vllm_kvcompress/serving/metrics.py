@@ -34,9 +34,14 @@ class _Counters(Collector):
         self.evicted = counter(
             "kv_evicted_tokens", "Image tokens overwritten in each head of a type.", "head_type"
         )
+        self.steps = counter(
+            "steps", "Steps that have given finished pictures tokens, each picture's counted."
+        )
+        self.steps_tokens = counter("steps_tokens", "Image tokens that those steps have given.")
 
     def collect(self) -> Iterator[Metric]:
-        for counter in (self.pictures, self.resident, self.full, self.evicted):
+        every = self.pictures, self.resident, self.full, self.evicted, self.steps, self.steps_tokens
+        for counter in every:
             yield from counter.collect()
 
 
@@ -64,6 +69,8 @@ class PictureMetrics:
         self._pictures = counters.pictures.labels(*labels)
         self._resident = counters.resident.labels(*labels)
         self._full = counters.full.labels(*labels)
+        self._steps = counters.steps.labels(*labels)
+        self._steps_tokens = counters.steps_tokens.labels(*labels)
         self._evicted = {name: counters.evicted.labels(*labels, name) for name in HEAD_TYPES}
 
     @classmethod
@@ -81,3 +88,8 @@ class PictureMetrics:
         self._full.inc(full)
         for head_type, tokens in evicted.items():
             self._evicted[head_type].inc(tokens)
+
+    def count_steps(self, steps: int, tokens: int) -> None:
+        """Add what finished pictures took, and what it brought: with windows, less steps than tokens."""
+        self._steps.inc(steps)
+        self._steps_tokens.inc(tokens)

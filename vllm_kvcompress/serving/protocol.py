@@ -16,6 +16,7 @@ refused                ``response_format`` ``url``; ``background`` ``transparent
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
@@ -183,18 +184,19 @@ class ImagesUsage(BaseModel):
     total_tokens: int
     input_tokens_details: ImagesTokenDetails
     output_tokens_details: ImagesTokenDetails
+    steps: int | None = None
     kv_cache: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, prompt_tokens: int, image_tokens: int, kv_cache: dict[str, Any] | None) -> Self:
-        """Counts of text in, pictures out."""
+    def of(cls, prompt_tokens: int, image_tokens: int, extra: Mapping[str, Any] | None = None) -> Self:
+        """Counts of text in, pictures out; ``extra`` fields as they are."""
         return cls(
             input_tokens=prompt_tokens,
             output_tokens=image_tokens,
             total_tokens=prompt_tokens + image_tokens,
             input_tokens_details=ImagesTokenDetails(text_tokens=prompt_tokens, image_tokens=0),
             output_tokens_details=ImagesTokenDetails(text_tokens=0, image_tokens=image_tokens),
-            kv_cache=kv_cache,
+            **(extra or {}),
         )
 
 

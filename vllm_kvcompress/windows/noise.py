@@ -16,7 +16,7 @@ def position_seed(seed: int, index: int) -> int:
     index : int
         Which of the picture's tokens, counted from 0.
     """
-    # SplitMix64 (Steele, Lea, Flood 2014), twice: neighbouring seeds must not share neighbouring tokens' noise.
+    # SplitMix64 (Steele, Lea, Flood 2014), twice: neighbouring seeds must not share their tokens' noise.
     return _mix(_mix(seed & _MASK) + index) >> 1
 
 

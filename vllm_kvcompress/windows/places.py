@@ -1,13 +1,17 @@
 """How many drafts each running picture gets in a step; the scheduler's side of windows."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
-from vllm_kvcompress.config import is_compressed, parse_config
+from vllm_kvcompress.config import MAX_WINDOW, is_compressed
 from vllm_kvcompress.models.registry import image_model
 from vllm_kvcompress.sampling import names_ids
+from vllm_kvcompress.windows.choice import WindowChoice
+from vllm_kvcompress.windows.settings import window_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -18,48 +22,85 @@ PLACEHOLDER = -1
 
 
 class DraftPlaces:
-    """Reserves places for drafts behind the last tokens of pictures.
+    """Reserves places for drafts behind the last tokens of pictures, and learns what they bring.
 
     Parameters
     ----------
     model : ImageModel
         Being served.
-    window : int
-        Most places of a row, its last token included.
+    choice : WindowChoice
+        How many places a row gets.
     most_rows : int
         Pictures at once beyond which there are no drafts.
     cut : bool
         Whether a window ends with its line at the latest: victims are chosen there.
+    uniform : bool
+        All windows are equally long, and the sampler keeps to the picture's and line's end (the V2 runner:
+        the host need not know where a row stands, and captured steps have one shape).
     """
 
-    def __init__(self, model: "ImageModel", window: int, most_rows: int, *, cut: bool) -> None:
-        self._model, self._window, self._most_rows, self._cut = model, window, most_rows, cut
+    def __init__(
+        self, model: "ImageModel", choice: WindowChoice, most_rows: int, *, cut: bool, uniform: bool
+    ) -> None:
+        self._model, self._choice, self._most_rows = model, choice, most_rows
+        self._cut, self._uniform = cut, uniform
+        self._places = 1
+        self._begun = self._ended = 0.0
+        self._steps: dict[int, tuple[int, float]] = {}
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "DraftPlaces | None":
         """Those of an engine; None where it draws one token a step."""
-        config = parse_config(vllm_config.additional_config)
-        window = 16 if config.window == "auto" else config.window
-        if window == 1:
+        config = window_config(vllm_config)
+        if config.window == 1:
             return None
+        choice = WindowChoice() if config.window == "auto" else WindowChoice((config.window,))
         return cls(
-            image_model(vllm_config.model_config), window, config.window_rows, cut=is_compressed(vllm_config)
+            image_model(vllm_config.model_config),
+            choice,
+            config.window_rows,
+            cut=is_compressed(vllm_config),
+            uniform=vllm_config.use_v2_model_runner,
         )
 
     def reserve(self, running: Sequence[Request], prefixes: Mapping[str, int]) -> None:
         """Set ``spec_token_ids`` of every running request, before vLLM schedules the step."""
-        rows = sum(request.num_output_tokens > 0 for request in running)
-        room = 0 if rows > self._most_rows or any(map(_reports, running)) else self._window - 1
-        for request in running:
-            count = min(room, self._room(request, prefixes)) if room else 0
-            request.spec_token_ids = [PLACEHOLDER] * count
+        self._begun = time.perf_counter()
+        rooms = [self._room(request, prefixes) for request in running]
+        drawing = sum(room is not None for room in rooms)
+        self._places = 1
+        if 0 < drawing <= self._most_rows and not any(map(_reports, running)):
+            self._places = self._choice.choose(drawing)
+        for request, room in zip(running, rooms, strict=True):
+            request.spec_token_ids = [PLACEHOLDER] * min(room or 0, self._places - 1)
 
-    def _room(self, request: Request, prefixes: Mapping[str, int]) -> int:
-        """Drafts that a request could use."""
-        if request.num_tokens - request.num_computed_tokens != 1 or not request.num_output_tokens:
-            return 0  # its prompt is being read
+    def scheduled(self, output: SchedulerOutput) -> None:
+        """Remember what a step is, until it is done."""
+        self._steps[id(output)] = self._places, self._begun
+
+    def done(self, output: SchedulerOutput, tokens: Sequence[Sequence[int]]) -> None:
+        """A step has ended, with these tokens by row."""
+        now = time.perf_counter()
+        places, begun = self._steps.pop(id(output), (1, now))
+        began, self._ended = max(begun, self._ended), now
+        rows = len(output.num_scheduled_tokens)
+        pure = output.total_num_scheduled_tokens == rows + sum(
+            map(len, output.scheduled_spec_decode_tokens.values())
+        )
+        if rows and pure and not output.scheduled_new_reqs and tokens:
+            self._choice.learn(rows, places, now - began, sum(map(len, tokens)) / rows)
+
+    def _room(self, request: Request, prefixes: Mapping[str, int]) -> int | None:
+        """Drafts that a request could use now; None if it never could, or its prompt is still being read."""
+        coming = request.num_output_placeholders  # sampled on the device, not yet known here
+        if request.num_tokens + coming - request.num_computed_tokens != 1:
+            return None
+        if not request.num_output_tokens + coming:
+            return None
         if not _plain(request) or not self._draws(request, prefixes):
-            return 0
+            return None
+        if self._uniform:
+            return MAX_WINDOW - 1
         known = request.num_tokens - prefixes[request.request_id]
         room = self._model.raster.tokens - known - 1
         if self._cut:
@@ -76,7 +117,9 @@ class DraftPlaces:
 def _plain(request: Request) -> bool:
     """Whether its settings are those that every place of a window can have."""
     params = request.sampling_params
-    return params is not None and not names_ids(params) and not params.min_p and not params.repetition_detection
+    return (
+        params is not None and not names_ids(params) and not params.min_p and not params.repetition_detection
+    )
 
 
 def _reports(request: Request) -> bool:

@@ -32,7 +32,7 @@ def settle(
     Parameters
     ----------
     output : SamplerOutput
-        Of each row's first place; ``sampled_token_ids`` becomes ``[rows, longest window]``, filled up with -1.
+        Of each row's first place; ``sampled_token_ids`` becomes ``[rows, longest window]``, filled with -1.
     window : Window
         The step's drafts.
     rows : RequestRows
@@ -56,7 +56,9 @@ def settle(
         n: position_generator(drawings[row].seed, drawings[row].known + nth, logits.device)
         for n, (row, nth) in enumerate(later)
     }
-    codes, _ = sample(logits[at, -rows.model.codes :].float(), _repeated(metadata, of, rows.model.codes, noise))
+    codes, _ = sample(
+        logits[at, -rows.model.codes :].float(), _repeated(metadata, of, rows.model.codes, noise)
+    )
     ids = iter((codes + rows.model.text_vocab).tolist())
     firsts = output.sampled_token_ids[:, 0].tolist()
     table = torch.full((len(counts), max(counts)), PLACEHOLDER_TOKEN_ID, dtype=torch.int32)

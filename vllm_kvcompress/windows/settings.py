@@ -1,0 +1,82 @@
+"""Which window an engine can have: the setting, and what else is configured."""
+
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
+
+from vllm_kvcompress.config import KEY, MAX_WINDOW, CompressionConfig, parse_config
+from vllm_kvcompress.policy import AUTO
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def window_config(vllm_config: "VllmConfig") -> CompressionConfig:
+    """The settings with the window that the engine will have: 1 where ``auto`` can't have one.
+
+    Raises
+    ------
+    ValueError
+        One line, if a window is asked for by number and can't be had.
+    """
+    config = parse_config(vllm_config.additional_config)
+    if config.window == 1:
+        return config
+    for clash, reason in _clashes(vllm_config):
+        if clash and config.window != AUTO:
+            raise ValueError(f"additional_config.{KEY}.window does not work with {reason}")
+        if clash:
+            return config.model_copy(update={"window": 1})
+    return config
+
+
+def describe(vllm_config: "VllmConfig", bytes_per_row: int = 0) -> str:
+    """The start-up line.
+
+    Parameters
+    ----------
+    bytes_per_row : int
+        What one picture's longest window needs beside the cache until its tokens stand.
+    """
+    config = window_config(vllm_config)
+    if config.window == 1:
+        return "Windows: off, a picture is drawn one token a step."
+    places = longest(config)
+    how = (
+        f"to {places} tokens a step, what pays (auto)" if config.window == AUTO else f"{places} tokens a step"
+    )
+    rows = min(config.window_rows, vllm_config.scheduler_config.max_num_seqs)
+    return (
+        f"Windows: {how}, with up to {config.window_rows} pictures at once; "
+        f"scratch {rows * bytes_per_row:,} bytes at most."
+    )
+
+
+def longest(config: CompressionConfig) -> int:
+    """Places of the longest window."""
+    return MAX_WINDOW if config.window == "auto" else config.window
+
+
+def reserve_places(vllm_config: "VllmConfig") -> None:
+    """Have the V2 runner make room for drafts; before it is made. Raises as `window_config`."""
+    from vllm.config.diffusion import DiffusionConfig
+
+    places = longest(window_config(vllm_config))
+    if places > 1 and vllm_config.use_v2_model_runner:
+        vllm_config.diffusion_config = DiffusionConfig(canvas_length=places - 1)
+
+
+def _clashes(vllm_config: "VllmConfig") -> tuple[tuple[bool, str], ...]:
+    listed = len(vllm_config.model_config.logits_processors or ())
+    scheduler = vllm_config.scheduler_config
+    return (
+        (
+            listed > 1 or bool(entry_points(group=LOGITSPROCS_GROUP)),
+            "logits processors of other packages, which see one place a row: drop --logits-processors",
+        ),
+        (
+            bool(scheduler.async_scheduling) and not vllm_config.use_v2_model_runner,
+            "asynchronous scheduling on the V1 model runner: set --no-async-scheduling",
+        ),
+    )
