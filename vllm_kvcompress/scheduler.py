@@ -85,6 +85,10 @@ class ImageScheduler(AsyncScheduler):
                 self._steps[name] = self._steps.get(name, 0) + 1
         return super().update_from_output(scheduler_output, model_runner_output)
 
+    def make_spec_decoding_stats(self, spec_decoding_stats: Any, *args: Any, **kwargs: Any) -> Any:
+        # vLLM's have room for as many drafts as a speculative decoder announced; ours are in the reports.
+        return spec_decoding_stats
+
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         report = self._report(request)
         self._prefixes.pop(request.request_id, None)

@@ -218,7 +218,9 @@ class JanusForImageGeneration(nn.Module):
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """``[tokens]`` ids of the one id space -> ``[tokens, hidden]``."""
         is_image = input_ids >= self.image.text_vocab
-        text = self.language_model.embed_tokens(torch.where(is_image, self.image.pad, input_ids))
+        # A place without a draft holds -1: any id will do there, since no sample is ever -1.
+        text = torch.where(is_image, self.image.pad, input_ids.clamp(min=0))
+        text = self.language_model.embed_tokens(text)
         codes = (input_ids - self.image.text_vocab).clamp_(0, self.image.codes - 1)
         return torch.where(is_image[:, None], self.image_embedding(codes), text)
 

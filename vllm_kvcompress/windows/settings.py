@@ -23,12 +23,12 @@ def window_config(vllm_config: "VllmConfig") -> CompressionConfig:
     config = parse_config(vllm_config.additional_config)
     if config.window == 1:
         return config
-    for clash, reason in _clashes(vllm_config):
-        if clash and config.window != AUTO:
-            raise ValueError(f"additional_config.{KEY}.window does not work with {reason}")
-        if clash:
-            return config.model_copy(update={"window": 1})
-    return config
+    reasons = [reason for clash, reason in _clashes(vllm_config) if clash]
+    if reasons and config.window != AUTO:
+        raise ValueError(f"additional_config.{KEY}.window does not work with {reasons[0]}")
+    # On GPUs nobody has measured yet what a window costs; by number they can be had there.
+    unmeasured = config.window == AUTO and vllm_config.use_v2_model_runner
+    return config.model_copy(update={"window": 1}) if reasons or unmeasured else config
 
 
 def describe(vllm_config: "VllmConfig", bytes_per_row: int = 0) -> str:
