@@ -69,7 +69,8 @@ class EngineProcess:
         -------
         dict
             By engine: ``waves``, for each a list of token ids per request (None if given up); ``runner``,
-            the module of its model runner; ``preempted``, how often a request lost its blocks.
+            the module of its model runner; ``preempted``, how often a request lost its blocks; ``steps``
+            that finished requests took.
         """
         try:
             code = self._process.wait(LIMIT_S)
@@ -87,9 +88,13 @@ class EngineProcess:
 
 
 def draw(
-    engine: Any, requests: Sequence[Mapping[str, Any]], wave: int, preempt: Sequence[int] = ()
+    engine: Any,
+    requests: Sequence[Mapping[str, Any]],
+    wave: int,
+    preempt: Sequence[int] = (),
+    steps: list[int] | None = None,
 ) -> list[list[int] | None]:
-    """Feed the requests to a running engine, step it until all are done."""
+    """Feed the requests to a running engine, step it until all are done; ``steps`` is told what each took."""
     from vllm import SamplingParams
 
     drawn: dict[str, list[int]] = {}
@@ -108,6 +113,9 @@ def draw(
         for output in engine.step():
             if output.finished:
                 drawn[output.request_id] = list(output.outputs[0].token_ids)
+                report = (output.kv_transfer_params or {}).get("kv_cache")
+                if steps is not None and report:
+                    steps.append(report["steps"])
         step += 1
     return [drawn.get(name) for name in names]
 
@@ -123,13 +131,15 @@ def run(engines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         engine = LLM(**job["args"]).llm_engine
         scheduler = engine.engine_core.engine_core.scheduler
         preempted = _count(scheduler, "_preempt_request")
+        steps: list[int] = []
         answers[job["name"]] = {
             "waves": [
-                draw(engine, requests, wave, job.get("preempt", ()))
+                draw(engine, requests, wave, job.get("preempt", ()), steps)
                 for wave, requests in enumerate(job["waves"])
             ],
             "runner": engine.collective_rpc(_runner)[0],
             "preempted": len(preempted),
+            "steps": steps,
         }
         engine.engine_core.shutdown()
         del engine, scheduler

@@ -17,7 +17,10 @@ from vllm_kvcompress.testing.checkpoints import TINY
 from vllm_kvcompress.testing.tokenizer import BOI, BOS
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
-ENGINES = ("stock", "tight", "full", "decoupled", "torch kernels")
+ENGINES = (
+    "stock", "tight", "full", "decoupled", "torch kernels", "windows", "compressed windows", "torch windows",
+)  # fmt: skip
+WITHOUT = {"windows": "stock", "compressed windows": "decoupled", "torch windows": "torch kernels"}
 PICTURE, TEXT = TINY.image_tokens, 12  # tokens drawn
 TEXT_REQUEST = 6  # comes after the pictures
 # K and V of one token, all layers, both branches, float32.
@@ -95,10 +98,11 @@ def jobs(model: Path) -> list[dict[str, Any]]:
     tight = {"block_size": 32, "kv_cache_memory_bytes": 8 * 32 * TOKEN_BYTES}
 
     def engine(name: str, waves: list[list[dict[str, Any]]], **args: Any) -> dict[str, Any]:
-        return {"name": name, "args": {**SETTINGS, "model": str(model), **args}, "waves": waves}
+        plain = {"additional_config": {"kvcompress": {"window": 1}}}
+        return {"name": name, "args": {**SETTINGS, "model": str(model), **plain, **args}, "waves": waves}
 
     def compressed(name: str, waves: list[list[dict[str, Any]]], **section: Any) -> dict[str, Any]:
-        config = {"kvcompress": section}
+        config = {"kvcompress": {"window": 1, **section}}
         return engine(name, waves, attention_backend="kvcompress", additional_config=config)
 
     return [
@@ -107,6 +111,14 @@ def jobs(model: Path) -> list[dict[str, Any]]:
         compressed("full", [mixed], preset="full"),
         compressed("decoupled", [mixed, crowd, alone], preset="decoupled", budget=0.5),
         compressed("torch kernels", [mixed], preset="line_ar", budget=0.5, kernels="torch"),
+        engine(
+            "windows",
+            [[*mixed, text], crowd, alone],
+            additional_config={"kvcompress": {"window": 5}},
+            max_num_batched_tokens=48,
+        ),
+        compressed("compressed windows", [mixed, crowd], preset="decoupled", budget=0.5, window=8),
+        compressed("torch windows", [mixed], preset="line_ar", budget=0.5, kernels="torch", window=3),
     ]
 
 
@@ -144,6 +156,17 @@ def test_greedy_pictures_are_those_of_the_v1_runner(drawn: Drawn, engine: str) -
     pictures = [tuple(tokens) for tokens in v2[:TEXT_REQUEST] if tokens is not None]
     assert len(set(pictures)) == len(pictures)
     assert all(token >= TINY.text_vocab for tokens in pictures for token in tokens)
+
+
+@pytest.mark.parametrize("engine", WITHOUT)
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_windows_change_steps_not_pictures(drawn: Drawn, runner: str, engine: str) -> None:
+    """Greedy and seeded, with text beside them, prompts in chunks, a picture given up in mid-window."""
+    windowed, plain = drawn[runner][engine], drawn[runner][WITHOUT[engine]]
+    for wave, without in zip(windowed["waves"], plain["waves"], strict=False):
+        assert wave == without[: len(wave)]
+    assert set(plain["steps"]) <= {PICTURE, TEXT}
+    assert min(set(windowed["steps"]) - {TEXT}) < PICTURE, "some drafts stood"
 
 
 def test_text_beside_pictures(drawn: Drawn) -> None:
