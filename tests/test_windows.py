@@ -1,13 +1,15 @@
 """Windows of drafts on paged caches: outputs, pages and victims are those of drawing one by one."""
 
+import random
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Run, bounded, one_thread, worlds
+from oracle import Run, World, bounded, one_thread, worlds
 
 from vllm_kvcompress.attention import cpu, cpu_window, reference, window
 from vllm_kvcompress.attention.pages import HeadType, Plan
@@ -93,41 +95,44 @@ class WindowRun(Run):
         )
 
 
-@given(worlds(), st.data())
-@settings(bounded, max_examples=60)
-def check(kernel: str, isa: str, world, data) -> None:
-    if kernel == "cpu":
-        cpu.set_isa(isa)
-    decoder, windows = KERNELS[kernel]
-    prefix = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def draw_in_windows(decoder: Any, windows: Any, world: World, prefix: list[int], seed: int) -> None:
+    """Draw pictures with windows of any length, of which any number stands, and compare with the oracle."""
+    rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
     image, line = world.rules[0].image, world.rules[0].line
     run = WindowRun(
-        world, prefix, [p + image for p in prefix], seed=data.draw(st.integers(0, 99)),
+        world, prefix, [p + image for p in prefix], seed=seed,
         decode=decoder.decode, select=decoder.select_victims,
     )  # fmt: skip
     run.window, run.ahead = SimpleNamespace(verify=windows.verify, commit=windows.commit), []
-    gen = torch.Generator().manual_seed(0)
-    run.chunk({row: p for row, p in enumerate(prefix)})
+    run.chunk(dict(enumerate(prefix)))
     while any(run.length[row] < run.total[row] for row in range(len(prefix))):
         steps, ones = {}, []
         for row in range(len(prefix)):
             left = run.total[row] - run.length[row]
             if not left:
                 continue
-            count = data.draw(st.integers(1, 16))
+            count = rng.randint(1, 16)
             if count == 1:
                 ones.append(row)
                 continue
             within = line - (run.length[row] - prefix[row]) % line
-            steps[row] = count, data.draw(st.integers(1, min(count, within, left)))
+            steps[row] = count, rng.randint(1, min(count, within, left))
         if ones:
             run.step(ones)
         if steps:
             run.remember()
-            run.place(steps, wrong=data.draw(st.booleans()), gen=gen)
+            run.place(steps, wrong=rng.random() < 0.5, gen=gen)
     run.check()
     for row, position, layer, out in run.ahead:
         torch.testing.assert_close(out, run.out[row, position, layer], rtol=1e-5, atol=1e-5)
+
+
+@given(worlds(), st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(0, 2**20))
+@settings(bounded, max_examples=60)
+def check(kernel: str, isa: str, world: World, prefix: list[int], seed: int) -> None:
+    if kernel == "cpu":
+        cpu.set_isa(isa)
+    draw_in_windows(*KERNELS[kernel], world, prefix, seed)
 
 
 def test_a_window_leaves_what_drawing_one_by_one_leaves(kernel: str) -> None:

@@ -95,12 +95,12 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
         starts = m.query_start_loc_cpu[: m.num_reqs + 1]
         counts = starts.diff()
         single = torch.nonzero(counts == 1).flatten()
-        known = m.seq_lens_cpu_upper_bound
-        if known is None or self.rows.places is not None:  # with drafts it may be too much
+        known = m.seq_lens_cpu_upper_bound  # exact but for rows with drafts
+        if known is None:
             known = m.seq_lens.cpu()
         prefixes = [self.rows.prefix_of(row) for row in range(m.num_reqs)]
         ends, many = starts.tolist(), (counts > 1).tolist()
-        window = self._window(ends, prefixes, known)
+        window = self._window(ends, prefix, length)
         drafted = set(window.rows) if window else set()
         lengths = [
             int(known[row]) if several and row not in drafted else 0 for row, several in enumerate(many)
@@ -113,15 +113,21 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
             self.rows.shared_plan = made
         return made
 
-    def _window(self, starts: list[int], prefixes: list[int], known: Tensor) -> WindowPlan | None:
+    def _window(self, starts: list[int], prefix: Tensor, length: Tensor) -> WindowPlan | None:
         """The rows whose places after the first are drafts."""
         counts = self.rows.places
         if counts is None:
             return None
         rows = [row for row, count in enumerate(counts) if count > 1]
-        prefix = torch.tensor([prefixes[row] for row in rows], dtype=torch.int32)
-        length = torch.tensor([int(known[row]) - counts[row] + 1 for row in rows], dtype=torch.int32)
-        return WindowPlan(rows, [starts[row] for row in rows], [counts[row] for row in rows], prefix, length)
+        at = async_tensor_h2d(rows, device=prefix.device)
+        drafts = async_tensor_h2d([counts[row] - 1 for row in rows], device=prefix.device, dtype=torch.int32)
+        return WindowPlan(
+            rows,
+            [starts[row] for row in rows],
+            [counts[row] for row in rows],
+            prefix[at],
+            length[at] - drafts,
+        )
 
 
 class KVCompressBackend(AttentionBackend):

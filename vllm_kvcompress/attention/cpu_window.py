@@ -77,9 +77,9 @@ def verify(
     return held
 
 
-def commit(layers: Sequence[Any], standing: Sequence[int]) -> None:
+def commit(layers: Sequence[Any], standing: Sequence[int] | Tensor) -> None:
     """As `window.commit`."""
-    count = torch.tensor(standing, dtype=torch.int32)
+    count = torch.as_tensor(standing, dtype=torch.int32)
     for held in layers:
         if not isinstance(held, Held):
             window.commit([held], standing)

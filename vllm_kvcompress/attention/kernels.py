@@ -38,7 +38,7 @@ class Kernels(NamedTuple):
     verify: Callable[[Tensor, Tensor, Tensor, Sequence[HeadType], WindowPlan, float, Tensor], Any] = (
         window.verify
     )
-    commit: Callable[[Sequence[Any], Sequence[int]], None] = window.commit
+    commit: Callable[[Sequence[Any], Sequence[int] | Tensor], None] = window.commit
 
     def check_shape(self, head_size: int, group: int) -> None:
         """Raise ValueError, one line, if they can't serve a model of this shape.
@@ -110,10 +110,12 @@ def kernels_for(kernels: Choice, device_type: str, cache_dtype: torch.dtype | No
     name = choose(kernels, device_type, cache_dtype)
     if name == "triton":
         # Triton decides at import whether it compiles or interprets, and other devices need none of it.
-        from vllm_kvcompress.attention import triton_decode, triton_select
+        from vllm_kvcompress.attention import triton_decode, triton_select, triton_window
 
         shown = "triton (interpreted)" if interpreted() else "triton"
-        return Kernels(shown, triton_decode.decode, triton_select.select_all, triton_decode.LIMITS)
+        return Kernels(shown, triton_decode.decode, triton_select.select_all, triton_decode.LIMITS,
+            triton_window.verify, triton_window.commit,
+        )  # fmt: skip
     if name == "cpu":
         return Kernels(
             f"cpu ({cpu.isa()})", cpu.decode, cpu.select_all, None, cpu_window.verify, cpu_window.commit

@@ -94,7 +94,7 @@ def attend_single(
 
 
 @triton.jit
-def _product(a, b, onto):
+def product(a, b, onto):
     """``onto`` + a b, in float32."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -130,7 +130,7 @@ def attend_group(
         old_key = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
         old_value = tl.load(at + DIM, mask=mask, other=0.0, eviction_policy="evict_first")
         old_key, old_value = old_key.to(query.dtype), old_value.to(query.dtype)
-        logit = _product(query, tl.trans(old_key), tl.zeros([LANES, BLOCK], tl.float32)) * scale
+        logit = product(query, tl.trans(old_key), tl.zeros([LANES, BLOCK], tl.float32)) * scale
         to = logits + group[:, None] * logits_group + slot[None, :]
         tl.store(to, logit, mask=(group < GROUP)[:, None] & (use & (slot >= since))[None, :])
         logit = tl.where(use[None, :], logit, LOW)
@@ -139,10 +139,10 @@ def attend_group(
         weight = tl.exp2(logit - higher[:, None])  # 0 where LOW: `higher` is at least the new token's logit
         total = total * fade + tl.sum(weight, 1)
         coarse = weight.to(old_value.dtype)
-        mixed = _product(coarse, old_value, mixed * fade[:, None])
+        mixed = product(coarse, old_value, mixed * fade[:, None])
         if old_value.dtype != tl.float32:
             fine = (weight - coarse.to(tl.float32)).to(old_value.dtype)
-            mixed = _product(fine, old_value, mixed)
+            mixed = product(fine, old_value, mixed)
         top = higher
     return mixed, top, total, own_logit
 

@@ -140,7 +140,7 @@ def launch(
     types = sorted((t for t in types if len(t.head_index)), key=lambda t: -t.rule.capacity)
     rows, heads, dim = q.shape
     group = heads // k.shape[1]
-    _check(q, k, v, types, out, group)
+    check_inputs(q, k, v, types, out, group)
     args, align, kept = [], alignment(types), 0
     for kind in types:
         args.append(kind_args(kind, align, kept))
@@ -185,7 +185,8 @@ def decode(
         _decode[grid](*args, **constants)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], out: Tensor, group: int) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], out: Tensor, group: int) -> None:
+    """Raise ValueError for what the kernels can't do."""
     cached = {kind.pages.kv.dtype for kind in types}
     dtypes = {x.dtype for x in (q, k, v, out)} | (cached - {NARROW} or cached & {q.dtype})
     if len(dtypes) != 1 or q.dtype not in DTYPES:

@@ -7,7 +7,9 @@ Between the two lies sampling. An abort between them leaves no trace in the page
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvcompress.attention.line import Line, attend_line
 from vllm_kvcompress.attention.pages import HeadType
@@ -23,7 +25,7 @@ class WindowPlan:
         Batch row, where its tokens start, and how many there are: its last token and its drafts. Those past
         the end of its line of the picture can't stand.
     prefix, length : Tensor
-        ``[n]`` int32, on the host: prompt tokens, and tokens up to and including the first of the window.
+        ``[n]`` int32, where the cache is: prompt tokens, and tokens up to and including the window's first.
     """
 
     rows: list[int]
@@ -31,6 +33,21 @@ class WindowPlan:
     counts: list[int]
     prefix: Tensor
     length: Tensor
+
+    def starts_on(self, device: torch.device) -> Tensor:
+        """``[n]`` int32 ``starts``, copied once."""
+        return self._on(device)[0]
+
+    def counts_on(self, device: torch.device) -> Tensor:
+        """``[n]`` int32 ``counts``, copied once."""
+        return self._on(device)[1]
+
+    def _on(self, device: torch.device) -> Tensor:
+        kept: Tensor | None = self.__dict__.get("_copied")
+        if kept is None:
+            kept = async_tensor_h2d([self.starts, self.counts], device=device, dtype=torch.int32)
+            self.__dict__["_copied"] = kept
+        return kept
 
     @property
     def spans(self) -> list[tuple[int, int, int, int]]:
@@ -76,17 +93,18 @@ def verify(
     return held
 
 
-def commit(layers: Sequence[list[list[Line]]], standing: Sequence[int]) -> None:
+def commit(layers: Sequence[list[list[Line]]], standing: Sequence[int] | Tensor) -> None:
     """Write what stands, in all layers; where that ends a line, the caller chooses victims.
 
     Parameters
     ----------
     layers : sequence
         What `verify` has returned, by layer.
-    standing : sequence of int
+    standing : sequence of int, or Tensor
         Tokens that stand in each row of the plan, the last one drawn included.
     """
+    counts = [int(count) for count in standing]
     for held in layers:
-        for lines, count in zip(held, standing, strict=True):
+        for lines, count in zip(held, counts, strict=True):
             for line in lines:
                 line.keep(count)

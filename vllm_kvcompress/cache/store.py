@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvcompress.attention.backend import KVCompressBackend, StepPlan
 from vllm_kvcompress.attention.cpu import use_huge_pages
@@ -261,12 +262,14 @@ class CompressedCache(nn.Module):
         if window is None or not self._held:
             return
         assert self.kernels is not None
-        kept = [int(standing[row]) for row in window.rows]
+        if isinstance(standing, Tensor):
+            kept = standing[async_tensor_h2d(window.rows, device=standing.device)].to(torch.int32)
+        else:
+            kept = torch.tensor([standing[row] for row in window.rows], dtype=torch.int32)
         self.kernels.commit(self._held, kept)
         self._held = []
         every = [replace(self._all_layers[kind], block_table=table) for kind, table in self._drafted.items()]
-        drawn = window.length + torch.tensor(kept, dtype=torch.int32) - 1
-        self.kernels.select_all(every, Plan(window.prefix, drawn))
+        self.kernels.select_all(every, Plan(window.prefix, window.length + kept - 1))
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

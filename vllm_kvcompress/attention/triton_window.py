@@ -1,0 +1,290 @@
+"""A step of windows on a GPU, in Triton: one launch a layer to attend, and one a layer to keep what stands.
+
+Arguments as in `window`. A program is one cache head of one row. The queries of all places are the rows of
+one matrix product, so K and V are read once for up to 16 of them. Logits, and each query's maximum and sum,
+stay in scratch memory until it is known which queries count; pages are written by `commit` alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_kvcompress.attention.pages import HeadType
+from vllm_kvcompress.attention.triton_attend import LOW, product, to_cache
+from vllm_kvcompress.attention.triton_decode import LOG2E, check_inputs
+from vllm_kvcompress.attention.triton_kinds import RING, SCORES, alignment, filled, kind_args, pick
+from vllm_kvcompress.attention.window import WindowPlan
+
+__all__ = ["commit", "launch_commit", "launch_verify", "verify"]
+
+PLACES = 16  # of a row at most: the least rows of a matrix product
+NEVER = tl.constexpr(1 << 20)  # a place that no window has
+
+
+@triton.jit
+def _taken(kind, n, table, head, prefix, token, count, PLACES: tl.constexpr):
+    """[PLACES] logical slots that the places' tokens take; -1 past the line's end and the window's."""
+    nth = tl.arange(0, PLACES)
+    t = token + nth
+    inside = (nth < n.line - token % n.line) & (nth < count)
+    full = t >= n.capacity
+    slot = t
+    if (n.flags & RING) != 0:
+        turn = tl.maximum(n.capacity - n.anchors, 1)
+        slot = tl.where(full, n.anchors + (t - n.anchors) % turn, t)
+    elif (n.flags & SCORES) != 0:
+        start = token - token % n.line
+        order = t - start - tl.maximum(n.capacity - start, 0)
+        number = ((order + 0.5) * kind.per_slot).to(tl.int32)
+        known = inside & full
+        block = tl.load(table + number, mask=known, other=0).to(tl.int64)
+        at = block * n.index_block + (n.victim_at + head * n.side_head + order - number * n.page)
+        slot = tl.where(full, tl.load(kind.victim + at, mask=known, other=0).to(tl.int32), t)
+    return tl.where(inside, prefix + slot, -1)
+
+
+@triton.jit(do_not_specialize=("scratch_row", "tops_row"))
+def _verify(
+    kinds, q, k, v, out, logits, tops, starts, counts, prefix, length,
+    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, scratch_row, tops_row, scale,
+    TYPES: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr, SPREAD: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid: cache heads of all types, rows. SPREAD: query heads of a group, padded to a power of two."""
+    LANES: tl.constexpr = PLACES * SPREAD
+    row = tl.program_id(1)
+    first, count = tl.load(starts + row).to(tl.int64), tl.load(counts + row)
+    prefix, length = tl.load(prefix + row), tl.load(length + row)
+    row = row.to(tl.int64)
+    kind, n, head = pick(kinds, tl.program_id(0), 1, TYPES)
+    place = tl.load(kind.head_index + head)
+    table = kind.table + row * n.table_row
+    token = length - 1 - prefix
+    held = prefix + tl.minimum(token, n.capacity)
+    taken = _taken(kind, n, table, head, prefix, token, count, PLACES)
+
+    lane, own, dim = tl.arange(0, LANES), tl.arange(0, PLACES), tl.arange(0, WIDTH)
+    nth, member = lane // SPREAD, lane % SPREAD
+    real = (nth < count) & (member < GROUP)
+    inside = (dim < DIM)[None, :]
+    at = (first + nth)[:, None] * q_row + (place * GROUP + member)[:, None] * q_head + dim[None, :]
+    query = tl.load(q + at, mask=real[:, None] & inside, other=0.0)
+    mine = (own < count)[:, None] & inside
+    at = (first + own)[:, None] * k_row + place * k_head + dim[None, :]
+    key = to_cache(tl.load(k + at, mask=mine, other=0.0), kind.kv.dtype.element_ty).to(query.dtype)
+    at = (first + own)[:, None] * v_row + place * v_head + dim[None, :]
+    value = to_cache(tl.load(v + at, mask=mine, other=0.0), kind.kv.dtype.element_ty).to(query.dtype)
+
+    # The window's own tokens first: every query sees at least the first of them, so none starts at LOW.
+    logit = product(query, tl.trans(key), tl.zeros([LANES, PLACES], tl.float32)) * scale
+    logit = tl.where((own[None, :] <= nth[:, None]) & (own < count)[None, :], logit, LOW)
+    scores = (n.flags & SCORES) != 0
+    width = n.capacity + PLACES
+    base = logits + (row * scratch_row + (n.scratch + head * width)) * (PLACES * GROUP)
+    line_at = base + (nth * GROUP + member)[:, None] * width
+    if scores:
+        tl.store(line_at + n.capacity + own[None, :], logit, mask=real[:, None])
+    top = tl.max(logit, 1)
+    weight = tl.exp2(logit - top[:, None])
+    total = tl.sum(weight, 1)
+    mixed = tl.zeros([LANES, WIDTH], tl.float32)
+    coarse = weight.to(value.dtype)
+    mixed = product(coarse, value, mixed)
+    if value.dtype != tl.float32:
+        mixed = product((weight - coarse.to(tl.float32)).to(value.dtype), value, mixed)
+
+    pages = kind.kv + head.to(tl.int64) * (n.kv_head * ALIGN)
+    kv_block = n.kv_block * ALIGN
+    slots = tl.arange(0, BLOCK)
+    for start in tl.range(0, held, BLOCK, num_stages=STAGES):
+        slot = start + slots
+        use = slot < held
+        number = ((slot + 0.5) * kind.per_slot).to(tl.int32)
+        block = tl.load(table + number, mask=use, other=0)
+        cell = pages + (block.to(tl.int64) * kv_block + (slot - number * n.page) * (2 * DIM))
+        at, mask = cell[:, None] + dim[None, :], use[:, None] & inside
+        old_key = tl.load(at, mask=mask, other=0.0).to(query.dtype)
+        old_value = tl.load(at + DIM, mask=mask, other=0.0).to(query.dtype)
+        # A slot is seen until a token of the window lands in it.
+        until = tl.min(tl.where(taken[:, None] == slot[None, :], own[:, None], NEVER), 0)
+        seen = use[None, :] & (nth[:, None] < until[None, :])
+        logit = product(query, tl.trans(old_key), tl.zeros([LANES, BLOCK], tl.float32)) * scale
+        logit = tl.where(seen, logit, LOW)
+        if scores:
+            kept = (use & (slot >= prefix))[None, :] & real[:, None]
+            tl.store(line_at + (slot - prefix)[None, :], logit, mask=kept)
+        higher = tl.maximum(top, tl.max(logit, 1))
+        fade = tl.exp2(top - higher)
+        weight = tl.exp2(logit - higher[:, None])
+        total = total * fade + tl.sum(weight, 1)
+        coarse = weight.to(old_value.dtype)
+        mixed = product(coarse, old_value, mixed * fade[:, None])
+        if old_value.dtype != tl.float32:
+            mixed = product((weight - coarse.to(tl.float32)).to(old_value.dtype), old_value, mixed)
+        top = higher
+    at = (first + nth)[:, None] * out_row + (place * GROUP + member)[:, None] * out_head + dim[None, :]
+    tl.store(out + at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=real[:, None] & inside)
+    ends = tops + (row * tops_row + place) * (2 * PLACES * GROUP) + 2 * (nth * GROUP + member)
+    tl.store(ends, top, mask=real)
+    tl.store(ends + 1, total, mask=real)
+
+
+@triton.jit
+def _mass(from_, ends, use, GROUP: tl.constexpr, width):
+    """Attention that the queries of one place, GROUP lines of ``width`` logits, gave to some slots."""
+    mass = tl.where(use, 0.0, 0.0)
+    for member in tl.static_range(GROUP):
+        logit = tl.load(from_ + member * width, mask=use, other=LOW)
+        top, total = tl.load(ends + 2 * member), tl.load(ends + 2 * member + 1)
+        mass += tl.exp2(logit - top) / total
+    return mass
+
+
+@triton.jit(do_not_specialize=("scratch_row", "tops_row"))
+def _commit(
+    kinds, k, v, logits, tops, starts, standing, prefix, length,
+    k_row, k_head, v_row, v_head, scratch_row, tops_row,
+    TYPES: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    PLACES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Grid: cache heads of all types, rows. Keeps the first ``standing`` places, as drawing one by one."""
+    row = tl.program_id(1)
+    first, stands = tl.load(starts + row).to(tl.int64), tl.load(standing + row).to(tl.int32)
+    prefix, length = tl.load(prefix + row), tl.load(length + row)
+    row = row.to(tl.int64)
+    kind, n, head = pick(kinds, tl.program_id(0), 1, TYPES)
+    place = tl.load(kind.head_index + head)
+    table = kind.table + row * n.table_row
+    token = length - 1 - prefix
+    held = prefix + tl.minimum(token, n.capacity)
+    taken = _taken(kind, n, table, head, prefix, token, stands, PLACES)
+    own, dim = tl.arange(0, PLACES), tl.arange(0, WIDTH)
+    lands = taken >= 0
+    number = ((taken + 0.5) * kind.per_slot).to(tl.int32)
+    block = tl.load(table + number, mask=lands, other=0).to(tl.int64)
+    inside = taken - number * n.page
+    if (n.flags & SCORES) != 0:
+        width = n.capacity + PLACES
+        base = logits + (row * scratch_row + (n.scratch + head * width)) * (PLACES * GROUP)
+        ends = tops + (row * tops_row + place) * (2 * PLACES * GROUP)
+        score = kind.score + (n.score_at + head * n.side_head)
+        for start in tl.range(prefix, held, TILE):
+            slot = start + tl.arange(0, TILE)
+            use = slot < held
+            page_of = ((slot + 0.5) * kind.per_slot).to(tl.int32)
+            page = tl.load(table + page_of, mask=use, other=0).to(tl.int64)
+            at = score + (page * n.score_block + (slot - page_of * n.page))
+            mass = tl.load(at, mask=use, other=0.0)
+            for nth in tl.range(0, stands):  # one query after the other, as they would have come
+                mass += _mass(
+                    base + nth * GROUP * width + (slot - prefix), ends + 2 * nth * GROUP, use, GROUP, width
+                )
+            tl.store(at, mass, mask=use)
+        mass = tl.zeros([PLACES], tl.float32)
+        for nth in tl.range(0, stands):
+            from_ = base + nth * GROUP * width + n.capacity + own
+            mass += _mass(from_, ends + 2 * nth * GROUP, own <= nth, GROUP, width)
+        tl.debug_barrier()  # a slot that a token lands in has just been written by another thread
+        tl.store(score + block * n.score_block + inside, mass, mask=lands)
+        held_token = kind.token + (n.token_at + head * n.side_head + block * n.index_block + inside)
+        tl.store(held_token, (token + own).to(tl.int16), mask=lands)
+    mask = lands[:, None] & (dim < DIM)[None, :]
+    key = tl.load(k + (first + own)[:, None] * k_row + place * k_head + dim[None, :], mask=mask, other=0.0)
+    value = tl.load(v + (first + own)[:, None] * v_row + place * v_head + dim[None, :], mask=mask, other=0.0)
+    pages = kind.kv + head.to(tl.int64) * (n.kv_head * ALIGN)
+    cell = pages + (block * (n.kv_block * ALIGN) + inside * (2 * DIM))
+    at = cell[:, None] + dim[None, :]
+    tl.store(at, to_cache(key, kind.kv.dtype.element_ty), mask=mask)
+    tl.store(at + DIM, to_cache(value, kind.kv.dtype.element_ty), mask=mask)
+
+
+@dataclass
+class Held:
+    """A layer between `verify` and `commit`."""
+
+    types: Sequence[HeadType]
+    plan: WindowPlan
+    k: Tensor
+    v: Tensor
+    logits: Tensor
+    tops: Tensor
+    starts: Tensor
+    group: int
+
+
+def launch_verify(
+    q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], plan: WindowPlan, scale: float, out: Tensor
+) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any], Held]:
+    """Grid, arguments and constants of `verify`'s launch, and what it leaves; scratch is allocated here.
+
+    Raises ValueError for what the kernel can't do.
+    """
+    types = sorted((t for t in types if len(t.head_index)), key=lambda t: -t.rule.capacity)
+    group, dim = q.shape[1] // k.shape[1], q.shape[2]
+    check_inputs(q, k, v, types, out, group)
+    kinds, align, kept = _kinds(types)
+    rows = len(plan.rows)
+    held = Held(
+        types, plan, k, v,
+        torch.empty(rows * kept * PLACES * group, dtype=torch.float32, device=q.device),
+        torch.empty(rows * k.shape[1] * PLACES * group * 2, dtype=torch.float32, device=q.device),
+        plan.starts_on(q.device), group,
+    )  # fmt: skip
+    width = max(16, triton.next_power_of_2(dim))
+    constants = {
+        "TYPES": len(kinds), "ALIGN": align, "GROUP": group, "SPREAD": triton.next_power_of_2(group),
+        "DIM": dim, "WIDTH": width, "PLACES": PLACES, "BLOCK": max(16, 8192 // (width * q.element_size())),
+        "STAGES": 2, "num_warps": 4,
+    }  # fmt: skip
+    strides = [stride for x in (q, k, v, out) for stride in x.stride()[:2]]
+    args = (
+        kinds, q, k, v, out, held.logits, held.tops, held.starts, plan.counts_on(q.device), plan.prefix,
+        plan.length, *strides, kept, k.shape[1], scale * LOG2E,
+    )  # fmt: skip
+    return (sum(len(kind.head_index) for kind in types), rows), args, constants, held
+
+
+def verify(
+    q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], plan: WindowPlan, scale: float, out: Tensor
+) -> Held:
+    """As `window.verify`, for what `triton_decode.decode` takes; nothing is read on the host."""
+    grid, args, constants, held = launch_verify(q, k, v, types, plan, scale, out)
+    _verify[grid](*args, **constants)
+    return held
+
+
+def launch_commit(held: Held, standing: Tensor) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
+    """Grid, arguments and constants of `commit`'s launch for one layer; ``standing`` [rows] on the device."""
+    kinds, align, kept = _kinds(held.types)
+    k, v, dim = held.k, held.v, held.k.shape[2]
+    constants = {
+        "TYPES": len(kinds), "ALIGN": align, "GROUP": held.group, "DIM": dim,
+        "WIDTH": max(16, triton.next_power_of_2(dim)), "PLACES": PLACES, "TILE": 128, "num_warps": 4,
+    }  # fmt: skip
+    args = (
+        kinds, k, v, held.logits, held.tops, held.starts, standing, held.plan.prefix, held.plan.length,
+        *k.stride()[:2], *v.stride()[:2], kept, k.shape[1],
+    )  # fmt: skip
+    return (sum(len(kind.head_index) for kind in held.types), len(held.plan.rows)), args, constants
+
+
+def commit(layers: Sequence[Held], standing: Sequence[int] | Tensor) -> None:
+    """As `window.commit`; ``standing`` may be on the device."""
+    for held in layers:
+        on_device = torch.as_tensor(standing, device=held.k.device)
+        grid, args, constants = launch_commit(held, on_device)
+        _commit[grid](*args, **constants)
+
+
+def _kinds(types: Sequence[HeadType]) -> tuple[tuple[Any, ...], int, int]:
+    """Head types as arguments, the numbers in 16 bytes, and a row's scratch in lines of PLACES queries."""
+    args, align, kept = [], alignment(types), 0
+    for kind in types:
+        args.append(kind_args(kind, align, kept))
+        kept += kind.pages.kv.shape[1] * (kind.rule.capacity + PLACES) if kind.rule.scores else 0
+    return filled(args), align, kept
