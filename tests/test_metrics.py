@@ -16,7 +16,14 @@ from vllm_kvcompress.scheduler import REPORT
 from vllm_kvcompress.serving.cache_usage import CacheUsage
 
 NAMES = ("pictures_total", "kv_resident_bytes_total", "kv_full_bytes_total")
-REPORTED = {"resident_bytes": 10, "full_bytes": 40, "evicted_spatial": 3, "evicted_semantic": 2}
+REPORTED = {
+    "resident_bytes": 10,
+    "full_bytes": 40,
+    "evicted_spatial": 3,
+    "evicted_semantic": 2,
+    "steps": 5,
+    "tokens": 16,
+}
 
 
 def engine(name: str, ranks: list[int] | None = None) -> Any:
@@ -40,10 +47,11 @@ def shown(model: str) -> dict[str, float]:
     return values
 
 
-def expected(rank: str, *values: float) -> dict[str, float]:
+def expected(rank: str, *values: float, steps: int = 0, tokens: int = 0) -> dict[str, float]:
     names = [f"{name} engine={rank}" for name in NAMES]
     names += [f"kv_evicted_tokens_total engine={rank} head_type={kind}" for kind in ("spatial", "semantic")]
-    return dict(zip(names, values, strict=True))
+    names += [f"steps_total engine={rank}", f"steps_tokens_total engine={rank}"]
+    return dict(zip(names, (*values, steps, tokens), strict=True))
 
 
 async def test_zero_before_the_first_picture_then_sums() -> None:
@@ -55,7 +63,8 @@ async def test_zero_before_the_first_picture_then_sums() -> None:
         "full_bytes": 80,
         "evicted_tokens": {"spatial": 6, "semantic": 7},
     }
-    assert shown("first") == expected("0", 2, 11, 80, 6, 7)
+    assert answer["steps"] == 10
+    assert shown("first") == expected("0", 2, 11, 80, 6, 7, steps=10, tokens=32)
 
 
 async def test_another_scheduler_reports_nothing() -> None:
@@ -79,7 +88,7 @@ async def test_a_second_engine_of_the_process_leaves_them() -> None:
     usage = CacheUsage(engine("kept", [0]))
     await usage([picture()])
     unregister_vllm_metrics()
-    assert shown("kept") == expected("0", 1, 10, 40, 3, 2)
+    assert shown("kept") == expected("0", 1, 10, 40, 3, 2, steps=5, tokens=16)
     other = CacheUsage(engine("later", [0]))
     await other([picture()])
     assert shown("kept") == shown("later")

@@ -58,7 +58,9 @@ HOOKS = {
         "get_name get_impl_cls get_builder_cls supported_kv_cache_layouts supported_dtypes"
     ),
     "vllm_kvcompress.attention.backend:StepPlanner": "__init__ build get_cudagraph_support",
-    "vllm_kvcompress.scheduler:ImageScheduler": "_free_request add_request",
+    "vllm_kvcompress.scheduler:ImageScheduler": (
+        "_free_request add_request schedule update_from_output make_spec_decoding_stats"
+    ),
     "vllm_kvcompress.requests_v2:JanusModelState": (
         "__init__ add_request remove_request prepare_attn prepare_inputs custom_sampler"
     ),

@@ -53,7 +53,10 @@ def test_v2_runner_places_tokens_with_the_inputs() -> None:
     for lengths, padded in (([5, 2], 8), ([1, 1], 4)):
         starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
         batch: Any = SimpleNamespace(
-            idx_mapping_np=np.array([7, 3]), query_start_loc=starts, num_tokens_after_padding=padded
+            num_draft_tokens=0,
+            idx_mapping_np=np.array([7, 3]),
+            query_start_loc=starts,
+            num_tokens_after_padding=padded,
         )
         state.prepare_inputs(batch, None)  # type: ignore[arg-type]
         placed = state.rows.token_rows[: sum(lengths)]

@@ -215,7 +215,7 @@ def test_settings_that_have_no_window(tiny: Path, cache: str) -> None:
 
 
 def test_log_probabilities_and_text(tiny: Path) -> None:
-    """While log-probabilities are wanted there are no windows; text beside pictures has none of its own."""
+    """Requests that want them, and text, have no windows; pictures beside them keep theirs."""
     plain, windowed = engine(tiny, 1), engine(tiny, 8)
     text = [*plain.llm.get_tokenizer().encode("a bird and a boat")]
     asked = [plain.prompt(TEXTS[0]), text, plain.prompt(TEXTS[1])]
@@ -225,8 +225,15 @@ def test_log_probabilities_and_text(tiny: Path) -> None:
         wanted, drawn = plain.outputs(asked, params), windowed.outputs(asked, params)
         for a, b in zip(wanted, drawn, strict=True):
             assert a.outputs[0].token_ids == b.outputs[0].token_ids
-        assert (steps(drawn)[0] < PICTURE) is (params[2] is GREEDY)
         assert steps(drawn)[1] == 20
+        assert params[2] is GREEDY or steps(drawn)[2] == PICTURE
+    with mock.patch.object(
+        drawing.Drawing,
+        "drafts",
+        lambda self, count: list(wanted[0].outputs[0].token_ids)[self.known :][:count],
+    ):
+        late = windowed.outputs(asked[:1] * 2, [GREEDY, reports])
+    assert steps(late)[0] < PICTURE == steps(late)[1]
     for a, b in zip(wanted[2].outputs[0].logprobs, drawn[2].outputs[0].logprobs, strict=True):
         assert {k: v.logprob for k, v in a.items()} == pytest.approx({k: v.logprob for k, v in b.items()})
 

@@ -160,6 +160,7 @@ class JanusModelState(DefaultModelState):
                 if slot in self._slots
             }
         )
-        drafts = input_batch.num_draft_tokens_per_req
-        if drafts is not None and drafts.any():
+        if input_batch.num_draft_tokens:
+            drafts = input_batch.num_draft_tokens_per_req
+            assert drafts is not None
             self.rows.places = (1 + drafts).tolist()

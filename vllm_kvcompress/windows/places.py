@@ -69,7 +69,7 @@ class DraftPlaces:
         rooms = [self._room(request, prefixes) for request in running]
         drawing = sum(room is not None for room in rooms)
         self._places = 1
-        if 0 < drawing <= self._most_rows and not any(map(_reports, running)):
+        if 0 < drawing <= self._most_rows:
             self._places = self._choice.choose(drawing)
         for request, room in zip(running, rooms, strict=True):
             request.spec_token_ids = [PLACEHOLDER] * min(room or 0, self._places - 1)
@@ -117,12 +117,6 @@ class DraftPlaces:
 def _plain(request: Request) -> bool:
     """Whether its settings are those that every place of a window can have."""
     params = request.sampling_params
-    return (
-        params is not None and not names_ids(params) and not params.min_p and not params.repetition_detection
-    )
-
-
-def _reports(request: Request) -> bool:
-    """Whether log-probabilities are wanted, which the runner keeps for one place a row."""
-    params = request.sampling_params
-    return params is not None and (params.logprobs is not None or params.prompt_logprobs is not None)
+    if params is None or names_ids(params) or params.min_p or params.repetition_detection:
+        return False
+    return params.logprobs is None  # the runner keeps them for one place a row

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 
 from vllm_kvcompress.windows.drawing import Window
@@ -69,7 +70,25 @@ def settle(
         table[row, :stands] = torch.tensor(samples[:stands])
         standing.append(stands)
     output.sampled_token_ids = table.to(logits.device)
+    if output.logprobs_tensors is not None:
+        output.logprobs_tensors = _spread(output.logprobs_tensors, max(counts))
     rows.accept(standing)
+
+
+def _spread(reported: LogprobsTensors, places: int) -> LogprobsTensors:
+    """Log-probabilities of one place a row, as the runner takes them where rows have ``places``.
+
+    Only rows of one place want any; what stands at the other places is not read.
+    """
+
+    def spread(x: Tensor) -> Tensor:
+        wide = x.new_zeros(len(x), places, *x.shape[1:])
+        wide[:, 0] = x
+        return wide.flatten(0, 1)
+
+    return LogprobsTensors(
+        spread(reported.logprob_token_ids), spread(reported.logprobs), spread(reported.selected_token_ranks)
+    )
 
 
 def _repeated(metadata: Any, of: Tensor, codes: int, noise: dict[int, torch.Generator]) -> Any:
