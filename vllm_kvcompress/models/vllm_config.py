@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from vllm_kvcompress import patches, plugin
-from vllm_kvcompress.config import FP8, KEY, CompressionConfig, is_compressed, parse_config
+from vllm_kvcompress.config import FP8, KEY, is_compressed, parse_config
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.config import raster_of
 from vllm_kvcompress.models.registry import (
@@ -51,8 +52,10 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
             raise ValueError(
                 "speculative decoding does not work with image models: drop --speculative-config"
             )
+        if envs.VLLM_USE_RUST_FRONTEND:
+            raise ValueError("VLLM_USE_RUST_FRONTEND: that front end has no images route; unset it")
         config = parse_config(vllm_config.additional_config)  # a misplaced key is an error without it too
-        if not is_compressed(vllm_config) and config != CompressionConfig():
+        if not is_compressed(vllm_config) and config.compresses:
             raise ValueError(
                 f"additional_config.{KEY} goes with --attention-backend kvcompress; add it, or drop the "
                 "settings"
