@@ -66,7 +66,16 @@ class MultiModalityConfig(PreTrainedConfig):
         kwargs["tie_word_embeddings"] = False
 
         vq = {**_VQ_16, **_params(sections["gen_vision_config"])}
-        image_size = int(_params(sections["vision_config"]).get("image_size", 384))
+        if not isinstance(vq["ch_mult"], list) or not 1 <= len(vq["ch_mult"]) <= 8:
+            raise ValueError(
+                "config.json: gen_vision_config.params.ch_mult must be a list of 1 to 8 numbers, got "
+                f"{vq['ch_mult']!s:.60}"
+            )
+        image_size = _params(sections["vision_config"]).get("image_size", 384)
+        if type(image_size) is not int:
+            raise ValueError(
+                f"config.json: vision_config.params.image_size must be a number, got {image_size!r:.60}"
+            )
         downsampling = 2 ** (len(vq["ch_mult"]) - 1)
         if image_size % downsampling:
             raise ValueError(

@@ -1,5 +1,6 @@
 """What vLLM's configuration must know of a Janus checkpoint, checked once at start-up."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm import envs
@@ -10,6 +11,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from vllm_kvcompress import patches, plugin
 from vllm_kvcompress.config import FP8, KEY, is_compressed, parse_config
 from vllm_kvcompress.log import logger_for
+from vllm_kvcompress.models.checkpoint import check_files, check_sizes
 from vllm_kvcompress.models.config import raster_of
 from vllm_kvcompress.models.registry import (
     image_model,
@@ -47,6 +49,9 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         model_config = vllm_config.model_config
+        check_files(
+            Path(model_config.model), model_config.hf_config, str(vllm_config.load_config.load_format)
+        )
         resolve_tokens(model_config)
         if vllm_config.speculative_config is not None:
             raise ValueError(
@@ -91,6 +96,7 @@ def check_checkpoint(hf_config: Any) -> None:
     vq = getattr(hf_config, "vq_config", None)
     if vq is None:
         raise ValueError("config.json describes no image tokenizer (vq_config): not a Janus checkpoint")
+    check_sizes(hf_config)
     patch = 2 ** (len(vq.channel_multiplier) - 1)
     vision = getattr(hf_config, "vision_config", None)
     size = vision.get("params", {}).get("image_size") if isinstance(vision, dict) else None
