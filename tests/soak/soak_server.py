@@ -2,7 +2,7 @@
 
 By hand: ``make soak``, or ``python -m pytest tests/soak/soak_server.py -rP``; ``SOAK_PICTURES`` makes it
 shorter. A picture of a seed is compared with the first one of that seed, and in the end with it drawn alone;
-every block must be back, and no process may have grown since the first tenth.
+every block must be back, and no process may have grown in the second half.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from vllm_kvcompress.testing.server import Server
 
 PICTURES = int(os.environ.get("SOAK_PICTURES", "10000"))
 CLIENTS, SEEDS, LINES = 24, 300, 6
-GROWTH_MIB = 24  # of one process, from the first tenth to the end; vLLM's own metrics grow a little
+GROWTH_MIB = 16  # of one process in the second half; allocators and caches of kernels fill up in the first
 PATH = "/v1/images/generations"
 PROMPT = "<|User|>: a red bird\n\n<|Assistant|>:<begin_of_image>"
 ARGS = (
@@ -130,9 +130,10 @@ class Soak:
         root = psutil.Process(self.server.process.pid)
         found = {"api": root.memory_info().rss / 2**20}
         for child in root.children(recursive=True):
-            name = " ".join(child.cmdline()).removeprefix("VLLM::").lower()
-            if name in ("enginecore", "worker"):
-                found[name] = child.memory_info().rss / 2**20
+            title = " ".join(child.cmdline()).lower()
+            for name in ("enginecore", "worker"):
+                if f"vllm::{name}" in title:
+                    found[name] = child.memory_info().rss / 2**20
         text = (await self.http.get("/metrics")).text
         for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
             [value] = re.findall(rf"^vllm:{gauge}\{{.*\}} (\S+)$", text, re.MULTILINE)
@@ -140,7 +141,7 @@ class Soak:
         return found
 
     async def report(self) -> None:
-        """A line every tenth; the first is what memory is compared with."""
+        """A line every tenth."""
         self.lines: list[dict[str, float]] = []
         start = time.monotonic()
         while True:
@@ -171,8 +172,9 @@ class Soak:
         for seed in list(self.first)[:10]:  # alone
             answer = await self.http.post(PATH, json={"prompt": "a red bird", "seed": seed})
             self.same(seed, answer.json()["data"][0]["b64_json"])
-        grown = {name: last[name] - self.lines[0][name] for name in ("api", "enginecore", "worker")}
-        print("grown, MiB", {name: round(value, 1) for name, value in grown.items()})
+        half = self.lines[len(self.lines) // 2]
+        grown = {name: last[name] - half[name] for name in ("api", "enginecore", "worker")}
+        print("grown in the second half, MiB", {name: round(value, 1) for name, value in grown.items()})
         assert max(grown.values()) < GROWTH_MIB, grown
 
 
