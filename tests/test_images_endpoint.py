@@ -243,6 +243,22 @@ async def test_the_longest_texts_fit_the_body(client):
     assert answer.json()["error"]["param"] == "prompt"
 
 
+async def test_limits_are_settings(engine):
+    limits = {"body_bytes": 2000, "request_id": 16, "prompt_tokens": 9}
+    engine.vllm_config.additional_config = {"kvcompress": {"limits": limits}}
+    async with http_client(await make_app(engine)) as client:
+        answer = await client.post(PATH, json={"prompt": "a" * 2000})
+        assert answer.status_code == 413
+        assert "more than 2000 bytes" in answer.json()["error"]["message"]
+        error = (await draw(client, 400, prompt="a" * 8))["error"]
+        assert error["param"] == "prompt"
+        assert "10 tokens, and this server takes 9" in error["message"]
+        fine = await client.post(PATH, json={"prompt": "a" * 7}, headers={"X-Request-Id": "y" * 400})
+        assert fine.status_code == 200
+        (used,) = engine.params
+        assert used.count("y") == 16
+
+
 async def test_model_names(sdk):
     for name in ("janus", "alias"):
         assert (await sdk.images.generate(prompt="a cat", model=name)).data

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from transformers import JanusVQVAEConfig, LlamaConfig, PreTrainedConfig
 
+from vllm_kvcompress import last_word
 from vllm_kvcompress.policy.raster import Raster
 
 ORIGINAL_LAYOUT = "multi_modality"
@@ -41,6 +42,7 @@ class MultiModalityConfig(PreTrainedConfig):
     model_type = ORIGINAL_LAYOUT
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": LlamaConfig, "vq_config": JanusVQVAEConfig}
 
+    @last_word.heard()
     def __init__(self, **kwargs: Any) -> None:
         sections = {
             name: kwargs.pop(name, None)

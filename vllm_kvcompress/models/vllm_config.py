@@ -8,7 +8,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from vllm_kvcompress import patches, plugin
+from vllm_kvcompress import last_word, patches, plugin
 from vllm_kvcompress.config import FP8, KEY, is_compressed, parse_config
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.checkpoint import check_files, check_sizes
@@ -44,9 +44,12 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        check_checkpoint(model_config.hf_config)
+        last_word.listen()
+        with last_word.heard():
+            check_checkpoint(model_config.hf_config)
 
     @staticmethod
+    @last_word.heard()
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         model_config = vllm_config.model_config
         check_files(
