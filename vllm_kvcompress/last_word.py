@@ -9,11 +9,14 @@ import atexit
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import TracebackType
 
+TRACKER_S = 3.0
 _FILE = "KVCOMPRESS_LAST_WORD"  # environment variable: where processes of one server leave the reason
 
 
@@ -35,9 +38,19 @@ def listen() -> None:
         with suppress(OSError):
             reason = Path(name).read_text()
             if reason and _is_about(error, reason):
+                _hear_the_tracker_out()
                 print(f"vllm-kvcompress: {reason}", file=sys.stderr, flush=True)
 
     sys.excepthook = hook
+
+
+def _hear_the_tracker_out() -> None:
+    """Python's tracker of shared memory complains in a process of its own, once this one is gone: now."""
+    stop = getattr(resource_tracker._resource_tracker, "_stop", None)  # type: ignore[attr-defined]
+    if stop is not None:
+        thread = threading.Thread(target=stop, daemon=True)
+        thread.start()
+        thread.join(TRACKER_S)  # it waits as long as any process of ours lives
 
 
 def _is_about(error: BaseException, reason: str) -> bool:
