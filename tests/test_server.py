@@ -337,7 +337,7 @@ def test_a_prompt_that_ends_in_begin_of_image_draws_through_completions(client):
     for asked, extra, parameter in (
         ({"max_tokens": 3}, {}, "max_tokens"),
         ({"n": 1000}, {}, "n"),
-        ({"max_tokens": TOKENS, "n": 16}, {"use_beam_search": True}, "max_tokens"),
+        ({"max_tokens": TOKENS, "n": 4}, {"use_beam_search": True}, "max_tokens"),
         ({}, {"repetition_detection": {"max_pattern_size": 4, "min_count": 4}}, "repetition_detection"),
     ):
         with pytest.raises(openai.BadRequestError) as raised:
