@@ -22,9 +22,9 @@ demo: .venv/.ready
 test: .venv/.ready
 	@$(PY) -m pytest tests
 
-# 300 pictures per preset with aborts in between; about four minutes, by hand.
+# By hand: 300 pictures per preset with aborts in between, four minutes; then 10,000 over HTTP, ten minutes.
 soak: .venv/.ready
-	@$(PY) -m pytest tests/soak/soak_pictures.py -rP
+	@$(PY) -m pytest tests/soak/soak_pictures.py tests/soak/soak_server.py -rP
 
 # An interrupted run goes on where it stopped. BENCH="--only bars --minutes 15" makes it shorter.
 bench: .venv/.ready

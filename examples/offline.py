@@ -4,8 +4,9 @@ python examples/offline.py MODEL "a red circle" -o picture.png
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 from PIL import Image
 from vllm import LLM, SamplingParams
@@ -21,9 +22,26 @@ def main(
     seed: int = 0,
     guidance_scale: float = 5.0,
     compressed: Annotated[bool, typer.Option(help="with --attention-backend kvcompress")] = False,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="as for vllm serve: to run beside a server, less")
+    ] = None,
+    kv_cache_memory_bytes: Annotated[
+        int | None, typer.Option(help="as for vllm serve, instead; on CPUs 1 GiB if neither is given")
+    ] = None,
 ) -> None:
     """Draw PROMPT with MODEL."""
-    llm = LLM(model, attention_backend="kvcompress" if compressed else None, enforce_eager=True)
+    room: dict[str, Any] = {"kv_cache_memory_bytes": kv_cache_memory_bytes}
+    if gpu_memory_utilization is not None:
+        room["gpu_memory_utilization"] = gpu_memory_utilization
+    elif kv_cache_memory_bytes is None and not torch.cuda.is_available():
+        room["kv_cache_memory_bytes"] = 2**30  # vLLM would take most of the machine's memory
+    llm = LLM(
+        model,
+        attention_backend="kvcompress" if compressed else None,
+        enforce_eager=True,
+        max_num_seqs=1,
+        **room,
+    )
     image = image_model(llm.model_config)
     ids = image_prompt_ids(llm.get_tokenizer(), image, prompt)
     params = SamplingParams(temperature=1.0, seed=seed, extra_args={"guidance_scale": guidance_scale})

@@ -51,6 +51,7 @@ class FakeEngine:
     def __init__(self):
         self.renderer = SimpleNamespace(get_tokenizer=lambda: "tokenizer")
         self.model_config = SimpleNamespace(max_model_len=100)
+        self.vllm_config = SimpleNamespace(shutdown_timeout=0, additional_config={})
         self.input_processor = None
         self.errored = self.is_running = self.should_keep_api_server_alive = False
         self.dead_error = EngineDeadError()

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
-from vllm_kvcompress.admission import admit, admit_request, drawn_in_prompt
+from vllm_kvcompress.admission import WORDS_ONLY, admit, admit_request, drawn_in_prompt
+from vllm_kvcompress.config import Limits
 from vllm_kvcompress.models.config import ImageModel
 from vllm_kvcompress.policy.raster import Raster
 
@@ -75,7 +76,7 @@ def test_any_prompt_is_text_a_picture_or_refused_by_name(prompt):
         assert all(i >= 300 for i in prompt[len(prompt) - count :])
 
 
-@pytest.mark.parametrize("asked", [{}, {"max_tokens": 5}, {"max_tokens": 1000}, {"max_tokens": None}])
+@pytest.mark.parametrize("asked", [{}, {"max_tokens": 30}, {"max_tokens": 1000}, {"max_tokens": None}])
 @pytest.mark.parametrize("held", [0, 7, 29])
 def test_exactly_the_rest_of_the_grid(asked, held):
     params = admitted([*PROMPT, *drawn(held)], **asked)
@@ -83,8 +84,8 @@ def test_exactly_the_rest_of_the_grid(asked, held):
 
 
 def test_nothing_ends_a_picture_early():
-    params = SamplingParams(stop=["a"], stop_token_ids=[301], min_tokens=3, ignore_eos=False, max_tokens=9)
-    params.update_from_generation_config({"eos_token_id": [302]}, 303)
+    params = SamplingParams(stop=["a"], stop_token_ids=[299], min_tokens=3, ignore_eos=False, max_tokens=99)
+    params.update_from_generation_config({"eos_token_id": [202]}, 203)
     assert params.all_stop_token_ids
     admit(PROMPT, params, MODEL, CONTEXT)
     assert params.ignore_eos
@@ -94,6 +95,77 @@ def test_nothing_ends_a_picture_early():
     assert params.eos_token_id is None
     assert (params.min_tokens, params.max_tokens) == (0, TOKENS)
     assert not params.detokenize
+
+
+def test_what_is_admitted_is_admitted_again():
+    """By the engine, after the front end."""
+    params = admitted(stop=["a"], max_tokens=None, seed=1)
+    admit(list(PROMPT), params, MODEL, CONTEXT)
+    assert params.max_tokens == TOKENS
+
+
+@pytest.mark.parametrize("asked", [1, 15, 17, 29])
+def test_less_than_the_picture_is_refused(asked):
+    error = refusal(max_tokens=asked)
+    assert error.parameter == "max_tokens"
+    assert f"is {asked}, but the picture takes 30" in str(error)
+    assert admitted([*PROMPT, *drawn(30 - asked)], max_tokens=asked).max_tokens == asked
+
+
+def test_beam_search_is_refused():
+    """It asks for one token at a time, and would be given pictures."""
+    assert "beam search" in str(refusal(max_tokens=1, logprobs=2, detokenize=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (
+            "repetition_detection",
+            RepetitionDetectionParams(max_pattern_size=4, min_pattern_size=1, min_count=4),
+        ),
+        ("thinking_token_budget", 3),
+        ("trace_decode_token_ids", [5, 6]),
+        ("stop_token_ids", [7, 301]),
+    ],
+)
+def test_what_would_end_or_change_a_picture_is_refused(name, value):
+    params = SamplingParams()
+    setattr(params, name, value)
+    with pytest.raises(VLLMValidationError) as raised:
+        admit(PROMPT, params, MODEL, CONTEXT)
+    assert raised.value.parameter == name
+
+
+def test_prompts_and_pictures_have_limits():
+    limits = Limits(prompt_tokens=4, pictures=3)
+    admit(PROMPT, SamplingParams(n=3), MODEL, CONTEXT, limits=limits)
+    admit([*PROMPT, *drawn(9)], SamplingParams(), MODEL, CONTEXT, limits=limits)  # of text
+    for prompt, n, name, setting in (
+        ([1, *PROMPT], 1, "prompt", "prompt_tokens"),
+        (PROMPT, 4, "n", "pictures"),
+    ):
+        with pytest.raises(
+            VLLMValidationError, match=rf"additional_config\.kvcompress\.limits\.{setting}"
+        ) as one:
+            admit(prompt, SamplingParams(n=n), MODEL, CONTEXT, limits=limits)
+        assert one.value.parameter == name
+    assert refusal(n=1000).parameter == "n"
+
+
+def test_every_setting_of_vllms_has_been_looked_at():
+    """One that vLLM adds may end a picture early, or change it: say here that it does not, or refuse it."""
+    harmless = (
+        "n presence_penalty frequency_penalty repetition_penalty temperature watermarking top_p top_k "
+        "min_p seed stop ignore_eos min_tokens logprobs prompt_logprobs prompt_logprob_token_ids "
+        "prompt_logprob_start "
+        "logprob_token_ids flat_logprobs detokenize skip_special_tokens spaces_between_special_tokens "
+        "include_stop_str_in_output output_kind stream_interval skip_clone output_text_buffer_length "
+        "_eos_token_id _all_stop_token_ids _watermarking_skipped logit_bias extra_args bad_words "
+        "_bad_words_token_ids skip_reading_prefix_cache routed_experts_prompt_start"
+    )
+    checked = {"max_tokens", "stop_token_ids", "allowed_token_ids", *WORDS_ONLY}
+    assert set(SamplingParams.__struct_fields__) == {*harmless.split(), *checked}
 
 
 def test_sampling_is_left_alone():
@@ -184,9 +256,31 @@ def test_allowed_tokens_are_image_tokens():
     admitted(allowed_token_ids=[300, 301])
 
 
+def request(params=None, ids=PROMPT, embeds=None, resumable=False):
+    return SimpleNamespace(
+        sampling_params=params, prompt_token_ids=ids, prompt_embeds=embeds, resumable=resumable
+    )
+
+
 @pytest.mark.parametrize(
-    ("params", "ids"), [(None, PROMPT), (SamplingParams(), None)], ids=["pooling", "embeddings"]
+    "asked",
+    [request(), request(SamplingParams(), None), request(SamplingParams(), embeds="a tensor")],
+    ids=["pooling", "embeddings", "embeddings beside tokens"],
 )
-def test_only_token_prompts_are_generated_from(params, ids):
+def test_only_token_prompts_are_generated_from(asked):
     with pytest.raises(VLLMValidationError, match="takes token prompts and generates only"):
-        admit_request(SimpleNamespace(sampling_params=params, prompt_token_ids=ids), MODEL, CONTEXT)
+        admit_request(asked, MODEL, CONTEXT)
+
+
+def test_pictures_are_not_asked_for_in_parts():
+    admit_request(request(SamplingParams(), [1, 50], resumable=True), MODEL, CONTEXT)
+    for asked, text in ((PROMPT, True), ([*PROMPT, *drawn(3)], True), ([1, 50], False)):
+        with pytest.raises(VLLMValidationError, match="must come whole"):
+            admit_request(request(SamplingParams(), asked, resumable=True), MODEL, CONTEXT, text=text)
+
+
+def test_a_picture_that_is_scored_half_drawn_must_fit_too():
+    """It would wait for blocks that the pool need not have, and everybody behind it."""
+    half = [*PROMPT, *drawn(15)]
+    assert refusal(half, context=len(half) + 14, prompt_logprobs=0).parameter == "prompt"
+    admitted(half, context=len(half) + 15, prompt_logprobs=0)

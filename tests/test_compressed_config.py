@@ -36,7 +36,15 @@ def test_every_setting_has_a_default() -> None:
     ("section", "match"),
     [
         ({"bugdet": 0.2}, r"^additional_config.kvcompress has no setting 'bugdet'; did you mean budget\?$"),
-        ({"zzz": 1}, r"no setting 'zzz'; known: preset, budget, spatial_tokens, .*kernels$"),
+        ({"zzz": 1}, r"no setting 'zzz'; known: preset, budget, spatial_tokens, .*kernels, limits$"),
+        (
+            {"limits": {"prompt_token": 9}},
+            r"kvcompress.limits has no setting .*; did you mean prompt_tokens\?$",
+        ),
+        ({"limits": {"pictures": 0}}, r"kvcompress.limits.pictures: .*greater than or equal to 1, got 0$"),
+        ({"limits": {"body_bytes": "1M"}}, r"kvcompress.limits.body_bytes: .*integer, got '1M'$"),
+        ({"limits": {"request_id": 10**9}}, r"kvcompress.limits.request_id: .*less than or equal to 4096"),
+        ({"limits": 5}, r"kvcompress.limits: .*valid dictionary.*got 5$"),
         ({"budget": "a fifth"}, r"^additional_config.kvcompress.budget: .*valid number.* got 'a fifth'$"),
         (
             {"budget": "auto", "preset": "ssd"},
@@ -116,6 +124,23 @@ def test_settings_without_the_backend_are_refused(checkpoints: dict[str, Path]) 
         Engine(
             checkpoints["tiny-hf"], None, additional_config={"kvcompress": {"budget": 0.1}}, max_model_len=128
         )
+
+
+def test_limits_go_with_any_backend_and_rust_with_none(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import envs
+    from vllm.engine.arg_utils import EngineArgs
+
+    limits = {"kvcompress": {"limits": {"prompt_tokens": 9}}}
+    settings: dict[str, Any] = {"dtype": "float32", "max_model_len": 128, "additional_config": limits}
+    EngineArgs(str(checkpoints["tiny-hf"]), **settings).create_engine_config()
+    envs.disable_envs_cache()
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(
+        ValueError, match="VLLM_USE_RUST_FRONTEND: that front end has no images route; unset it"
+    ):
+        EngineArgs(str(checkpoints["tiny-hf"]), **settings).create_engine_config()
 
 
 @pytest.mark.parametrize("section", ["small", 3, [1], True])

@@ -107,6 +107,14 @@ def test_the_kernels_draw_the_same(tiny: Path) -> None:
     assert both[0] == both[1]
 
 
+def test_two_engines_of_a_process_keep_their_kernels(tiny: Path) -> None:
+    engines = [compressed(tiny, kernel, budget=0.3) for kernel in KERNELS]
+    for _ in range(2):  # in turns
+        for kernel, engine in zip(KERNELS, engines, strict=True):
+            assert engine.draw([engine.prompt("a red bird")], [MIXED[1]])
+            assert engine.model.compressed.kernels.name.startswith(kernel)
+
+
 def rules(policy: Policy, raster: Raster, spatial: list[list[int]]) -> Callable[[int, int], HeadRule]:
     """(layer, KV head) -> the rule that a head profile gives it."""
     types = {"semantic": [[0] * len(row) for row in spatial], "spatial": [[1] * len(row) for row in spatial]}

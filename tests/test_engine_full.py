@@ -169,10 +169,10 @@ def test_a_resumed_picture_goes_on_as_if_drawn_in_one_go(llm, prompts, greedy, m
 def test_a_picture_stops_by_itself_after_the_last_token(llm, prompts, model):
     asked = [
         SamplingParams(),
-        SamplingParams(max_tokens=5),
+        SamplingParams(max_tokens=TOKENS),
         SamplingParams(max_tokens=1000),
         SamplingParams(max_tokens=None),
-        SamplingParams(stop_token_ids=list(range(model.vocab))),
+        SamplingParams(stop_token_ids=list(range(model.text_vocab))),
         SamplingParams(stop=["e"], ignore_eos=False),
         SamplingParams(n=2, seed=1),
         SamplingParams(logprobs=2, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.5),
@@ -189,7 +189,7 @@ def test_a_picture_stops_by_itself_after_the_last_token(llm, prompts, model):
             assert (output.finish_reason, output.stop_reason, output.text) == ("length", None, "")
     first, second = results[6].outputs
     assert first.token_ids != second.token_ids
-    assert [p.max_tokens for p in asked[:4]] == [16, 5, 1000, None]  # the caller's are not touched
+    assert [p.max_tokens for p in asked[:4]] == [16, TOKENS, 1000, None]  # the caller's are not touched
 
 
 # ---- guidance

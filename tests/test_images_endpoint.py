@@ -29,12 +29,14 @@ from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_kvcompress.serving import decoder
+from vllm_kvcompress.config import Limits
+from vllm_kvcompress.serving import alive
 from vllm_kvcompress.serving.decoder import MOST
 from vllm_kvcompress.serving.images import ImagesEndpoint
-from vllm_kvcompress.serving.protocol import MAX_BODY_BYTES, MAX_PROMPT_CHARACTERS
+from vllm_kvcompress.serving.protocol import MAX_PROMPT_CHARACTERS
 
 TOKENS = MODEL.raster.tokens
+BODY = Limits().body_bytes
 
 
 @pytest.fixture
@@ -207,12 +209,12 @@ async def test_bodies_that_are_wrong(client, content, content_type, parameter):
 
 async def test_a_body_that_says_it_is_too_long_is_not_read(app, engine):
     """Answered before any of it is there."""
-    call = AsgiCall(app, None, headers=[(b"content-length", str(MAX_BODY_BYTES + 1).encode())])
+    call = AsgiCall(app, None, headers=[(b"content-length", str(BODY + 1).encode())])
     await asyncio.wait_for(call.task, 5)
     assert call.messages[0]["status"] == 413
     error = json.loads(call.messages[1]["body"])["error"]
     assert (error["code"], error["param"]) == (413, "body")
-    assert str(MAX_BODY_BYTES) in error["message"]
+    assert str(BODY) in error["message"]
     assert not engine.params
 
 
@@ -227,7 +229,7 @@ async def test_a_body_of_unknown_length_is_read_up_to_the_limit(client, engine):
 
     answer = await client.post(PATH, content=endless(), headers={"content-type": "application/json"})
     assert answer.status_code == 413
-    assert MAX_BODY_BYTES < sent <= MAX_BODY_BYTES + 2**18
+    assert BODY < sent <= BODY + 2**18
     assert not engine.params
     await still_serves(client)
 
@@ -236,10 +238,26 @@ async def test_the_longest_texts_fit_the_body(client):
     """Whatever they are written in; they are refused for what they are."""
     text = "\N{GRINNING FACE}" * MAX_PROMPT_CHARACTERS
     body = json.dumps({"prompt": text, "negative_prompt": text}).encode()
-    assert len(body) <= MAX_BODY_BYTES
+    assert len(body) <= BODY
     answer = await client.post(PATH, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "prompt"
+
+
+async def test_limits_are_settings(engine):
+    limits = {"body_bytes": 2000, "request_id": 16, "prompt_tokens": 9}
+    engine.vllm_config.additional_config = {"kvcompress": {"limits": limits}}
+    async with http_client(await make_app(engine)) as client:
+        answer = await client.post(PATH, json={"prompt": "a" * 2000})
+        assert answer.status_code == 413
+        assert "more than 2000 bytes" in answer.json()["error"]["message"]
+        error = (await draw(client, 400, prompt="a" * 8))["error"]
+        assert error["param"] == "prompt"
+        assert "10 tokens, and this server takes 9" in error["message"]
+        fine = await client.post(PATH, json={"prompt": "a" * 7}, headers={"X-Request-Id": "y" * 400})
+        assert fine.status_code == 200
+        (used,) = engine.params
+        assert used.count("y") == 16
 
 
 async def test_model_names(sdk):
@@ -297,7 +315,7 @@ async def test_the_engine_refuses_the_prompt(client, engine):
 
 
 async def test_a_picture_that_ends_early_is_an_error(client, engine):
-    engine.finish_reason = "abort"
+    engine.finish_reason = "stop"
     whole = engine.generate
 
     async def half(prompt, params, request_id, **kwargs):
@@ -306,7 +324,9 @@ async def test_a_picture_that_ends_early_is_an_error(client, engine):
             yield output
 
     engine.generate = half
-    assert "15 of 30 tokens (finish reason abort)" in (await draw(client, 500))["error"]["message"]
+    assert "15 of 30 tokens (finish reason stop)" in (await draw(client, 500))["error"]["message"]
+    engine.finish_reason = "abort"  # what a server that is going down says of requests
+    assert "shutting down" in (await draw(client, 503))["error"]["message"]
 
 
 async def test_a_decoder_that_fails_is_not_the_clients_fault(client, engine):
@@ -322,7 +342,7 @@ async def test_a_decoder_that_fails_is_not_the_clients_fault(client, engine):
 
 async def test_an_engine_that_dies_while_it_decodes(client, engine, monkeypatch):
     """Nobody tells the call."""
-    monkeypatch.setattr(decoder, "LOOK_S", 0.01)
+    monkeypatch.setattr(alive, "LOOK_S", 0.01)
     engine.decode_step = asyncio.Event().wait
     asked = asyncio.create_task(draw(client, 500))
     await until(lambda: engine.decoding)
@@ -330,6 +350,22 @@ async def test_an_engine_that_dies_while_it_decodes(client, engine, monkeypatch)
     assert (await asyncio.wait_for(asked, 5))["error"]["type"] == "InternalServerError"
     assert engine.decoding == 0
     engine.errored, engine.decode_step = False, lambda: asyncio.sleep(0)
+    await still_serves(client)
+
+
+async def test_an_engine_that_dies_while_it_draws(client, engine, monkeypatch):
+    """Nobody tells those that wait for tokens either, where a signal has stopped it."""
+    monkeypatch.setattr(alive, "LOOK_S", 0.01)
+    engine.step = lambda position: asyncio.Event().wait() if position == 7 else asyncio.sleep(0)
+    asked = [asyncio.create_task(draw(client, 500)), asyncio.create_task(draw(client, 500, n=3))]
+    streamed = asyncio.create_task(client.post(PATH, json={"prompt": "a cat", "stream": True}))
+    await until(lambda: len(engine.running) == 5)
+    engine.errored = True
+    for error in await asyncio.wait_for(asyncio.gather(*asked), 5):
+        assert error["error"]["type"] == "InternalServerError"
+    assert "event: error" in (await asyncio.wait_for(streamed, 5)).text
+    assert not engine.running
+    engine.errored, engine.step = False, lambda position: asyncio.sleep(0)
     await still_serves(client)
 
 

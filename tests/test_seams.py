@@ -158,7 +158,8 @@ FIELDS = {
     "vllm.v1.sample.logits_processor.interface:BatchUpdate": "removed added moved",
     "vllm.config:VllmConfig": (
         "additional_config attention_config cache_config compilation_config device_config kv_transfer_config "
-        "lora_config model_config parallel_config scheduler_config speculative_config use_v2_model_runner"
+        "lora_config model_config parallel_config scheduler_config speculative_config use_v2_model_runner "
+        "shutdown_timeout load_config"
     ),
     "vllm.config:AttentionConfig": "backend",
     "vllm.config:ModelConfig": "model tokenizer tokenizer_mode logits_processors max_model_len dtype",
@@ -177,8 +178,11 @@ FIELDS = {
     "vllm:SamplingParams": (
         "extra_args max_tokens min_tokens ignore_eos stop stop_token_ids detokenize structured_outputs "
         "prompt_logprobs _eos_token_id _all_stop_token_ids logit_bias allowed_token_ids bad_words "
-        "frequency_penalty presence_penalty repetition_penalty logprobs logprob_token_ids"
+        "frequency_penalty presence_penalty repetition_penalty logprobs logprob_token_ids "
+        "repetition_detection thinking_token_budget trace_decode_token_ids"
     ),
+    "vllm.v1.engine.core_client:BackgroundResources": "engine_manager output_queue_task engine_dead",
+    "vllm.v1.engine:EngineCoreRequest": "prompt_embeds resumable prompt_token_ids sampling_params",
 }
 
 

@@ -327,13 +327,22 @@ def test_a_prompt_that_ends_in_begin_of_image_draws_through_completions(client):
     """Token ids for those who decode themselves; guidance through vllm_xargs, checked."""
     prompt = "<|User|>: a cat\n\n<|Assistant|>:<begin_of_image>"
     extra = {"return_token_ids": True, "vllm_xargs": {"guidance_scale": 2}}
-    answer = client.completions.create(model="janus", prompt=prompt, max_tokens=3, extra_body=extra)
+    answer = client.completions.create(model="janus", prompt=prompt, extra_body=extra)
     ids = answer.choices[0].token_ids
     assert len(ids) == TOKENS
     assert min(ids) >= 1024
     extra["vllm_xargs"] = {"guidance_scale": 1e300}
     with pytest.raises(openai.BadRequestError, match="guidance_scale must be a number from 0 to 100"):
         client.completions.create(model="janus", prompt=prompt, extra_body=extra)
+    for asked, extra, parameter in (
+        ({"max_tokens": 3}, {}, "max_tokens"),
+        ({"n": 1000}, {}, "n"),
+        ({"max_tokens": TOKENS, "n": 4}, {"use_beam_search": True}, "max_tokens"),
+        ({}, {"repetition_detection": {"max_pattern_size": 4, "min_count": 4}}, "repetition_detection"),
+    ):
+        with pytest.raises(openai.BadRequestError) as raised:
+            client.completions.create(model="janus", prompt=prompt, extra_body=extra, **asked)
+        checked(raised.value.body, "BadRequestError", 400, parameter)
 
 
 def test_the_log_names_the_model_and_holds_no_tracebacks(image_server, client, cat):

@@ -107,7 +107,7 @@ def test_every_parameter_is_filled(config, stored):
     own = {name for name, _ in model.named_parameters()}
     assert loaded == own | {f"language_model.{name}" for name in model.language_model.tensors}
     assert not any(parameter.isnan().any() for parameter in model.parameters())
-    wanted = {name for name in expected_shapes(model) if name.startswith("language_model.")}
+    wanted = {name for name in expected_shapes(model.config) if name.startswith("language_model.")}
     assert {f"language_model.{name}" for name in model.language_model.tensors} == wanted
 
 

@@ -1,19 +1,32 @@
-"""What a request must look like before the engine sees it.
+"""What a request must look like before the engine sees it, and again where the engine takes it.
 
 A prompt that ends in begin-of-image (or in image tokens after it) asks for a picture: exactly the
-grid's tokens are drawn, whatever ``max_tokens`` says, and nothing can end it early. All front ends
-(``LLM``, completions, the images route) come through here; see patches/README.md.
+grid's tokens are drawn and nothing can end it early; what would is refused, like what a picture can't have.
+All of vLLM's front ends (``LLM``, completions, the images route) come through here, see patches/README.md;
+requests of any other are checked by the scheduler, with the same call.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 
+from vllm_kvcompress.config import KEY, Limits
 from vllm_kvcompress.guidance import NEGATIVE_IDS, GuidanceParams
 from vllm_kvcompress.models.config import ImageModel
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
+
+NOT_GIVEN = 16  # SamplingParams' and completions' own ``max_tokens``: who does not set it means the picture
+
+# Settings about words, which a picture has none of; where they are set, somebody expects them to matter.
+WORDS_ONLY = (
+    "structured_outputs", "repetition_detection", "thinking_token_budget", "trace_decode_token_ids",
+)  # fmt: skip
+
+
+def _refuse(parameter: str, message: str) -> VLLMValidationError:
+    return VLLMValidationError(message, parameter=parameter)
 
 
 def drawn_in_prompt(prompt_ids: list[int], model: ImageModel) -> int | None:
@@ -24,9 +37,9 @@ def drawn_in_prompt(prompt_ids: list[int], model: ImageModel) -> int | None:
     end, start = len(prompt_ids), model.prefix_length(prompt_ids)
     begun = start > 0 and prompt_ids[start - 1] == model.boi
     if (start < end and not begun) or any(i >= model.text_vocab for i in prompt_ids[:start]):
-        raise VLLMValidationError(
+        raise _refuse(
+            "prompt",
             f"image tokens must follow begin-of-image (id {model.boi}) without a gap, at the prompt's end",
-            parameter="prompt",
         )
     return end - start if begun else None
 
@@ -38,10 +51,18 @@ def admit(
     max_model_len: int,
     *,
     text: bool = True,
+    limits: Limits | None = None,
 ) -> None:
     """Check a generation request and fix its length; ``params`` is the request's own copy.
 
-    ``text``: whether requests that want text are served at all.
+    What it has admitted it admits again, unchanged.
+
+    Parameters
+    ----------
+    text : bool
+        Whether requests that want text are served at all.
+    limits : Limits, optional
+        The server's; by default the defaults.
 
     Raises
     ------
@@ -51,51 +72,18 @@ def admit(
     drawn = drawn_in_prompt(prompt_ids, model)
     if drawn is None:
         if not text:
-            raise VLLMValidationError(
+            raise _refuse(
+                "prompt",
                 "this server draws pictures only (--attention-backend kvcompress): "
                 "ask /v1/images/generations, end the prompt in begin-of-image, "
                 "or start a server without kvcompress for text",
-                parameter="prompt",
             )
         return
-    total = model.raster.tokens
-    remaining = total - drawn
     scoring = params.prompt_logprobs is not None
-    if remaining < 0 or (remaining == 0 and not scoring):
-        raise VLLMValidationError(
-            f"the prompt already holds {drawn} image tokens of {total}: nothing is left to draw",
-            parameter="prompt",
-        )
-    remaining = max(remaining, 1)  # scoring a whole picture: vLLM always samples once
-    if len(prompt_ids) + remaining > max_model_len and not scoring:
-        raise VLLMValidationError(
-            f"the prompt has {len(prompt_ids)} tokens and the picture {remaining}, but the context holds "
-            f"{max_model_len}: shorten the prompt or raise --max-model-len",
-            parameter="prompt",
-        )
-    if params.structured_outputs is not None:
-        raise VLLMValidationError("a picture can't follow a text grammar", parameter="structured_outputs")
-    if any(i < model.text_vocab for i in params.allowed_token_ids or ()):
-        raise VLLMValidationError(
-            f"the tokens allowed in a picture must be image tokens, ids from {model.text_vocab}",
-            parameter="allowed_token_ids",
-        )
-    try:
-        guidance = GuidanceParams.read(params.extra_args, model.guidance_scale)
-    except ValueError as error:
-        raise VLLMValidationError(str(error), parameter=str(error).split()[0]) from None
-    text_length = len(prompt_ids) - drawn
-    if guidance.negative_ids is not None:
-        if len(guidance.negative_ids) != text_length:
-            raise VLLMValidationError(
-                f"{NEGATIVE_IDS} has {len(guidance.negative_ids)} ids, the prompt {text_length}: "
-                "they must match",
-                parameter=NEGATIVE_IDS,
-            )
-        if not all(0 <= i < model.text_vocab for i in guidance.negative_ids):
-            raise VLLMValidationError(
-                f"{NEGATIVE_IDS} must hold text ids below {model.text_vocab}", parameter=NEGATIVE_IDS
-            )
+    remaining = _remaining(len(prompt_ids), drawn, model, max_model_len, scoring)
+    _check_limits(len(prompt_ids) - drawn, params.n, limits or Limits())
+    _check_params(params, remaining, model)
+    _check_guidance(params, len(prompt_ids) - drawn, model)
     params.max_tokens = remaining
     params.min_tokens = 0
     params.ignore_eos = True
@@ -106,8 +94,84 @@ def admit(
     params.detokenize = False
 
 
-def admit_request(request: Any, model: ImageModel, max_model_len: int, *, text: bool = True) -> None:
-    """``admit`` for an ``EngineCoreRequest``; embeddings and pooling requests are refused."""
-    if request.sampling_params is None or request.prompt_token_ids is None:
-        raise VLLMValidationError("this model takes token prompts and generates only", parameter="prompt")
-    admit(request.prompt_token_ids, request.sampling_params, model, max_model_len, text=text)
+def _remaining(length: int, drawn: int, model: ImageModel, max_model_len: int, scoring: bool) -> int:
+    """Tokens that are left to draw; 1 if none are and the picture is to be scored: vLLM samples once."""
+    total = model.raster.tokens
+    whole = drawn == total and scoring
+    if drawn >= total and not whole:
+        raise _refuse(
+            "prompt", f"the prompt already holds {drawn} image tokens of {total}: nothing is left to draw"
+        )
+    remaining = max(total - drawn, 1)
+    if length + remaining > max_model_len and not whole:
+        raise _refuse(
+            "prompt",
+            f"the prompt has {length} tokens and the picture {remaining}, but the context holds "
+            f"{max_model_len}: shorten the prompt or raise --max-model-len",
+        )
+    return remaining
+
+
+def _check_limits(prefix: int, pictures: int, limits: Limits) -> None:
+    for parameter, name, value, unit in (
+        ("prompt", "prompt_tokens", prefix, "tokens"), ("n", "pictures", pictures, "pictures")
+    ):  # fmt: skip
+        if value > (limit := getattr(limits, name)):
+            raise _refuse(
+                parameter,
+                f"{parameter} has {value} {unit}, and this server takes {limit}: ask for less, or raise "
+                f"additional_config.{KEY}.limits.{name}",
+            )
+
+
+def _check_params(params: "SamplingParams", remaining: int, model: ImageModel) -> None:
+    if params.max_tokens is not None and params.max_tokens < remaining and params.max_tokens != NOT_GIVEN:
+        raise _refuse(
+            "max_tokens",
+            f"max_tokens is {params.max_tokens}, but the picture takes {remaining}: leave it out, or set it "
+            f"to {remaining} or more (beam search sets it to 1: pictures can't be searched for)",
+        )
+    for name in WORDS_ONLY:
+        if getattr(params, name) is not None:
+            raise _refuse(name, f"{name} is about text, and this prompt asks for a picture: leave it out")
+    if any(i >= model.text_vocab for i in params.stop_token_ids or ()):
+        raise _refuse(
+            "stop_token_ids",
+            f"a picture can't end before its last token: stop at text ids only, below {model.text_vocab}",
+        )
+    if any(i < model.text_vocab for i in params.allowed_token_ids or ()):
+        raise _refuse(
+            "allowed_token_ids",
+            f"the tokens allowed in a picture must be image tokens, ids from {model.text_vocab}",
+        )
+
+
+def _check_guidance(params: "SamplingParams", prefix: int, model: ImageModel) -> None:
+    try:
+        guidance = GuidanceParams.read(params.extra_args, model.guidance_scale)
+    except ValueError as error:
+        raise _refuse(str(error).split()[0], str(error)) from None
+    if guidance.negative_ids is None:
+        return
+    if len(guidance.negative_ids) != prefix:
+        raise _refuse(
+            NEGATIVE_IDS,
+            f"{NEGATIVE_IDS} has {len(guidance.negative_ids)} ids, the prompt {prefix}: they must match",
+        )
+    if not all(0 <= i < model.text_vocab for i in guidance.negative_ids):
+        raise _refuse(NEGATIVE_IDS, f"{NEGATIVE_IDS} must hold text ids below {model.text_vocab}")
+
+
+def admit_request(
+    request: Any, model: ImageModel, max_model_len: int, *, text: bool = True, limits: Limits | None = None
+) -> None:
+    """``admit`` for an ``EngineCoreRequest`` or a scheduler's ``Request``.
+
+    Embeddings, pooling requests and prompts that come in parts are refused.
+    """
+    ids, params = request.prompt_token_ids, request.sampling_params
+    if params is None or ids is None or request.prompt_embeds is not None:
+        raise _refuse("prompt", "this model takes token prompts and generates only")
+    if request.resumable and (not text or (ids and model.prefix_length(ids) < len(ids)) or model.boi in ids):
+        raise _refuse("prompt", "a picture's prompt must come whole, not in parts")
+    admit(ids, params, model, max_model_len, text=text, limits=limits)

@@ -15,8 +15,31 @@ BACKEND = "kvcompress"
 Choice = Literal["auto", "torch", "cpu", "triton"]  # of kernels
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of an 8-bit cache of e4m3 numbers
 MAX_WINDOW = 16  # places of a row in one step: lanes of a GPU kernel's matrix unit
-WITH_ANY_CACHE = frozenset({"window", "window_rows"})  # settings that do not need the backend
+WITH_ANY_CACHE = frozenset({"window", "window_rows", "limits"})  # settings that do not need the backend
 _POLICY_FIELDS = frozenset(Policy.__dataclass_fields__)
+
+
+class Limits(BaseModel):
+    """What a server takes of a request, whatever its cache; more is refused.
+
+    Parameters
+    ----------
+    prompt_tokens : int
+        Of a picture's prompt; it stays in the cache while the picture is drawn.
+    pictures : int
+        That one request of the text routes may ask for (``n``); the images route has its own, 10.
+    body_bytes : int
+        Of an HTTP request to the images route; two prompts of 32,000 escaped characters take 768 KiB.
+    request_id : int
+        Characters of ``X-Request-Id`` that are kept.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    prompt_tokens: int = Field(default=1024, ge=1)
+    pictures: int = Field(default=64, ge=1)
+    body_bytes: int = Field(default=2**20, ge=1024)
+    request_id: int = Field(default=128, ge=16, le=4096)
 
 
 class CompressionConfig(BaseModel):
@@ -44,6 +67,8 @@ class CompressionConfig(BaseModel):
         Pictures at once beyond which windows are off.
     kernels : str
         ``auto``, or one implementation: ``torch`` (the reference), ``cpu`` (compiled) or ``triton`` (GPUs).
+    limits : Limits
+        What a request may ask for; also without ``--attention-backend kvcompress``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -66,6 +91,14 @@ class CompressionConfig(BaseModel):
     window: Annotated[int, Field(ge=1, le=MAX_WINDOW)] | Literal["auto"] = AUTO
     window_rows: int = Field(default=32, ge=1)
     kernels: Choice = "auto"
+    limits: Limits = Limits()
+
+    @property
+    def compresses(self) -> bool:
+        """Whether anything is set that is about the cache."""
+        default = CompressionConfig()
+        others = {name: getattr(default, name) for name in WITH_ANY_CACHE}
+        return self.model_copy(update=others) != default
 
     @property
     def policy(self) -> Policy:
@@ -109,12 +142,16 @@ def parse_config(additional_config: Any) -> CompressionConfig:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    name = str(first["loc"][0])  # the rest names a member of a union
+    *section, name = (str(part) for part in first["loc"])
+    if section and section != ["limits"]:
+        section, name = [], section[0]  # the rest names a member of a union
+    where = ".".join((KEY, *section))
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, CompressionConfig.model_fields, n=1)
-        mend = f"did you mean {close[0]}?" if close else f"known: {', '.join(CompressionConfig.model_fields)}"
-        return f"additional_config.{KEY} has no setting {name!r}; {mend}"
-    return f"additional_config.{KEY}.{name}: {first['msg'].lower()}, got {first['input']!r}"
+        known = (Limits if section else CompressionConfig).model_fields
+        close = difflib.get_close_matches(name, known, n=1)
+        mend = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        return f"additional_config.{where} has no setting {name!r}; {mend}"
+    return f"additional_config.{where}.{name}: {first['msg'].lower()}, got {first['input']!r}"
 
 
 def is_compressed(vllm_config: "VllmConfig") -> bool:

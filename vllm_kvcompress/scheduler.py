@@ -3,17 +3,23 @@
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
+from vllm_kvcompress.admission import admit_request
 from vllm_kvcompress.cache.manager import BoundedManager
 from vllm_kvcompress.cache.spec import HeadTypeSpec
+from vllm_kvcompress.config import is_compressed, parse_config
+from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.registry import image_model
 from vllm_kvcompress.windows.places import DraftPlaces
+
+logger = logger_for(__name__)
 
 REPORT = "kv_cache"  # key in RequestOutput.kv_transfer_params
 
@@ -55,6 +61,9 @@ class ImageScheduler(AsyncScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._image = image_model(self.vllm_config.model_config)
+        self._text = not is_compressed(self.vllm_config)
+        self._limits = parse_config(self.vllm_config.additional_config).limits
+        self._refused: list[Request] = []  # whose clients are yet to be told
         self._prefixes: dict[str, int] = {}
         self._windows = DraftPlaces.of(self.vllm_config)
         self._steps: dict[str, int] = {}
@@ -65,6 +74,25 @@ class ImageScheduler(AsyncScheduler):
     def add_request(self, request: Request) -> None:
         self._prefixes[request.request_id] = self._prefix(request)
         super().add_request(request)
+        if not self._admitted(request):
+            self._refused += self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+
+    def _admitted(self, request: Request) -> bool:
+        """Whether a request may be drawn; front ends other than vLLM's own don't look.
+
+        An exception would end the engine: what is refused ends in error, and the log says why.
+        """
+        model_config = self.vllm_config.model_config
+        try:
+            admit_request(
+                request, self._image, model_config.max_model_len, text=self._text, limits=self._limits
+            )
+        except VLLMValidationError as error:
+            logger.warning("Request %s is refused: %s", request.request_id, error)
+            return False
+        assert request.sampling_params is not None
+        request.max_tokens = request.sampling_params.max_tokens or 1
+        return True
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         if self._windows is None:
@@ -81,9 +109,16 @@ class ImageScheduler(AsyncScheduler):
         if self._windows is not None:
             self._windows.done(scheduler_output, tokens)
         for name, row in model_runner_output.req_id_to_index.items():
-            if tokens and tokens[row]:
+            if tokens and tokens[row] and name in self.requests:
                 self._steps[name] = self._steps.get(name, 0) + 1
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in self._refused:
+            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            of_client.outputs.append(
+                EngineCoreOutput(request.request_id, [], finish_reason=request.get_finished_reason())
+            )
+        self._refused.clear()
+        return outputs
 
     def make_spec_decoding_stats(self, spec_decoding_stats: Any, *args: Any, **kwargs: Any) -> Any:
         # vLLM's have room for as many drafts as a speculative decoder announced; ours are in the reports.

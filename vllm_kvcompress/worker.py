@@ -37,6 +37,16 @@ def kvcompress_decode_images(self: Any, pictures: list[list[int]]) -> list[tuple
     return None if self.rank != 0 else [pixels for pixels in decoded if pixels is not None]
 
 
+def kvcompress_decoder_weights(self: Any) -> bytes | None:
+    """The picture decoder's tensors as a safetensors file; None on all workers but the first."""
+    if self.rank != 0:
+        return None
+    from safetensors.torch import save
+
+    state = self.model_runner.get_model().vq.state_dict()
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+
+
 def kvcompress_head_profile(self: Any) -> str | None:
     """The head profile that the cache was planned with, as JSON; None if the preset needs none.
 
@@ -52,4 +62,6 @@ def kvcompress_head_profile(self: Any) -> str | None:
     return profile_of(config, self.vllm_config, self.model_runner.get_model()).model_dump_json()
 
 
-METHODS = (kvcompress_decode_image, kvcompress_decode_images, kvcompress_head_profile)
+METHODS = (
+    kvcompress_decode_image, kvcompress_decode_images, kvcompress_decoder_weights, kvcompress_head_profile
+)  # fmt: skip

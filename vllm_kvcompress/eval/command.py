@@ -37,6 +37,12 @@ def evaluate(
     seed: int = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 64,
     dtype: Annotated[str, typer.Option(help="As for vllm serve.")] = "auto",
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(min=0, max=1, help="As for vllm serve: to run beside a server, less.")
+    ] = None,
+    kv_cache_memory_bytes: Annotated[
+        int | None, typer.Option(min=1, help="As for vllm serve, instead; on CPUs what the batch takes.")
+    ] = None,
 ) -> None:
     """Measure what presets and budgets cost MODEL in quality: pictures judged, likelihoods, head errors.
 
@@ -47,6 +53,7 @@ def evaluate(
     from vllm_kvcompress.eval import report
     from vllm_kvcompress.eval.cells import ablation as ablation_cells
     from vllm_kvcompress.eval.cells import grid
+    from vllm_kvcompress.eval.engine import Room
     from vllm_kvcompress.eval.pictures import Asked
     from vllm_kvcompress.eval.prompts import CATEGORIES
     from vllm_kvcompress.eval.run import Evaluation
@@ -61,7 +68,8 @@ def evaluate(
         small = [text for text in sizes if text not in ("1", "1.0")]
         cells += ablation_cells(_width(model), small)
     scale = _own_guidance(model) if guidance is None else guidance
-    asked = Asked(chosen, pictures, seed, scale, temperature, batch, dtype)
+    room = Room(gpu_memory_utilization, kv_cache_memory_bytes)
+    asked = Asked(chosen, pictures, seed, scale, temperature, batch, dtype, room)
     evaluation = Evaluation(model, output, cells, asked, scenes, scenes_file)
     evaluation.check_folder()
 

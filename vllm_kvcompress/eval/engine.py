@@ -4,10 +4,32 @@ import multiprocessing as mp
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 PROMPT_ROOM = 256
 """Prompt tokens that a picture's memory is reckoned with."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory of an engine, vLLM's options: to run beside a server, less than vLLM's own share of a GPU.
+
+    Parameters
+    ----------
+    gpu_memory_utilization : float, optional
+        Share of the device's memory.
+    kv_cache_memory_bytes : int, optional
+        Of the cache alone, instead. On CPUs, if neither is given: what the pictures take.
+    """
+
+    gpu_memory_utilization: float | None = None
+    kv_cache_memory_bytes: int | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Those that are given, as ``LLM`` takes them."""
+        given = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def in_process(task: Callable, *args: Any) -> Any:
@@ -18,7 +40,9 @@ def in_process(task: Callable, *args: Any) -> Any:
         return pool.submit(task, *args).result()
 
 
-def start(model: str, section: dict[str, Any], pictures: int, dtype: str = "auto") -> Any:
+def start(
+    model: str, section: dict[str, Any], pictures: int, dtype: str = "auto", room: Room | None = None
+) -> Any:
     """An ``LLM`` on the kvcompress backend, in this process, that draws ``pictures`` pictures at once."""
     # In this process, so that its errors are exceptions rather than another process's traceback.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -32,8 +56,11 @@ def start(model: str, section: dict[str, Any], pictures: int, dtype: str = "auto
     settings: dict[str, Any] = {"model": model, "dtype": dtype, "max_num_seqs": pictures}
     settings["max_model_len"] = length
     if not torch.cuda.is_available():
-        # A CPU would otherwise give vLLM most of the machine's memory.
-        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": (pictures + 1) * length * token}
+        settings["enforce_eager"] = True
+        if not (room or Room()).settings():
+            # A CPU would otherwise give vLLM most of the machine's memory.
+            settings["kv_cache_memory_bytes"] = (pictures + 1) * length * token
+    settings |= (room or Room()).settings()
     return LLM(attention_backend=BACKEND, additional_config={KEY: section}, **settings)
 
 

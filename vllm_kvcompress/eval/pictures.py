@@ -1,13 +1,13 @@
 """Draw the evaluation's prompts under one policy, and judge the pictures."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_kvcompress.eval.engine import start
+from vllm_kvcompress.eval.engine import Room, start
 from vllm_kvcompress.eval.features import Frechet
 from vllm_kvcompress.eval.judge import judge
 from vllm_kvcompress.eval.prompts import prompt_set
@@ -35,6 +35,8 @@ class Asked:
         Pictures drawn at once.
     dtype : str
         As for vllm serve.
+    room : Room
+        The engine's memory.
     """
 
     categories: tuple[str, ...]
@@ -44,6 +46,7 @@ class Asked:
     temperature: float = 1.0
     batch: int = 64
     dtype: str = "auto"
+    room: Room = field(default_factory=Room)
 
     def prompts(self) -> list[Prompt]:
         return prompt_set(self.number, self.categories, self.seed)
@@ -56,7 +59,7 @@ def draw(model: str, section: dict[str, Any], asked: Asked) -> NDArray[np.uint8]
     from vllm_kvcompress.models.prompt import image_prompt_ids
     from vllm_kvcompress.models.registry import image_model
 
-    llm = start(model, section, asked.batch, asked.dtype)
+    llm = start(model, section, asked.batch, asked.dtype, asked.room)
     try:
         image = image_model(llm.model_config)
         prompts = asked.prompts()

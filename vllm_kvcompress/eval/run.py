@@ -60,7 +60,7 @@ class Evaluation:
         """Create the folder, or refuse one whose results have other settings: ValueError, one line."""
         mine = {"model": Path(self.model).name, **asdict(self.asked), "scenes": self.scenes}
         mine["categories"] = list(self.asked.categories)
-        for unimportant in ("batch",):
+        for unimportant in ("batch", "room"):
             mine.pop(unimportant)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.json"
@@ -143,7 +143,8 @@ def _truth() -> Any:
 
 
 def _replay(evaluation: Evaluation, cells: Sequence[Cell], path: Path) -> None:
-    llm = start(evaluation.model, {"preset": "full"}, 1, evaluation.asked.dtype)
+    asked = evaluation.asked
+    llm = start(evaluation.model, {"preset": "full"}, 1, asked.dtype, asked.room)
     try:
         scenes = _scenes(evaluation, llm, evaluation.scenes)
         resolve = Profiles(llm, evaluation.folder / "profiles")
@@ -178,7 +179,8 @@ def _scenes(evaluation: Evaluation, llm: Any, number: int) -> list[tuple[list[in
 
 
 def _look(evaluation: Evaluation, cells: Sequence[Cell], path: Path) -> None:
-    llm = start(evaluation.model, {"preset": "full"}, 1, evaluation.asked.dtype)
+    asked = evaluation.asked
+    llm = start(evaluation.model, {"preset": "full"}, 1, asked.dtype, asked.room)
     try:
         scenes = _scenes(evaluation, llm, min(KEPT_SCENES, evaluation.scenes))
         prompts, codes = [ids for ids, _ in scenes], [picture for _, picture in scenes]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vllm_kvcompress import last_word
 from vllm_kvcompress.attention.kernels import Kernels, kernels_for
 from vllm_kvcompress.attention.pages import slot_bytes
 from vllm_kvcompress.cache.layout import CacheLayout
@@ -41,6 +42,7 @@ NEIGHBOURHOOD_LINES = 2  # docs/quality.md: one to four lines cost the same
 SPATIAL_SHARE = 1 / 4  # docs/quality.md: with a third or half of the heads spatial, objects are drawn twice
 
 
+@last_word.heard()
 def plan_cache(vllm_config: "VllmConfig", model: "JanusForImageGeneration") -> tuple[CacheLayout, Kernels]:
     """Decide head types, rules, pages and kernels. Raises ValueError, one line."""
     config = parse_config(vllm_config.additional_config)

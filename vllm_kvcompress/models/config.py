@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from transformers import JanusVQVAEConfig, LlamaConfig, PreTrainedConfig
 
+from vllm_kvcompress import last_word
 from vllm_kvcompress.policy.raster import Raster
 
 ORIGINAL_LAYOUT = "multi_modality"
@@ -41,6 +42,7 @@ class MultiModalityConfig(PreTrainedConfig):
     model_type = ORIGINAL_LAYOUT
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": LlamaConfig, "vq_config": JanusVQVAEConfig}
 
+    @last_word.heard()
     def __init__(self, **kwargs: Any) -> None:
         sections = {
             name: kwargs.pop(name, None)
@@ -66,7 +68,16 @@ class MultiModalityConfig(PreTrainedConfig):
         kwargs["tie_word_embeddings"] = False
 
         vq = {**_VQ_16, **_params(sections["gen_vision_config"])}
-        image_size = int(_params(sections["vision_config"]).get("image_size", 384))
+        if not isinstance(vq["ch_mult"], list) or not 1 <= len(vq["ch_mult"]) <= 8:
+            raise ValueError(
+                "config.json: gen_vision_config.params.ch_mult must be a list of 1 to 8 numbers, got "
+                f"{vq['ch_mult']!s:.60}"
+            )
+        image_size = _params(sections["vision_config"]).get("image_size", 384)
+        if type(image_size) is not int:
+            raise ValueError(
+                f"config.json: vision_config.params.image_size must be a number, got {image_size!r:.60}"
+            )
         downsampling = 2 ** (len(vq["ch_mult"]) - 1)
         if image_size % downsampling:
             raise ValueError(

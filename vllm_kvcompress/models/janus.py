@@ -24,6 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.utils import maybe_prefix
 
+from vllm_kvcompress import last_word
 from vllm_kvcompress.attention.layer import attention_layer
 from vllm_kvcompress.cache.store import CompressedCache
 from vllm_kvcompress.config import is_compressed
@@ -300,4 +301,5 @@ class JanusForImageGeneration(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load either layout; see ``vllm_kvcompress.models.weights``."""
-        return load_weights(self, weights)
+        with last_word.heard():
+            return load_weights(self, weights)

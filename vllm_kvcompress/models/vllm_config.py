@@ -1,14 +1,17 @@
 """What vLLM's configuration must know of a Janus checkpoint, checked once at start-up."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from vllm_kvcompress import patches, plugin
-from vllm_kvcompress.config import FP8, KEY, WITH_ANY_CACHE, CompressionConfig, is_compressed, parse_config
+from vllm_kvcompress import last_word, patches, plugin
+from vllm_kvcompress.config import FP8, KEY, is_compressed, parse_config
 from vllm_kvcompress.log import logger_for
+from vllm_kvcompress.models.checkpoint import check_files, check_sizes
 from vllm_kvcompress.models.config import raster_of
 from vllm_kvcompress.models.registry import (
     image_model,
@@ -42,21 +45,26 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        check_checkpoint(model_config.hf_config)
+        last_word.listen()
+        with last_word.heard():
+            check_checkpoint(model_config.hf_config)
 
     @staticmethod
+    @last_word.heard()
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         model_config = vllm_config.model_config
+        check_files(
+            Path(model_config.model), model_config.hf_config, str(vllm_config.load_config.load_format)
+        )
         resolve_tokens(model_config)
         if vllm_config.speculative_config is not None:
             raise ValueError(
                 "speculative decoding does not work with image models: drop --speculative-config"
             )
+        if envs.VLLM_USE_RUST_FRONTEND:
+            raise ValueError("VLLM_USE_RUST_FRONTEND: that front end has no images route; unset it")
         config = parse_config(vllm_config.additional_config)  # a misplaced key is an error without it too
-        alone = config.model_copy(
-            update={name: getattr(CompressionConfig(), name) for name in WITH_ANY_CACHE}
-        )
-        if not is_compressed(vllm_config) and alone != CompressionConfig():
+        if not is_compressed(vllm_config) and config.compresses:
             raise ValueError(
                 f"additional_config.{KEY} goes with --attention-backend kvcompress; add it, or drop the "
                 "settings"
@@ -93,6 +101,7 @@ def check_checkpoint(hf_config: Any) -> None:
     vq = getattr(hf_config, "vq_config", None)
     if vq is None:
         raise ValueError("config.json describes no image tokenizer (vq_config): not a Janus checkpoint")
+    check_sizes(hf_config)
     patch = 2 ** (len(vq.channel_multiplier) - 1)
     vision = getattr(hf_config, "vision_config", None)
     size = vision.get("params", {}).get("image_size") if isinstance(vision, dict) else None

@@ -129,19 +129,32 @@ class VQDecoder(nn.Module):
         parameters = dict(self.named_parameters())
         loaded: set[str] = set()
         for original, tensor in weights:
-            name = vq_name(original)
-            if name is None:
-                continue
-            if name not in parameters:
-                raise ValueError(f"unknown tensor {original}: the VQ decoder has no such parameter")
-            wanted = tuple(parameters[name].shape)
-            if tuple(tensor.shape) != wanted:
-                raise ValueError(
-                    f"tensor {original} has shape {tuple(tensor.shape)}, but config.json asks for {wanted}"
-                )
-            parameters[name].data.copy_(tensor)
-            loaded.add(name)
-        if missing := sorted(parameters.keys() - loaded):
+            name = self.checked_name(original, tuple(tensor.shape))
+            if name is not None:
+                parameters[name].data.copy_(tensor)
+                loaded.add(name)
+        self.check_missing(loaded)
+        return loaded
+
+    def checked_name(self, original: str, shape: tuple[int, ...]) -> str | None:
+        """The parameter of a checkpoint's VQ tensor, None if knowingly skipped.
+
+        Raises ValueError if it is unknown or of a wrong shape.
+        """
+        name = vq_name(original)
+        if name is None:
+            return None
+        parameter = dict(self.named_parameters()).get(name)
+        if parameter is None:
+            raise ValueError(f"unknown tensor {original}: the VQ decoder has no such parameter")
+        if shape != tuple(parameter.shape):
+            raise ValueError(
+                f"tensor {original} has shape {shape}, but config.json asks for {tuple(parameter.shape)}"
+            )
+        return name
+
+    def check_missing(self, loaded: set[str]) -> None:
+        """Raise ValueError if a parameter is not among those loaded."""
+        if missing := sorted(dict(self.named_parameters()).keys() - loaded):
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(f"the checkpoint lacks VQ tensor {missing[0]}{more}: is a shard missing?")
-        return loaded

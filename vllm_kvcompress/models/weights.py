@@ -7,12 +7,12 @@ clear line. Names: transformers' convert_janus_weights_to_hf.py, read in both di
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vllm_kvcompress.models.vq import vq_name
+from vllm_kvcompress.models.vq import VQDecoder, vq_name
 
 if TYPE_CHECKING:
     from vllm_kvcompress.models.janus import JanusForImageGeneration
@@ -53,10 +53,13 @@ def canonical_name(name: str) -> str | None:
     return name
 
 
-def expected_shapes(model: "JanusForImageGeneration") -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every tensor that drawing and text need, the VQ decoder's aside."""
-    text = model.config.get_text_config()
-    hidden, embed_dim, codes = text.hidden_size, model.config.vq_config.embed_dim, model.image.codes
+def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every tensor that drawing and text need, the VQ decoder's aside.
+
+    ``config`` is the checkpoint's, of either layout.
+    """
+    text, vq = config.get_text_config(), config.vq_config
+    hidden, embed_dim, codes = text.hidden_size, vq.embed_dim, vq.num_embeddings
     head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
     q, kv = text.num_attention_heads * head, text.num_key_value_heads * head
     shapes: dict[str, tuple[int, ...]] = {
@@ -92,6 +95,64 @@ def expected_shapes(model: "JanusForImageGeneration") -> dict[str, tuple[int, ..
     return shapes
 
 
+class Ledger:
+    """What a checkpoint must hold, and has been seen to.
+
+    Parameters
+    ----------
+    config
+        The checkpoint's, of either layout.
+    vq : VQDecoder, optional
+        Checks the VQ model's tensors too; without it they are left to ``VQDecoder.load_weights``.
+    """
+
+    def __init__(self, config: Any, vq: VQDecoder | None = None) -> None:
+        self._shapes, self._vq = expected_shapes(config), vq
+        self._tied = bool(getattr(config, "tie_word_embeddings", False))
+        self._seen: set[str] = set()
+        self._seen_vq: set[str] = set()
+
+    def take(self, original: str, shape: tuple[int, ...]) -> str | None:
+        """The canonical name of a checkpoint's tensor, None if knowingly skipped.
+
+        Raises CheckpointError if it is unknown or of a wrong shape.
+        """
+        if _FLOW.match(original):
+            raise CheckpointError(
+                f"tensor {original} belongs to JanusFlow, which draws by rectified flow: not supported; "
+                "serve a Janus or Janus-Pro checkpoint"
+            )
+        name = canonical_name(original)
+        if name is None:
+            return None
+        if _VQ.match(name):
+            if self._vq is not None and (known := self._vq.checked_name(original, shape)) is not None:
+                self._seen_vq.add(known)
+            return name
+        if name not in self._shapes:
+            raise CheckpointError(f"unknown tensor {original}: not part of a Janus or Janus-Pro checkpoint")
+        if shape != self._shapes[name]:
+            raise CheckpointError(
+                f"tensor {original} has shape {shape}, but config.json asks for {self._shapes[name]}"
+            )
+        self._seen.add(name)
+        return name
+
+    @property
+    def ties(self) -> bool:
+        """Whether the text head is the embedding: only where the file does not hold one."""
+        return self._tied and "lm_head.weight" not in self._seen
+
+    def close(self) -> None:
+        """Raise CheckpointError if something has not been seen."""
+        missing = sorted(self._shapes.keys() - self._seen - ({"lm_head.weight"} if self.ties else set()))
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(f"the checkpoint lacks tensor {missing[0]}{more}: is a shard missing?")
+        if self._vq is not None:
+            self._vq.check_missing(self._seen_vq)
+
+
 def fold_image_embedding(tensors: dict[str, Tensor]) -> Tensor:
     """gen_aligner(gen_embed(code)) of every code: float32 ``[codes, hidden]``.
 
@@ -120,49 +181,28 @@ def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, 
     CheckpointError
         One line naming the tensor: unknown, missing, or of a wrong shape.
     """
-    shapes = expected_shapes(model)
+    ledger = Ledger(model.config)
     small: dict[str, Tensor] = {}  # what is folded or renamed rather than streamed
     vq: list[tuple[str, Tensor]] = []
-    seen: set[str] = set()
     digests: dict[str, bytes] = {}
 
     def language() -> Iterator[tuple[str, Tensor]]:
         for original, tensor in weights:
-            if _FLOW.match(original):
-                raise CheckpointError(
-                    f"tensor {original} belongs to JanusFlow, which draws by rectified flow: not supported; "
-                    "serve a Janus or Janus-Pro checkpoint"
-                )
-            name = canonical_name(original)
+            name = ledger.take(original, tuple(tensor.shape))
             if name is None:
                 continue
             if _VQ.match(name):
                 vq.append((name, tensor))
-                continue
-            if name not in shapes:
-                raise CheckpointError(
-                    f"unknown tensor {original}: not part of a Janus or Janus-Pro checkpoint"
-                )
-            if tuple(tensor.shape) != shapes[name]:
-                raise CheckpointError(
-                    f"tensor {original} has shape {tuple(tensor.shape)}, "
-                    f"but config.json asks for {shapes[name]}"
-                )
-            seen.add(name)
-            if name.startswith("language_model."):
+            elif name.startswith("language_model."):
                 digests[name] = hashlib.sha256(_bytes(_sample(tensor))).digest()
-            if name.startswith("language_model."):
                 yield name.removeprefix("language_model."), tensor
             else:
                 small[name] = tensor
 
     loaded = {f"language_model.{name}" for name in model.language_model.load_weights(language())}
-    if "lm_head.weight" not in seen and getattr(model.config, "tie_word_embeddings", False):
+    if ledger.ties:
         model.lm_head.tie_weights(model.language_model.embed_tokens)
-        seen.add("lm_head.weight")
-    if missing := sorted(set(shapes) - seen):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"the checkpoint lacks tensor {missing[0]}{more}: is a shard missing?")
+    ledger.close()
 
     small["image_embedding.weight"] = fold_image_embedding(small).to(model.dtype)
     parameters = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""Codes to pixels, by the engine's worker.
+"""Codes to pixels, by the engine's worker; in this process where the engine takes no calls any more.
 
 The engine draws no tokens while its worker decodes, so there is one call in flight, and it takes what
 waits: pictures that end together cost the others one pause.
@@ -6,16 +6,25 @@ waits: pictures that end together cost the others one pause.
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from vllm_kvcompress.log import logger_for
+from vllm_kvcompress.serving.alive import unless_dead
 from vllm_kvcompress.serving.encode import Pixels
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
+    from vllm_kvcompress.serving.spare import SpareDecoder
+
 DECODE_METHOD = "kvcompress_decode_images"
 MOST = 8  # pictures a call, which bounds the pause
-LOOK_S = 1.0  # between two looks whether the engine still lives; nobody fails a dead engine's calls
+
+_REFUSED = "Server shutting down"  # what vLLM says of calls to an engine that drains
+
+logger = logger_for(__name__)
 
 Waiting = tuple[list[int], "asyncio.Future[Pixels]"]
 
@@ -27,10 +36,14 @@ class Decoder:
     ----------
     engine : EngineClient
         The server's.
+    spare : SpareDecoder, optional
+        What decodes when the engine does not.
     """
 
-    def __init__(self, engine: "EngineClient") -> None:
+    def __init__(self, engine: "EngineClient", spare: "SpareDecoder | None" = None) -> None:
         self._engine = engine
+        self._spare = spare
+        self._closed = False  # the engine answers no calls any more
         self._waiting: deque[Waiting] = deque()
         self._work: asyncio.Task[None] | None = None
 
@@ -61,7 +74,7 @@ class Decoder:
         try:
             while batch := self._next():
                 try:
-                    pictures = await self._call([codes for codes, _ in batch])
+                    pictures = await self._decoded([codes for codes, _ in batch])
                 except Exception as error:
                     for _, pixels in batch:
                         if not pixels.done():  # a caller that left hears of nothing
@@ -69,7 +82,7 @@ class Decoder:
                 else:
                     for (_, pixels), picture in zip(batch, pictures, strict=True):
                         if not pixels.done():
-                            pixels.set_result(Pixels(*picture))
+                            pixels.set_result(picture)
         finally:  # there is something left only if this task was cancelled
             for _, pixels in (*batch, *self._waiting):
                 pixels.cancel()
@@ -85,15 +98,19 @@ class Decoder:
                 batch.append((codes, pixels))
         return batch
 
+    async def _decoded(self, pictures: list[list[int]]) -> list[Pixels]:
+        if not self._closed:
+            try:
+                return [Pixels(*picture) for picture in await unless_dead(self._engine, self._call(pictures))]
+            except Exception as error:
+                if self._spare is None:
+                    raise
+                self._closed = isinstance(error, EngineDeadError) or _REFUSED in str(error)
+                logger.info("The engine did not decode (%s): this process does", " ".join(str(error).split()))
+        assert self._spare is not None
+        return [await asyncio.to_thread(self._spare.decode, codes) for codes in pictures]
+
     async def _call(self, pictures: list[list[int]]) -> list[tuple[int, int, bytes]]:
-        call: asyncio.Future[Any] = asyncio.ensure_future(
-            self._engine.collective_rpc(DECODE_METHOD, args=(pictures,))
-        )
-        # Looked at even if nobody waits any more, or asyncio would complain of an exception never retrieved.
-        call.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        while not (await asyncio.wait({call}, timeout=LOOK_S))[0]:
-            if self._engine.errored:
-                call.cancel()
-                raise self._engine.dead_error
-        (decoded,) = [answer for answer in call.result() if answer is not None]
+        answers = await self._engine.collective_rpc(DECODE_METHOD, args=(pictures,))
+        (decoded,) = [answer for answer in answers if answer is not None]
         return decoded

@@ -23,9 +23,10 @@ from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.tracing import contains_trace_headers, extract_trace_headers
 from vllm.utils import random_uuid
 
+from vllm_kvcompress.config import Limits, parse_config
+from vllm_kvcompress.serving.alive import EngineWatch
 from vllm_kvcompress.serving.painter import Job, NegativeIds, Painter, Picture, PromptIds
 from vllm_kvcompress.serving.protocol import (
-    MAX_BODY_BYTES,
     CompletedEvent,
     EncodedPicture,
     ImageRequest,
@@ -34,6 +35,7 @@ from vllm_kvcompress.serving.protocol import (
     PartialImageEvent,
     parse_request,
 )
+from vllm_kvcompress.serving.spare import SpareDecoder
 from vllm_kvcompress.serving.streaming import EventStream, picture_events
 from vllm_kvcompress.serving.tasks import all_or_none, until_disconnect
 
@@ -45,7 +47,6 @@ if TYPE_CHECKING:
 
 PATH = "/v1/images/generations"
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody receives it, but logs and metrics show it
-MAX_REQUEST_ID = 128  # characters; it is in the names of all pictures, and in the log
 
 # The engine's last output of each picture -> what ``usage`` says of them beside the counts of tokens
 UsageExtra = Callable[[Sequence["RequestOutput"]], Awaitable[dict[str, Any] | None]]
@@ -80,6 +81,7 @@ class ImagesEndpoint:
         self._make_usage_extra = usage_extra
         self._usage_extra: UsageExtra | None = None
         self._painter: Painter | None = None
+        self._limits = Limits()
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the route. The body is described by hand: see ``parse_request`` for why it is parsed here."""
@@ -124,9 +126,12 @@ class ImagesEndpoint:
             self._negative_ids = self._negative_ids or negative_ids
         if self._make_usage_extra is not None:
             self._usage_extra = self._make_usage_extra(engine_client)
+        self._limits = parse_config(engine_client.vllm_config.additional_config).limits
         self._models = state.openai_serving_models
         self._keep_alive = float(getattr(args, "sse_keep_alive_interval", 0))
-        self._painter = Painter(engine_client, self._image_model, self._prompt_ids, self._negative_ids)
+        spare = await SpareDecoder.of(engine_client)
+        self._painter = Painter(engine_client, self._image_model, self._prompt_ids, self._negative_ids, spare)
+        self._watch = EngineWatch(engine_client, state)
 
     async def create_images(self, raw_request: Request) -> Response:
         """Draw pictures from a prompt.
@@ -137,11 +142,11 @@ class ImagesEndpoint:
         if self._painter is None:
             raise NotImplementedError("this server has no engine to draw pictures with")
         try:
-            body = await _body(raw_request)
+            body = await _body(raw_request, self._limits.body_bytes)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         if body is None:
-            message = f"the body has more than {MAX_BODY_BYTES} bytes: shorten it"
+            message = f"the body has more than {self._limits.body_bytes} bytes: shorten it"
             return _error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "RequestTooLargeError", "body", message)
         request = parse_request(raw_request.headers.get("content-type", ""), body)
         if (error := self._unknown_model(request.model)) is not None:
@@ -152,7 +157,8 @@ class ImagesEndpoint:
         return Response(status_code=CLIENT_CLOSED_REQUEST) if response is None else response
 
     async def _respond(self, painter: Painter, request: ImageRequest, raw_request: Request) -> Response:
-        request_id = raw_request.headers.get("X-Request-Id", "")[:MAX_REQUEST_ID] or random_uuid()
+        # It is in the names of all pictures, and in the log.
+        request_id = raw_request.headers.get("X-Request-Id", "")[: self._limits.request_id] or random_uuid()
         # vLLM's exception handlers log it.
         raw_request.state.request_metadata = RequestResponseMetadata(request_id=request_id)
         trace_headers = None
@@ -194,15 +200,15 @@ def _error(status: HTTPStatus, kind: str, parameter: str, message: str) -> JSONR
     return JSONResponse(error.model_dump(), status_code=status)
 
 
-async def _body(raw_request: Request) -> bytes | None:
-    """The request's body, or None if it has more than MAX_BODY_BYTES: no more than that is read."""
+async def _body(raw_request: Request, limit: int) -> bytes | None:
+    """The request's body, or None if it has more than ``limit`` bytes: no more than that is read."""
     declared = raw_request.headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > 18 or int(declared) > MAX_BODY_BYTES):
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
         return None
     body = bytearray()
     async for chunk in raw_request.stream():
         body += chunk
-        if len(body) > MAX_BODY_BYTES:
+        if len(body) > limit:
             return None
     return bytes(body)
 

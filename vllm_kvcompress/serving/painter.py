@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm import SamplingParams
-from vllm.exceptions import GenerationError, VLLMError
+from vllm.exceptions import GenerationError, RetryableRequestError, VLLMError
+from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils import random_uuid
 
+from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.guidance import GUIDANCE_SCALE, NEGATIVE_IDS
 from vllm_kvcompress.log import logger_for
+from vllm_kvcompress.serving.alive import unless_dead
 from vllm_kvcompress.serving.decoder import Decoder
 from vllm_kvcompress.serving.encode import encode_base64
 from vllm_kvcompress.serving.protocol import MAX_SEED, BadParameter, ImageRequest
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
     from vllm_kvcompress.models.config import ImageModel
+    from vllm_kvcompress.serving.spare import SpareDecoder
 
 # (tokenizer, image model, text) -> ids that end in begin-of-image
 PromptIds = Callable[[Any, "ImageModel", str], list[int]]
@@ -61,6 +65,11 @@ def partial_lines(lines: int, partials: int) -> list[int]:
     return sorted(at - {0})
 
 
+async def _next(outputs: AsyncGenerator["RequestOutput", None]) -> "RequestOutput | None":
+    """The next one, None after the last."""
+    return await anext(outputs, None)
+
+
 class Painter:
     """Draws pictures with one model.
 
@@ -72,10 +81,17 @@ class Painter:
         What is being served.
     prompt_ids, negative_ids : callable
         How this model's prompts are tokenized.
+    spare : SpareDecoder, optional
+        What decodes pictures that a draining engine has drawn.
     """
 
     def __init__(
-        self, engine: "EngineClient", model: "ImageModel", prompt_ids: PromptIds, negative_ids: NegativeIds
+        self,
+        engine: "EngineClient",
+        model: "ImageModel",
+        prompt_ids: PromptIds,
+        negative_ids: NegativeIds,
+        spare: "SpareDecoder | None" = None,
     ) -> None:
         self.engine = engine
         self.model = model
@@ -83,7 +99,7 @@ class Painter:
         self._negative_ids = negative_ids
         # vLLM's own, which is safe to use from several threads.
         self._tokenizer = engine.renderer.get_tokenizer()
-        self._decoder = Decoder(engine)
+        self._decoder = Decoder(engine, spare)
 
     @property
     def size(self) -> str:
@@ -108,6 +124,12 @@ class Painter:
         if request.size not in ("auto", self.size):
             raise BadParameter("size", f"size must be {self.size} or auto, got {request.size!r:.40}")
         prompt_ids = await self._tokenized("prompt", self._prompt_ids, request.prompt)
+        limit = parse_config(self.engine.vllm_config.additional_config).limits.prompt_tokens
+        if len(prompt_ids) > limit:
+            raise BadParameter(
+                "prompt",
+                f"the prompt has {len(prompt_ids)} tokens, and this server takes {limit}: shorten it",
+            )
         context, picture = self.engine.model_config.max_model_len, self.model.raster.tokens
         if len(prompt_ids) + picture > context:
             raise BadParameter(
@@ -141,6 +163,10 @@ class Painter:
         ------
         GenerationError
             The engine did not finish the picture, or it could not be decoded.
+        RetryableRequestError
+            The engine is shutting down.
+        EngineDeadError
+            It has died.
         """
         raster = self.model.raster
         due = partial_lines(raster.lines, job.request.partial_images)
@@ -156,6 +182,8 @@ class Painter:
                 yield Picture(await self._picture(codes[: lines * raster.width], job.request))
         if output is None or not output.finished or len(codes) != raster.tokens:
             reason = output.outputs[0].finish_reason if output is not None else None
+            if reason == "abort":  # nobody else than the engine itself aborts what is still waited for
+                raise RetryableRequestError("the server is shutting down: ask again, or another server")
             raise GenerationError(
                 f"the picture ended after {len(codes)} of {raster.tokens} tokens (finish reason {reason})"
             )
@@ -165,14 +193,14 @@ class Painter:
         """The engine's outputs for one picture; each holds the tokens since the one before."""
         request_id = f"{job.request_id}-{index}"
         outputs = self.engine.generate(
-            {"prompt_token_ids": job.prompt_ids},
+            tokens_input(job.prompt_ids),
             self._sampling(job, index, streaming),
             request_id=request_id,
             trace_headers=job.trace_headers,
         )
         try:
             async with contextlib.aclosing(outputs):
-                async for output in outputs:
+                while (output := await unless_dead(self.engine, _next(outputs))) is not None:
                     yield output
         except BaseException:
             # vLLM's generator aborts its request when it is closed, except while it is still adding it.

@@ -27,8 +27,6 @@ from vllm_kvcompress.guidance import MAX_SCALE
 OutputFormat = Literal["png", "jpeg", "webp"]
 MAX_PROMPT_CHARACTERS = 32_000  # OpenAI's limit; also bounds the time spent in the tokenizer
 MAX_SEED = 2**63 - 1
-# Two texts of 32,000 characters, each escaped as \uXXXX, twice over for those beyond the basic plane.
-MAX_BODY_BYTES = 2**20
 
 # What to do instead, for values and names that clients of other servers are likely to send.
 _HINTS = {

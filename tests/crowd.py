@@ -1,0 +1,117 @@
+"""Clients of a real server, each in its thread: what every one of them was told, and when."""
+
+import json
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+PATH = "/v1/images/generations"
+
+
+@dataclass
+class Told:
+    """What one client heard.
+
+    ``status`` is None where the connection broke before an answer. ``pictures`` are whole ones, base64;
+    ``error`` is the message of an answer or of an event.
+    """
+
+    asked: dict[str, Any]
+    status: int | None = None
+    pictures: list[str] = field(default_factory=list)
+    partials: int = 0
+    error: str | None = None
+    broke: str | None = None
+    sent: bool = False
+    ended: float = 0.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether it got what it asked for."""
+        return self.status == 200 and len(self.pictures) == self.asked.get("n", 1) and self.error is None
+
+    @property
+    def clean(self) -> bool:
+        """Whether it got that, or a message that says why not."""
+        return self.whole or (self.broke is None and bool(self.error) and "\n" not in (self.error or ""))
+
+
+def ask(url: str, limit_s: float = 60, told: Told | None = None, **fields: Any) -> Told:
+    """One request, to its end; ``told`` is filled on the way."""
+    told = told or Told(fields)
+
+    def trace(event: str, info: Any) -> None:
+        told.sent |= event.endswith("send_request_body.complete")
+
+    try:
+        with (
+            httpx.Client(verify=False, timeout=limit_s) as client,
+            client.stream(
+                "POST", url + PATH, json={"prompt": "a red bird", **fields}, extensions={"trace": trace}
+            ) as answer,
+        ):
+            told.status = answer.status_code
+            if answer.status_code == 200 and fields.get("stream"):
+                for line in answer.iter_lines():
+                    if line.startswith("data: "):
+                        _hear(told, json.loads(line.removeprefix("data: ")))
+            else:
+                body = json.loads(answer.read())
+                told.pictures = [picture["b64_json"] for picture in body.get("data", ())]
+                told.error = body["error"]["message"] if "error" in body else None
+    except (httpx.HTTPError, json.JSONDecodeError) as error:
+        told.broke = f"{type(error).__name__}: {error}"
+    told.ended = time.monotonic()
+    return told
+
+
+def _hear(told: Told, event: dict[str, Any]) -> None:
+    if event["type"] == "error":
+        told.error = event["error"]["message"]
+    elif event["type"] == "image_generation.completed":
+        told.pictures.append(event["b64_json"])
+    else:
+        told.partials += 1
+
+
+class Crowd:
+    """Requests that run beside each other; ``told`` is in their order, complete after ``wait``."""
+
+    def __init__(self, url: str, requests: list[dict[str, Any]], limit_s: float = 60) -> None:
+        self.told = [Told(fields) for fields in requests]
+        self._threads = [
+            threading.Thread(target=ask, args=(url, limit_s, told), kwargs=told.asked, daemon=True)
+            for told in self.told
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def unanswered(self) -> int:
+        """Clients that still wait."""
+        return sum(told.ended == 0 for told in self.told)
+
+    def wait_sent(self) -> None:
+        """Until all requests have left."""
+        while not all(told.sent or told.ended for told in self.told):
+            time.sleep(0.01)
+
+    def wait(self) -> list[Told]:
+        """What all were told."""
+        for thread in self._threads:
+            thread.join()
+        return self.told
+
+
+MIXED = [
+    {"seed": 1},
+    {"seed": 1, "n": 2},
+    {"seed": 5, "stream": True},
+    {"seed": 6, "stream": True, "partial_images": 3},
+    {"seed": 7, "n": 10},
+    {"seed": 8, "n": 10},
+    {"seed": 2, "stream": True, "partial_images": 2},
+]

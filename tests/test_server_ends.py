@@ -1,0 +1,106 @@
+"""How a real server ends: drained, stopped, its engine or worker killed, with clients of every kind waiting.
+
+Nobody is left hanging, what was drawn is answered, and the exit status says whether it was meant to end.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from crowd import MIXED, Crowd, Told, ask
+
+from vllm_kvcompress.testing.server import Server
+
+ARGS = (
+    *("--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "2", "--enforce-eager"),
+    *("--kv-cache-memory-bytes", str(8 << 20), "--attention-backend", "kvcompress"),
+)
+CLEAN_S = 5  # after a crash everybody knows
+
+
+@pytest.fixture(scope="module")
+def start(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Server]:
+    """A server on a cache directory that all of this module share: one calibration."""
+    folder = tmp_path_factory.mktemp("ends")
+
+    def server(name: str, *args: str) -> Server:
+        env = {"VLLM_CACHE_ROOT": str(folder / "cache")}
+        return Server(checkpoints["gqa-hf"], folder / f"{name}.log", (*ARGS, *args), env=env)
+
+    return server
+
+
+@contextmanager
+def crowded(server: Server) -> Iterator[tuple[Crowd, list[Told], psutil.Process]]:
+    """Clients in the midst of things, what they were told in peace, and the server's process."""
+    with server:
+        before = Crowd(server.url, MIXED).wait()
+        assert all(told.whole for told in before)
+        crowd = Crowd(server.url, MIXED * 2)
+        crowd.wait_sent()
+        time.sleep(0.3)
+        assert crowd.unanswered
+        assert server.process is not None
+        yield crowd, before * 2, psutil.Process(server.process.pid)
+
+
+def child(process: psutil.Process, name: str) -> psutil.Process:
+    """The process of that name (vLLM's titles) below the server's."""
+    [found] = [one for one in process.children(recursive=True) if name in " ".join(one.cmdline())]
+    return found
+
+
+def exit_status(server: Server) -> int:
+    assert server.process is not None
+    return server.process.wait(30)
+
+
+def test_a_drain_finishes_and_answers_every_picture(start: Callable[..., Server]) -> None:
+    server = start("drain", "--shutdown-timeout", "60")
+    with crowded(server) as (crowd, before, process):
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.3)
+        late = ask(server.url, seed=1)
+        assert late.status == 503, late
+        assert "shutting down" in (late.error or "")
+        told = crowd.wait()
+        assert [one.pictures for one in told] == [one.pictures for one in before]
+        assert all(one.whole for one in told)
+        assert sum(one.partials for one in told)
+        assert exit_status(server) == 0
+    log = server.log.read_text()
+    assert log.count("this process does") == 1
+    assert "could not be decoded" not in log
+
+
+@pytest.mark.parametrize("name", ["EngineCore", "Worker"])
+def test_a_crash_is_told_to_everybody(start: Callable[..., Server], name: str) -> None:
+    server = start(name)
+    with crowded(server) as (crowd, before, process):
+        child(process, f"VLLM::{name}").kill()
+        killed = time.monotonic()
+        told_in_time(crowd, before, killed)
+        assert exit_status(server) == 1
+        assert time.monotonic() - killed < 15
+    assert "this server exits with status 1" in server.log.read_text()
+
+
+def test_a_server_that_is_stopped_leaves_nobody_hanging(start: Callable[..., Server]) -> None:
+    server = start("stop")
+    with crowded(server) as (crowd, before, process):
+        process.send_signal(signal.SIGTERM)
+        told_in_time(crowd, before, time.monotonic())
+        assert exit_status(server) == 0
+
+
+def told_in_time(crowd: Crowd, before: list[Told], since: float) -> None:
+    for one, peaceful in zip(crowd.wait(), before, strict=True):
+        assert one.clean, one
+        assert one.ended - since < CLEAN_S, one
+        if one.whole:
+            assert one.pictures == peaceful.pictures

@@ -1,0 +1,129 @@
+"""A checkpoint is looked at before anything is allocated for it: its sizes, then what its files hold.
+
+config.json is data from elsewhere. A width in it that is a few digits too long would otherwise be memory that
+is asked for, or an engine that dies with three hundred lines after it has loaded everything else.
+"""
+
+import json
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_kvcompress.models.config import raster_of
+from vllm_kvcompress.models.vq import VQDecoder
+from vllm_kvcompress.models.weights import CheckpointError, Ledger, expected_shapes
+
+INDEX = "model.safetensors.index.json"
+READ = ("auto", "hf", "safetensors")  # load formats that read the checkpoint's own files
+
+# name in config.json -> least, most; an order of magnitude above any model of the kind
+VQ_SIZES = {
+    "num_patches": (1, 128),  # lines: their square must fit 16-bit token indices
+    "num_embeddings": (2, 1 << 20),
+    "embed_dim": (1, 4096),
+    "latent_channels": (1, 4096),
+    "base_channels": (1, 1024),
+    "num_res_blocks": (1, 16),
+}
+TEXT_SIZES = {
+    "vocab_size": (1, 1 << 22),
+    "hidden_size": (1, 1 << 16),
+    "intermediate_size": (1, 1 << 18),
+    "num_hidden_layers": (1, 512),
+    "num_attention_heads": (1, 1024),
+    "num_key_value_heads": (1, 1024),
+    "max_position_embeddings": (1, 1 << 24),
+}
+MULTIPLIERS, MULTIPLIER = 8, 64  # resolutions of the VQ decoder, and the most of each
+
+
+def check_sizes(hf_config: Any) -> None:
+    """Raise ValueError, one line, naming a size in config.json that is none, or beyond any model's."""
+    vq, text = hf_config.vq_config, hf_config.get_text_config()
+    multipliers = vq.channel_multiplier
+    if not isinstance(multipliers, (list, tuple)) or not 1 <= len(multipliers) <= MULTIPLIERS:
+        raise ValueError(
+            f"config.json: channel_multiplier must be a list of 1 to {MULTIPLIERS} numbers, "
+            f"got {multipliers!s:.60}"
+        )
+    for multiplier in multipliers:
+        _check("channel_multiplier", multiplier, 1, MULTIPLIER)
+    for section, sizes in ((vq, VQ_SIZES), (text, TEXT_SIZES)):
+        for name, (least, most) in sizes.items():
+            _check(name, getattr(section, name), least, most)
+    if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads:
+        raise ValueError(
+            f"config.json: hidden_size {text.hidden_size} must be a multiple of num_attention_heads "
+            f"{text.num_attention_heads}, and that of num_key_value_heads {text.num_key_value_heads}"
+        )
+
+
+def _check(name: str, value: Any, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"config.json: {name} must be a number from {least} to {most}, got {value!r:.60}")
+
+
+def check_files(folder: Path, hf_config: Any, load_format: str) -> None:
+    """Compare the headers of a folder's safetensors files with config.json; no tensor is read.
+
+    Folders without such files, and models that are yet to be downloaded, are checked as they are loaded.
+
+    Raises
+    ------
+    CheckpointError
+        One line: a file that is cut off or lies about itself, a tensor that is unknown, missing, or not of
+        the size that config.json gives it.
+    """
+    files = list(_files(folder)) if load_format in READ else []
+    if not files:
+        _check_pickles(folder, hf_config)
+        return
+    with torch.device("meta"):
+        vq = VQDecoder(hf_config.vq_config, raster_of(hf_config), torch.float32)
+    ledger = Ledger(hf_config, vq)
+    for file in files:
+        for name, shape in _header(file):
+            ledger.take(name, shape)
+    ledger.close()
+
+
+def _check_pickles(folder: Path, hf_config: Any) -> None:
+    """Of pickled weights, which must not be opened before they are loaded, the size alone."""
+    stored = sum(file.stat().st_size for file in folder.glob("*.bin"))
+    wanted = sum(prod(shape) for shape in expected_shapes(hf_config).values())
+    if stored and wanted > stored:
+        raise CheckpointError(
+            f"config.json describes {wanted / 1e9:.1f} billion weights, in {stored / 1e9:.1f} GB of files: "
+            "is a shard missing?"
+        )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Those that vLLM would read: what the index names, else all."""
+    index = folder / INDEX
+    if not index.is_file():
+        yield from sorted(folder.glob("*.safetensors"))
+        return
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{INDEX} is no index of a checkpoint's files: {error!r:.80}") from None
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{INDEX} names a file outside the checkpoint: {name!r:.80}")
+        yield folder / name
+
+
+def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                yield name, tuple(opened.get_slice(name).get_shape())
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file.name} can't be read ({reason:.120}): download it again") from None
