@@ -15,9 +15,9 @@ from vllm_kvcompress.heads.paged import (
     PREFIXES,
     TYPICAL_PREFIX,
     Pages,
-    _within,
     page_bytes,
     picture_bytes,
+    within,
 )
 from vllm_kvcompress.policy import MAX_TYPES, HeadRule, Raster
 
@@ -167,7 +167,7 @@ def test_heads_leave_full_types_at_the_least_cost(data: st.DataObject) -> None:
     losses = np.array([data.draw(row) for _ in range(heads)])
     choice = losses.argmin(1)
     most = np.array(data.draw(st.lists(st.integers(1, heads), min_size=kinds, max_size=kinds)))
-    found = _within(losses, choice, most)
+    found = within(losses, choice, most)
     allowed = [
         c for c in product(range(kinds), repeat=heads) if (np.bincount(c, minlength=kinds) <= most).all()
     ]

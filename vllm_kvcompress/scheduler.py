@@ -16,7 +16,7 @@ REPORT = "kv_cache"  # key in RequestOutput.kv_transfer_params
 
 @dataclass(frozen=True)
 class CacheReport:
-    """KV memory of one request, counted from the blocks it held at its end.
+    """KV memory of one request on all ranks, counted from the blocks it held at its end.
 
     Parameters
     ----------
@@ -80,7 +80,8 @@ class ImageScheduler(AsyncScheduler):
             name: round(sum(n * count for n, count in parts) / max(1, sum(n for n, _ in parts)))
             for name, parts in evicted.items()
         }
-        return CacheReport(resident, full, **means)
+        ranks = self.vllm_config.parallel_config.tensor_parallel_size  # what one holds, each holds
+        return CacheReport(ranks * resident, ranks * full, **means)
 
     def _prefix(self, request: Request) -> int:
         """Tokens before the first image token."""
