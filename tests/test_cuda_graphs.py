@@ -29,7 +29,7 @@ def jobs(model: Path, kernels: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def drawn(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder, model = tmp_path_factory.mktemp("graphs"), checkpoints["tiny-hf"]
+    folder, model = tmp_path_factory.mktemp("graphs"), checkpoints["five-hf"]
     graph = EngineProcess(folder / "graph", V2, jobs(model, "triton"), script="graph_process.py")
     eager = EngineProcess(folder / "eager", V1, jobs(model, "torch"))
     return {name: process.finish()["fitted"] for name, process in (("eager", eager), ("graph", graph))}

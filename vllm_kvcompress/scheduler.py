@@ -27,12 +27,15 @@ class CacheReport:
     evicted_spatial, evicted_semantic : int
         Image tokens that a head has overwritten, of those with a ring and of those that choose; the mean
         where such heads differ in size.
+    engine : int
+        Which of the data-parallel engines drew it.
     """
 
     resident_bytes: int
     full_bytes: int
     evicted_spatial: int = 0
     evicted_semantic: int = 0
+    engine: int = 0
 
 
 class ImageScheduler(AsyncScheduler):
@@ -80,8 +83,9 @@ class ImageScheduler(AsyncScheduler):
             name: round(sum(n * count for n, count in parts) / max(1, sum(n for n, _ in parts)))
             for name, parts in evicted.items()
         }
-        ranks = self.vllm_config.parallel_config.tensor_parallel_size  # what one holds, each holds
-        return CacheReport(ranks * resident, ranks * full, **means)
+        parallel = self.vllm_config.parallel_config
+        ranks = parallel.tensor_parallel_size  # what one holds, each holds
+        return CacheReport(ranks * resident, ranks * full, **means, engine=parallel.data_parallel_index)
 
     def _prefix(self, request: Request) -> int:
         """Tokens before the first image token."""

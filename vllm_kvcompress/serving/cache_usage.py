@@ -43,11 +43,13 @@ class CacheUsage:
         ]
         if not reports:
             return None
-        resident = sum(report.resident_bytes for report in reports)
-        full = sum(report.full_bytes for report in reports)
-        evicted = {
-            "spatial": sum(report.evicted_spatial for report in reports),
-            "semantic": sum(report.evicted_semantic for report in reports),
+        for report in reports:
+            self._metrics.count(report)
+        return {
+            "resident_bytes": sum(report.resident_bytes for report in reports),
+            "full_bytes": sum(report.full_bytes for report in reports),
+            "evicted_tokens": {
+                "spatial": sum(report.evicted_spatial for report in reports),
+                "semantic": sum(report.evicted_semantic for report in reports),
+            },
         }
-        self._metrics.count(len(reports), resident, full, evicted)
-        return {"resident_bytes": resident, "full_bytes": full, "evicted_tokens": evicted}

@@ -9,6 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvcompress.serving.encode import Pixels
+from vllm_kvcompress.serving.one_engine import OneEngine
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -31,6 +32,7 @@ class Decoder:
 
     def __init__(self, engine: "EngineClient") -> None:
         self._engine = engine
+        self._workers = OneEngine(engine)
         self._waiting: deque[Waiting] = deque()
         self._work: asyncio.Task[None] | None = None
 
@@ -86,9 +88,7 @@ class Decoder:
         return batch
 
     async def _call(self, pictures: list[list[int]]) -> list[tuple[int, int, bytes]]:
-        call: asyncio.Future[Any] = asyncio.ensure_future(
-            self._engine.collective_rpc(DECODE_METHOD, args=(pictures,))
-        )
+        call: asyncio.Future[Any] = asyncio.ensure_future(self._workers.call(DECODE_METHOD, (pictures,)))
         # Looked at even if nobody waits any more, or asyncio would complain of an exception never retrieved.
         call.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         while not (await asyncio.wait({call}, timeout=LOOK_S))[0]:

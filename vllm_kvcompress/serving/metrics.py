@@ -4,7 +4,7 @@ They are there, at 0, from the server's start, or Prometheus' ``rate()`` would l
 only where pictures are served.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
+
+    from vllm_kvcompress.scheduler import CacheReport
 
 LABELS = ("model_name", "engine")
 HEAD_TYPES = ("spatial", "semantic")
@@ -55,29 +57,31 @@ class PictureMetrics:
     ----------
     model_name : str
         The name that vLLM's own metrics have.
-    engine : str
-        Index of the engine; ``all`` where a front end has several, as outputs do not say whose they are.
+    engines : sequence of int
+        Indices of the front end's engines, whose counters begin at 0.
     """
 
-    def __init__(self, model_name: str, engine: str) -> None:
-        counters, labels = _counters(), (model_name, engine)
-        self._pictures = counters.pictures.labels(*labels)
-        self._resident = counters.resident.labels(*labels)
-        self._full = counters.full.labels(*labels)
-        self._evicted = {name: counters.evicted.labels(*labels, name) for name in HEAD_TYPES}
+    def __init__(self, model_name: str, engines: Sequence[int]) -> None:
+        self._model_name = model_name
+        for engine in engines:
+            self._add(engine, 0, 0, 0, dict.fromkeys(HEAD_TYPES, 0))
 
     @classmethod
     def of(cls, engine_client: "EngineClient") -> "PictureMetrics":
-        """Those of a server's engine."""
+        """Those of a server's engines."""
         core = getattr(engine_client, "engine_core", None)
         engines = getattr(core, "engine_ranks_managed", [0])
-        name = engine_client.model_config.served_model_name
-        return cls(str(name), str(engines[0]) if len(engines) == 1 else "all")
+        return cls(str(engine_client.model_config.served_model_name), engines)
 
-    def count(self, pictures: int, resident: int, full: int, evicted: Mapping[str, int]) -> None:
-        """Add finished pictures: their number, KV bytes, and evicted tokens by head type."""
-        self._pictures.inc(pictures)
-        self._resident.inc(resident)
-        self._full.inc(full)
+    def count(self, report: "CacheReport") -> None:
+        """Add a finished picture, to the engine that drew it."""
+        evicted = {"spatial": report.evicted_spatial, "semantic": report.evicted_semantic}
+        self._add(report.engine, 1, report.resident_bytes, report.full_bytes, evicted)
+
+    def _add(self, engine: int, pictures: int, resident: int, full: int, evicted: Mapping[str, int]) -> None:
+        counters, labels = _counters(), (self._model_name, str(engine))
+        counters.pictures.labels(*labels).inc(pictures)
+        counters.resident.labels(*labels).inc(resident)
+        counters.full.labels(*labels).inc(full)
         for head_type, tokens in evicted.items():
-            self._evicted[head_type].inc(tokens)
+            counters.evicted.labels(*labels, head_type).inc(tokens)
