@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_kvcompress.models.vq import vq_name
 
@@ -30,6 +31,13 @@ _RENAME = (
 _SKIP = re.compile(r"^(?:model\.)?(?:vision_model|aligner)\.|rotary_emb\.inv_freq$")
 _VQ = re.compile(r"^(?:model\.vqmodel|gen_vision_model)\.")
 _FLOW = re.compile(r"^vision_gen_(?:enc|dec)_")
+# vLLM's layers of a decoder layer, and the checkpoint's that each holds.
+_FUSED = {
+    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "self_attn.o_proj": ("o_proj",),
+    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
+    "mlp.down_proj": ("down_proj",),
+}
 _SAMPLED = 4096  # numbers of a tensor that its fingerprint looks at
 
 
@@ -92,6 +100,25 @@ def expected_shapes(model: "JanusForImageGeneration") -> dict[str, tuple[int, ..
     return shapes
 
 
+def quantised_tensors(model: "JanusForImageGeneration") -> dict[str, set[str]]:
+    """Canonical name of a weight that the served layers hold quantised -> its tensors' names instead.
+
+    What they are called and how they are shaped is vLLM's matter: its own loaders check them.
+    """
+    found: dict[str, set[str]] = {}
+    for number, layer in enumerate(getattr(model.language_model, "layers", ())):
+        for path, parts in _FUSED.items():
+            linear = layer.get_submodule(path)
+            if isinstance(linear.quant_method, UnquantizedLinearMethod):
+                continue
+            owner = path.rpartition(".")[0]
+            held = [name for name, _ in linear.named_parameters(recurse=False) if name != "bias"]
+            for part in parts:
+                whole = f"language_model.layers.{number}.{owner}.{part}"
+                found[f"{whole}.weight"] = {f"{whole}.{name}" for name in held}
+    return found
+
+
 def fold_image_embedding(tensors: dict[str, Tensor]) -> Tensor:
     """gen_aligner(gen_embed(code)) of every code: float32 ``[codes, hidden]``.
 
@@ -121,6 +148,9 @@ def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, 
         One line naming the tensor: unknown, missing, or of a wrong shape.
     """
     shapes = expected_shapes(model)
+    packed = quantised_tensors(model)
+    theirs = set().union(*packed.values())
+    needed = set(shapes) - set(packed) | theirs
     small: dict[str, Tensor] = {}  # what is folded or renamed rather than streamed
     vq: list[tuple[str, Tensor]] = []
     seen: set[str] = set()
@@ -139,11 +169,12 @@ def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, 
             if _VQ.match(name):
                 vq.append((name, tensor))
                 continue
-            if name not in shapes:
+            if name not in needed:
                 raise CheckpointError(
                     f"unknown tensor {original}: not part of a Janus or Janus-Pro checkpoint"
+                    + (", as config.json says it is quantised" if packed else "")
                 )
-            if tuple(tensor.shape) != shapes[name]:
+            if name not in theirs and tuple(tensor.shape) != shapes[name]:
                 raise CheckpointError(
                     f"tensor {original} has shape {tuple(tensor.shape)}, "
                     f"but config.json asks for {shapes[name]}"
@@ -160,7 +191,7 @@ def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, 
     if "lm_head.weight" not in seen and getattr(model.config, "tie_word_embeddings", False):
         model.lm_head.tie_weights(model.language_model.embed_tokens)
         seen.add("lm_head.weight")
-    if missing := sorted(set(shapes) - seen):
+    if missing := sorted(needed - seen):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"the checkpoint lacks tensor {missing[0]}{more}: is a shard missing?")
 
