@@ -50,7 +50,8 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """``tiny-hf``, ``small-hf``, ``small-deepseek``, ``gqa-hf``: float32, random weights, seed 0.
 
-    ``five-hf`` and ``five-gqa-hf`` are the first and the last with 5 x 5 tokens a picture, for interpreters.
+    ``six-hf``, ``five-hf`` and ``five-gqa-hf`` are the first and the last with fewer tokens a picture (6 x 6,
+    5 x 5), for interpreters.
     """
     from vllm_kvcompress.testing.checkpoints import GQA, SMALL_24, TINY, make_checkpoint
 
@@ -61,6 +62,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("small-hf", "hf", SMALL_24),
         ("small-deepseek", "deepseek", SMALL_24),
         ("gqa-hf", "hf", GQA),
+        ("six-hf", "hf", replace(TINY, lines=6)),
         ("five-hf", "hf", replace(TINY, lines=5)),
         ("five-gqa-hf", "hf", replace(GQA, lines=5)),
     ):

@@ -11,12 +11,13 @@ import pytest
 import torch
 from engine_process import V1, V2, EngineProcess
 from graph_process import SIZE, NoWaiting
-from test_v2_runner import PICTURE, SETTINGS, Prompts, mixed_requests
+from test_v2_runner import SETTINGS, Prompts, mixed_requests
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_kvcompress.attention.backend import StepPlanner
 from vllm_kvcompress.testing.checkpoints import TINY
 
+PICTURE = 25
 REQUESTS = slice(3)  # a picture, one without guidance in chunks, one with a negative prompt that comes later
 
 

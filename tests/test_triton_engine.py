@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from engine_process import V1, V2, EngineProcess
-from test_v2_runner import PICTURE, SETTINGS, Prompts, mixed_requests
+from test_v2_runner import SETTINGS, Prompts, mixed_requests
 
 from vllm_kvcompress.policy import PRESETS
 
+PICTURE = 25
 PREEMPT = (6, 16)  # steps at which all running pictures lose their blocks
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 ON_V1, MIXED = "line_ar", "decoupled"  # lengths, chunks, arrivals, guidance and a negative prompt mixed

@@ -18,7 +18,7 @@ from vllm_kvcompress.testing.tokenizer import BOI, BOS
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 ENGINES = ("stock", "tight", "full", "decoupled", "torch kernels")
-PICTURE, TEXT = 25, 12  # tokens drawn
+PICTURE, TEXT = 36, 12  # tokens drawn
 TEXT_REQUEST = 6  # comes after the pictures
 # K and V of one token, all layers, both branches, float32.
 TOKEN_BYTES = 2 * TINY.layers * 2 * TINY.kv_heads * (TINY.hidden // TINY.heads) * 4
@@ -92,7 +92,7 @@ def jobs(model: Path) -> list[dict[str, Any]]:
     alone = [{**crowd[-1], "at": 0}]
     text = {"ids": prompts.text(7), "params": {**GREEDY, "max_tokens": TEXT, "ignore_eos": True}, "at": 2}
     # Room for the prompts and a little, not for four pictures.
-    tight = {"block_size": 32, "kv_cache_memory_bytes": 6 * 32 * TOKEN_BYTES}
+    tight = {"block_size": 32, "kv_cache_memory_bytes": 5 * 32 * TOKEN_BYTES}
 
     def engine(name: str, waves: list[list[dict[str, Any]]], **args: Any) -> dict[str, Any]:
         return {"name": name, "args": {**SETTINGS, "model": str(model), **args}, "waves": waves}
@@ -116,7 +116,7 @@ def drawn(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """By runner, then by engine; the runners' processes run at once."""
     folder = tmp_path_factory.mktemp("runners")
-    engines = jobs(checkpoints["five-hf"])
+    engines = jobs(checkpoints["six-hf"])
     processes = {name: EngineProcess(folder / name, env, engines) for name, env in (("v1", V1), ("v2", V2))}
     return {name: process.finish() for name, process in processes.items()}
 
