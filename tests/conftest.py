@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,28 @@ if TYPE_CHECKING:
 # Tests must not depend on, nor leave anything in, the user's cache directory.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker, whatever it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+ENGINES = (
+    "test_triton_engine", "test_benchmark", "test_engine_full", "test_tensor_parallel",
+    "test_compressed_engine", "test_v2_runner", "test_triton_kernels", "test_bench_commands",
+    "test_cuda_graphs", "test_server", "test_data_parallel", "test_wheel", "test_quantised",
+    "test_triton_compile", "test_eval", "test_cli", "test_plugin", "test_compressed_server",
+    "test_eval_replay", "test_calibrate", "test_whole", "test_fit", "test_judge", "test_narrow_logits",
+    "test_compressed_config", "test_token_rows", "test_generation_defaults", "test_weights", "test_manager",
+)  # fmt: skip
+"""Modules that start engines, or take as long; the longest first, so that two workers end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark them, for ``make test-fast``, and put them first."""
+    place = {name: number for number, name in enumerate(ENGINES)}
+    for item in items:
+        if item.path.stem in place:
+            item.add_marker(pytest.mark.engine)
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,7 +48,11 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """``tiny-hf``, ``small-hf``, ``small-deepseek``, ``gqa-hf``: float32, random weights, seed 0."""
+    """``tiny-hf``, ``small-hf``, ``small-deepseek``, ``gqa-hf``: float32, random weights, seed 0.
+
+    ``six-hf``, ``five-hf`` and ``five-gqa-hf`` are the first and the last with fewer tokens a picture (6 x 6,
+    5 x 5), for interpreters.
+    """
     from vllm_kvcompress.testing.checkpoints import GQA, SMALL_24, TINY, make_checkpoint
 
     root = tmp_path_factory.mktemp("checkpoints")
@@ -35,6 +62,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("small-hf", "hf", SMALL_24),
         ("small-deepseek", "deepseek", SMALL_24),
         ("gqa-hf", "hf", GQA),
+        ("six-hf", "hf", replace(TINY, lines=6)),
+        ("five-hf", "hf", replace(TINY, lines=5)),
+        ("five-gqa-hf", "hf", replace(GQA, lines=5)),
     ):
         made[name] = make_checkpoint(root / name, layout=layout, geometry=geometry, seed=0)
     return made
@@ -44,7 +74,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def image_server(
     checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> "Iterator[Server]":
-    """``vllm serve`` of ``small-hf`` as a user starts it; needs no VLLM_PLUGINS."""
+    """``vllm serve`` of ``tiny-hf`` as a user starts it; needs no VLLM_PLUGINS."""
     from vllm_kvcompress.testing.server import Server
 
     assert "VLLM_PLUGINS" not in os.environ
@@ -53,5 +83,5 @@ def image_server(
         "--kv-cache-memory-bytes", str(2**29), "--enforce-eager",
     )  # fmt: skip
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with Server(checkpoints["small-hf"], log, args) as server:
+    with Server(checkpoints["tiny-hf"], log, args) as server:
         yield server

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 HERE = Path(__file__).parent
 LIMIT_S = 580
@@ -38,7 +39,8 @@ class EngineProcess:
         Environment variables beside this process's own.
     engines : sequence of mapping
         Each: ``name``; ``args`` of ``vllm.LLM``; ``waves``, lists of requests, each wave drawn to its end
-        before the next; ``preempt``, steps of a wave at which all running requests lose their blocks. A
+        before the next; ``preempt``, steps of a wave at which all running requests lose their blocks;
+        ``as_ranks``, the number of ranks that one process plans its heads for. A
         request: ``ids`` (prompt), ``params`` (of ``SamplingParams``), ``at`` (step of the wave at which it
         enters, default 0), ``abort`` (step at which it is given up, default never).
     script : str
@@ -69,8 +71,8 @@ class EngineProcess:
         -------
         dict
             By engine: ``waves``, for each a list of token ids per request (None if given up); ``runner``,
-            the module of its model runner; ``preempted``, how often a request lost its blocks; ``steps``
-            that finished requests took.
+            the module of its model runner; ``preempted``, how often a request lost its blocks; ``held``, for
+            each wave what its requests' ends reported.
         """
         try:
             code = self._process.wait(LIMIT_S)
@@ -92,12 +94,13 @@ def draw(
     requests: Sequence[Mapping[str, Any]],
     wave: int,
     preempt: Sequence[int] = (),
-    steps: list[int] | None = None,
+    held: list[Any] | None = None,
 ) -> list[list[int] | None]:
-    """Feed the requests to a running engine, step it until all are done; ``steps`` is told what each took."""
+    """Feed the requests to a running engine, step it until all are done; ``held`` gets their reports."""
     from vllm import SamplingParams
 
     drawn: dict[str, list[int]] = {}
+    reports: dict[str, Any] = {}
     names = [f"{wave}-{number}" for number in range(len(requests))]
     step, entered = 0, set()
     while len(entered) < len(requests) or engine.has_unfinished_requests():
@@ -113,10 +116,10 @@ def draw(
         for output in engine.step():
             if output.finished:
                 drawn[output.request_id] = list(output.outputs[0].token_ids)
-                report = (output.kv_transfer_params or {}).get("kv_cache")
-                if steps is not None and report:
-                    steps.append(report["steps"])
+                reports[output.request_id] = output.kv_transfer_params
         step += 1
+    if held is not None:
+        held.append([reports.get(name) for name in names])
     return [drawn.get(name) for name in names]
 
 
@@ -128,23 +131,33 @@ def run(engines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
     answers = {}
     for job in engines:
-        engine = LLM(**job["args"]).llm_engine
+        held: list[Any] = []
+        with _planned_for(job.get("as_ranks")):
+            engine = LLM(**job["args"]).llm_engine
         scheduler = engine.engine_core.engine_core.scheduler
         preempted = _count(scheduler, "_preempt_request")
-        steps: list[int] = []
         answers[job["name"]] = {
             "waves": [
-                draw(engine, requests, wave, job.get("preempt", ()), steps)
+                draw(engine, requests, wave, job.get("preempt", ()), held)
                 for wave, requests in enumerate(job["waves"])
             ],
             "runner": engine.collective_rpc(_runner)[0],
             "preempted": len(preempted),
-            "steps": steps,
+            "held": held,
         }
         engine.engine_core.shutdown()
         del engine, scheduler
         cleanup_dist_env_and_memory()
     return answers
+
+
+def _planned_for(ranks: int | None) -> Any:
+    """While engines start: head types as that many ranks would have them."""
+    from vllm_kvcompress.models import compression
+
+    assign = compression.assign if ranks is None else lambda *args: original(*args[:-1], ranks)
+    original = compression.assign
+    return mock.patch.object(compression, "assign", assign)
 
 
 def _count(owner: Any, method: str) -> list[None]:

@@ -13,6 +13,8 @@ import torch
 KERNELS = ("torch", "cpu")
 MEMORY = 8 << 20
 SET_NUM_THREADS = torch.set_num_threads  # vLLM's CPU worker replaces it by one that does nothing
+# vLLM collects garbage at every start and end, a second each time where many engines have run.
+NO_COLLECTION = mock.patch("gc.collect", return_value=0)
 SETTINGS: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 16, "seed": 0}
 
 
@@ -52,8 +54,9 @@ class Engine:
         """Stop every engine of the module."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        for engine in cls.started.values():
-            engine.core.model_executor.shutdown()  # the core's own also collects garbage, each time
+        with NO_COLLECTION:
+            for engine in cls.started.values():
+                engine.core.model_executor.shutdown()
         cls.started.clear()
         cleanup_dist_env_and_memory()
 
@@ -66,7 +69,8 @@ class Engine:
         self.section = {"window": 1, **settings.pop("kvcompress", {})}
         settings = {"kv_cache_memory_bytes": MEMORY, **SETTINGS, **settings}
         settings.setdefault("additional_config", {"kvcompress": self.section})
-        self.llm = LLM(str(model), attention_backend=backend, **settings)
+        with NO_COLLECTION:
+            self.llm = LLM(str(model), attention_backend=backend, **settings)
         torch.set_num_threads = SET_NUM_THREADS
         torch.set_num_threads(1)
         # One engine's end would take the process groups of all; they end together, in stop_all.

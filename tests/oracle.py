@@ -124,14 +124,19 @@ def world(preset: str, budget: float, raster: Raster, spatial: list[list[int]], 
     return World(rules, np.concatenate([kinds] * branches, 1), **geometry)
 
 
-def made_up_fit(raster: Raster, budget: float, heads: tuple[int, int], types: int = 6, seed: int = 0):
-    """A fit to losses that fall with the slots, each head in its own way."""
+def made_up_curves(raster: Raster, heads: tuple[int, int], seed: int = 0) -> LossCurves:
+    """Losses ``[layers, cache heads]`` that fall with the slots, each head in its own way."""
     candidates, rng = candidate_types(raster), np.random.default_rng(seed)
     slots = np.array([rule.capacity for rule in candidates])
     need, reach = rng.lognormal(0, 2, (*heads, 1)), rng.uniform(0.5, 4, (*heads, 1)) * raster.width
     losses = need * np.exp(-slots / reach) * rng.uniform(0.8, 1.2, (*heads, len(candidates)))
     losses[..., [not rule.evicts for rule in candidates]] = 0
-    return fit(LossCurves(candidates, losses), np.floor(budget * raster.tokens + 1e-9), types)
+    return LossCurves(candidates, losses)
+
+
+def made_up_fit(raster: Raster, budget: float, heads: tuple[int, int], types: int = 6, seed: int = 0):
+    """A fit to made-up losses."""
+    return fit(made_up_curves(raster, heads, seed), np.floor(budget * raster.tokens + 1e-9), types)
 
 
 @strategies.composite

@@ -64,12 +64,12 @@ def test_latency(model, tmp_path):
 @pytest.mark.parametrize("stream", [False, True])
 def test_serve(image_server, checkpoints, tmp_path, stream):
     words = command("serve", base_url=image_server.url, model=image_server.name, num_prompts=3,
-                    tokenizer=checkpoints["small-hf"], max_concurrency=2)  # fmt: skip
+                    tokenizer=checkpoints["tiny-hf"], max_concurrency=2)  # fmt: skip
     extra = ["--extra-body", '{"stream": true, "partial_images": 2}'] if stream else []
     out = run([*words, *extra, "--save-result", "--result-filename", "out.json"], tmp_path)
     result = json.loads((tmp_path / "out.json").read_text())
     assert (result["completed"], result["failed"]) == (3, 0)
-    assert result["total_output_tokens"] == 3 * 576
+    assert result["total_output_tokens"] == 3 * TINY.image_tokens
     assert result["request_throughput"] > 0
     assert "Request throughput (req/s):" in out
     assert 0 < result["mean_ttft_ms"] <= result["mean_e2el_ms"]

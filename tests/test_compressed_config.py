@@ -154,7 +154,12 @@ def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
     vq = SimpleNamespace(num_patches=24, channel_multiplier=[1, 1, 2, 2, 4])
     config = SimpleNamespace(
         additional_config={"kvcompress": section or {}},
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(vq_config=vq), dtype=torch.bfloat16),
+        model_config=SimpleNamespace(
+            hf_config=SimpleNamespace(
+                vq_config=vq, get_text_config=lambda: SimpleNamespace(num_key_value_heads=2)
+            ),
+            dtype=torch.bfloat16,
+        ),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=1,
             pipeline_parallel_size=1,
@@ -179,6 +184,7 @@ def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_defaults_pass(preset: str) -> None:
     check_conflicts(vllm_config({"preset": preset}))
+    check_conflicts(vllm_config({"preset": preset}, parallel_config__tensor_parallel_size=2))
     for dtype in ("bfloat16", "fp8", "fp8_e4m3"):
         check_conflicts(vllm_config({"preset": preset}, cache_config__cache_dtype=dtype))
 
@@ -195,7 +201,10 @@ def test_gpus_without_e4m3_take_no_8_bit_cache(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"parallel_config__tensor_parallel_size": 2}, r"tensor parallelism: set --tensor-parallel-size 1$"),
+        (
+            {"parallel_config__tensor_parallel_size": 4},
+            r"--tensor-parallel-size 4 and 2 KV heads: every rank needs as many; set it to a divisor of 2$",
+        ),
         ({"parallel_config__pipeline_parallel_size": 2}, r"parallelism: set --pipeline-parallel-size 1$"),
         ({"parallel_config__decode_context_parallel_size": 2}, r"context parallelism: set both .* to 1$"),
         ({"parallel_config__prefill_context_parallel_size": 2}, r"context parallelism: set both"),
@@ -401,15 +410,20 @@ def test_a_missing_profile_is_one_line(tmp_path: Path) -> None:
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             r"does not work with KV connectors: drop --kv-transfer-config",
         ),
-        ({}, {"tensor_parallel_size": 2}, r"tensor parallelism: set --tensor-parallel-size 1"),
     ],
-    ids=["typo", "budget", "fp8", "hybrid", "lora", "speculative", "connector", "tensor-parallel"],
+    ids=["typo", "budget", "fp8", "hybrid", "lora", "speculative", "connector"],
 )
 def test_an_engine_refuses_to_start(
     checkpoints: dict[str, Path], section: dict[str, Any], engine: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(ValueError, match=match):
         Engine(checkpoints["tiny-hf"], kvcompress=section, max_model_len=128, **engine)
+
+
+def test_an_engine_refuses_more_ranks_than_kv_heads(checkpoints: dict[str, Path]) -> None:
+    """vLLM itself would give several ranks the same head, whose scores no rank has whole."""
+    with pytest.raises(ValueError, match=r"--tensor-parallel-size 4 and 2 KV heads: .* a divisor of 2"):
+        Engine(checkpoints["gqa-hf"], max_model_len=128, tensor_parallel_size=4)
 
 
 def test_an_engine_refuses_a_profile_of_another_model(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from dense_janus import DenseHead, draw_dense
 from inprocess import KERNELS, Engine, in_process  # noqa: F401
 from oracle import draw as oracle_draw
+from oracle import made_up_curves
 from parity import load_reference
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -39,12 +40,14 @@ MIXED = [
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[list[int]]], str]:
-    """Writes a head profile: 1 stands for a spatial head."""
+    """Writes a head profile: 1 stands for a spatial head; its loss curves are made up, of the wide grid."""
 
     def write(spatial: list[list[int]]) -> str:
         path = tmp_path_factory.mktemp("profile") / "profile.json"
-        fields = {"model": "", "model_hash": "", "metric": "made up", "prompts_hash": ""}
         sizes = {"layers": len(spatial), "kv_heads": len(spatial[0]), "neighbourhood": 16, "threshold": 0.5}
+        curves = made_up_curves(Raster(24, 24), (len(spatial), 2 * len(spatial[0])))
+        fields = {"model": "", "model_hash": "", "metric": "made up", "prompts_hash": "", "format": 2,
+                  "head_size": 128, "dtype": "bfloat16", "curves": curves.dump()}  # fmt: skip
         scores = [[0.9 - 0.8 * head for head in row] for row in spatial]
         path.write_text(json.dumps(fields | sizes | {"scores": scores}))
         return str(path)
@@ -492,7 +495,7 @@ def test_memory_of_a_picture_as_allocated(
     wide: Path, stock_at_once: int, profile: Callable, preset: str, budget: float, bytes_ratio: float,
     pictures_ratio: float,
 ) -> None:  # fmt: skip
-    split = {"head_profile": profile([[0, 1, 0, 1]] * 4)} if preset == "decoupled" else {}
+    split = {"head_profile": profile([[0, 1, 0, 1]] * 4)} if preset in ("decoupled", "fitted") else {}
     engine = _wide_engine(wide, "kvcompress", preset=preset, budget=budget, **split)
     report = engine.outputs([_begun(engine, 575)], GREEDY)[0].kv_transfer_params[REPORT]
     image_bytes = (20 + 575) * 2 * 4 * 4 * 2 * 128 * 2

@@ -11,12 +11,13 @@ import pytest
 import torch
 from engine_process import V1, V2, EngineProcess
 from graph_process import SIZE, NoWaiting
-from test_v2_runner import PICTURE, SETTINGS, Prompts, mixed_requests
+from test_v2_runner import SETTINGS, Prompts, mixed_requests
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_kvcompress.attention.backend import StepPlanner
 from vllm_kvcompress.testing.checkpoints import TINY
 
+PICTURE = 25
 REQUESTS = slice(3)  # a picture, one without guidance in chunks, one with a negative prompt that comes later
 
 
@@ -29,7 +30,7 @@ def jobs(model: Path, kernels: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def drawn(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder, model = tmp_path_factory.mktemp("graphs"), checkpoints["tiny-hf"]
+    folder, model = tmp_path_factory.mktemp("graphs"), checkpoints["five-hf"]
     graph = EngineProcess(folder / "graph", V2, jobs(model, "triton"), script="graph_process.py")
     eager = EngineProcess(folder / "eager", V1, jobs(model, "torch"))
     return {name: process.finish()["fitted"] for name, process in (("eager", eager), ("graph", graph))}

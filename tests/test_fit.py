@@ -15,9 +15,9 @@ from vllm_kvcompress.heads.paged import (
     PREFIXES,
     TYPICAL_PREFIX,
     Pages,
-    _within,
     page_bytes,
     picture_bytes,
+    within,
 )
 from vllm_kvcompress.policy import MAX_TYPES, HeadRule, Raster
 
@@ -87,8 +87,10 @@ def made_up(geometry: str, seed: int = 0) -> LossCurves:
     return LossCurves(candidates, losses)
 
 
-@pytest.mark.parametrize("budget", [0.5, 0.2, 1 / 6, 0.1])
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(
+    ("geometry", "budget"),
+    [*(("1B", budget) for budget in (0.5, 0.2, 1 / 6, 0.1)), ("7B", 0.2), ("7B", 1 / 6)],
+)
 def test_pages_fit_and_a_picture_holds_little(geometry: str, budget: float) -> None:
     """Rounding, side state and unequal pages included, with a prompt of 20 tokens."""
     curves, slot = made_up(geometry), GEOMETRIES[geometry][2]
@@ -140,6 +142,7 @@ def test_the_conditional_branch_counts_twice() -> None:
 
 def test_the_smallest_budget_within_a_tolerance() -> None:
     curves = made_up("1B", 1)
+    curves = LossCurves(curves.candidates, curves.losses[:6])
     pages = Pages(512, 8)
     loose, tight = (smallest_budget(curves, tolerance, pages=pages) for tolerance in (1e-3, 1e-4))
     assert loose.mean_slots < tight.mean_slots
@@ -167,7 +170,7 @@ def test_heads_leave_full_types_at_the_least_cost(data: st.DataObject) -> None:
     losses = np.array([data.draw(row) for _ in range(heads)])
     choice = losses.argmin(1)
     most = np.array(data.draw(st.lists(st.integers(1, heads), min_size=kinds, max_size=kinds)))
-    found = _within(losses, choice, most)
+    found = within(losses, choice, most)
     allowed = [
         c for c in product(range(kinds), repeat=heads) if (np.bincount(c, minlength=kinds) <= most).all()
     ]

@@ -76,11 +76,18 @@ async def test_another_scheduler_reports_nothing() -> None:
     assert shown("silent") == expected("0", 0, 0, 0, 0, 0)
 
 
-@pytest.mark.parametrize(("ranks", "label"), [([3], "3"), ([0, 1], "all"), (None, "0")])
-def test_engine_label(ranks: list[int] | None, label: str) -> None:
-    name = f"ranks {label}"
-    CacheUsage(engine(name, ranks))
-    assert shown(name) == expected(label, 0, 0, 0, 0, 0)
+@pytest.mark.parametrize("ranks", [[3], [0, 1], None])
+async def test_every_engine_has_its_counters(ranks: list[int] | None) -> None:
+    """Data parallelism: each picture is counted where it was drawn."""
+    name = f"ranks {ranks}"
+    usage = CacheUsage(engine(name, ranks))
+    mine = ranks or [0]
+    nothing: dict[str, float] = {}
+    for rank in mine:
+        nothing |= expected(str(rank), 0, 0, 0, 0, 0)
+    assert shown(name) == nothing
+    await usage([picture(engine=mine[-1])])
+    assert shown(name) == nothing | expected(str(mine[-1]), 1, 10, 40, 3, 2)
 
 
 async def test_a_second_engine_of_the_process_leaves_them() -> None:
@@ -104,7 +111,9 @@ def test_several_api_servers_add_up(tmp_path: Path) -> None:
     """vLLM gives each of them a process, and Prometheus' files a folder."""
     code = (
         "import sys; from vllm_kvcompress.serving.metrics import PictureMetrics;"
-        "PictureMetrics('shared', '0').count(int(sys.argv[1]), 10, 40, {'spatial': 1});"
+        "from vllm_kvcompress.scheduler import CacheReport;"
+        "metrics = PictureMetrics('shared', [0]);"
+        "[metrics.count(CacheReport(10, 40, 1)) for _ in range(int(sys.argv[1]))];"
         "from prometheus_client import CollectorRegistry, generate_latest, multiprocess;"
         "registry = CollectorRegistry(); multiprocess.MultiProcessCollector(registry);"
         "print(generate_latest(registry).decode())"

@@ -18,7 +18,10 @@ from parity import transformers_greedy, transformers_pixels
 from PIL import Image
 from transformers import AutoTokenizer
 
-TOKENS, SIZE = 576, (384, 384)
+from vllm_kvcompress.testing.checkpoints import TINY
+
+TOKENS, SIZE = TINY.image_tokens, (TINY.image_size, TINY.image_size)
+SHOWN = f"{SIZE[0]}x{SIZE[1]}"
 PATH = "/v1/images/generations"
 
 
@@ -86,7 +89,7 @@ def test_a_picture_equals_transformers_pixel_for_pixel(client, checkpoints):
     """Prompt, tokenizer, guidance, drawing, decoding, file: all of it."""
     text = "A red bicycle leaning on a white wall"
     answer = draw(client, text, temperature=0, guidance_scale=5)
-    path = checkpoints["small-hf"]
+    path = checkpoints["tiny-hf"]
     prompt = AutoTokenizer.from_pretrained(path).encode(f"<|User|>: {text}\n\n<|Assistant|>:<begin_of_image>")
     expected = transformers_pixels(path, torch.tensor(transformers_greedy(path, [prompt])))[0].numpy()
     assert np.abs(rgb(answer.data[0].b64_json) - expected.astype(int)).max() <= 1
@@ -94,12 +97,12 @@ def test_a_picture_equals_transformers_pixel_for_pixel(client, checkpoints):
     assert (usage.input_tokens, usage.output_tokens) == (len(prompt), TOKENS)
     assert usage.total_tokens == len(prompt) + TOKENS
     assert usage.input_tokens_details.text_tokens == len(prompt)
-    assert (answer.output_format, answer.size) == ("png", "384x384")
+    assert (answer.output_format, answer.size) == ("png", SHOWN)
     assert abs(answer.created - time.time()) < 300
 
 
 def test_n_pictures_are_those_of_the_next_seeds(client, cat):
-    answer = draw(client, n=3, seed=0, size="384x384", response_format="b64_json", user="someone")
+    answer = draw(client, n=3, seed=0, size=SHOWN, response_format="b64_json", user="someone")
     assert len(answer.data) == 3
     assert len({picture.b64_json for picture in answer.data}) == 3
     assert answer.data[1].b64_json == cat
@@ -139,7 +142,7 @@ def test_stream_with_partial_pictures(client, cat):
     assert 1 <= len(partials) <= 3  # a busy decoder skips some
     assert last.type == "image_generation.completed"
     assert last.b64_json == cat
-    assert (last.usage.output_tokens, last.size) == (TOKENS, "384x384")
+    assert (last.usage.output_tokens, last.size) == (TOKENS, SHOWN)
     whole, before = rgb(cat), 0
     for event in partials:
         picture = rgb(event.b64_json)
@@ -147,7 +150,7 @@ def test_stream_with_partial_pictures(client, cat):
         drawn = int(np.argmax(grey))
         assert grey[drawn:].all()
         assert drawn % 16 == 0
-        assert before < drawn < 384
+        assert before < drawn < SIZE[1]
         before = drawn
         # The decoder sees below a line when the rest is there, so its last lines differ.
         assert np.abs(picture[: drawn // 2] - whole[: drawn // 2]).mean() < 60
@@ -248,7 +251,7 @@ async def test_sixteen_clients_draw_what_each_would_alone(image_server, client):
         assert png(client, **fields) == picture, fields
 
 
-@pytest.mark.parametrize(("calls", "fields"), [(8, {"n": 10}), (40, {"stream": True, "partial_images": 3})])
+@pytest.mark.parametrize(("calls", "fields"), [(40, {"n": 10}), (150, {"stream": True, "partial_images": 3})])
 async def test_a_client_that_leaves_frees_everything(image_server, client, http, cat, calls, fields):
     """Its requests are aborted, its blocks come back, and the server draws on.
 
@@ -300,7 +303,7 @@ def test_text_from_the_same_server(client, http):
     assert chat.usage.completion_tokens == 200
     ids = choice.token_ids
     assert len(ids) == 200
-    assert max(ids) < 1024  # text_vocab: no image token
+    assert max(ids) < TINY.text_vocab  # no image token
     assert "<begin_of_image>" not in "".join(step.token for step in choice.logprobs.content)
 
 
@@ -330,7 +333,7 @@ def test_a_prompt_that_ends_in_begin_of_image_draws_through_completions(client):
     answer = client.completions.create(model="janus", prompt=prompt, extra_body=extra)
     ids = answer.choices[0].token_ids
     assert len(ids) == TOKENS
-    assert min(ids) >= 1024
+    assert min(ids) >= TINY.text_vocab
     extra["vllm_xargs"] = {"guidance_scale": 1e300}
     with pytest.raises(openai.BadRequestError, match="guidance_scale must be a number from 0 to 100"):
         client.completions.create(model="janus", prompt=prompt, extra_body=extra)
@@ -347,7 +350,7 @@ def test_a_prompt_that_ends_in_begin_of_image_draws_through_completions(client):
 
 def test_the_log_names_the_model_and_holds_no_tracebacks(image_server, client, cat):
     log = image_server.log.read_text(errors="replace")
-    assert "Image model: 24 x 24 tokens a picture, 384 x 384 pixels, image ids from 1024." in log
+    assert "Image model: 8 x 8 tokens a picture, 128 x 128 pixels, image ids from 640." in log
     assert "Traceback" not in log
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from engine_process import V1, V2, EngineProcess
-from test_v2_runner import PICTURE, SETTINGS, Prompts, mixed_requests
+from test_v2_runner import SETTINGS, Prompts, mixed_requests
 
 from vllm_kvcompress.policy import PRESETS
 
-PREEMPT = (12, 40)  # steps at which all running pictures lose their blocks
+PICTURE = 25
+PREEMPT = (6, 16)  # steps at which all running pictures lose their blocks
+INTERPRETED = {"TRITON_INTERPRET": "1"}
 ON_V1, MIXED = "line_ar", "decoupled"  # lengths, chunks, arrivals, guidance and a negative prompt mixed
 Drawn = dict[str, dict[str, Any]]
 
@@ -43,19 +45,16 @@ def jobs(tiny: Path, gqa: Path, kernels: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def drawn(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drawn]:
-    folder, models = tmp_path_factory.mktemp("engines"), (checkpoints["tiny-hf"], checkpoints["gqa-hf"])
+    folder, models = tmp_path_factory.mktemp("engines"), (checkpoints["five-hf"], checkpoints["five-gqa-hf"])
     mine = jobs(*models, "triton")
-    on_v1 = [job for job in mine if job["name"] == ON_V1]
+    on_v1 = [{**job, "name": "v1"} for job in mine if job["name"] == ON_V1]
     processes = {
-        "triton": EngineProcess(folder / "triton", V2, mine[::2]),
-        "more triton": EngineProcess(folder / "more", V2, mine[1::2]),  # both cores of a small machine
-        "torch": EngineProcess(folder / "torch", V1, jobs(*models, "torch")),
-        "v1": EngineProcess(folder / "v1", V1 | {"TRITON_INTERPRET": "1"}, on_v1),
+        "triton": EngineProcess(folder / "triton", V2, mine),
+        "torch": EngineProcess(folder / "torch", V1 | INTERPRETED, [*jobs(*models, "torch"), *on_v1]),
     }
     found = {name: process.finish() for name, process in processes.items()}
     used = {name: process.log.count("kernels triton (interpreted)") for name, process in processes.items()}
-    assert used == {"triton": len(mine[::2]), "more triton": len(mine[1::2]), "torch": 0, "v1": 1}
-    found["triton"] |= found.pop("more triton")
+    assert used == {"triton": len(mine), "torch": len(on_v1)}
     return found
 
 
@@ -68,10 +67,9 @@ def test_tokens_of_the_reference(drawn: dict[str, Drawn], engine: str) -> None:
 
 
 def test_tokens_of_the_reference_on_v1(drawn: dict[str, Drawn]) -> None:
-    assert drawn["v1"][ON_V1]["waves"] == drawn["torch"][ON_V1]["waves"]
-    assert (
-        drawn["v1"][ON_V1]["runner"] == drawn["torch"][ON_V1]["runner"] == "vllm.v1.worker.cpu_model_runner"
-    )
+    found, reference = drawn["torch"]["v1"], drawn["torch"][ON_V1]
+    assert found["waves"] == reference["waves"]
+    assert found["runner"] == reference["runner"] == "vllm.v1.worker.cpu_model_runner"
 
 
 def test_presets_draw_different_pictures(drawn: dict[str, Drawn]) -> None:

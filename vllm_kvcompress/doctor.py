@@ -10,7 +10,7 @@ from pathlib import Path
 
 # What --attention-backend kvcompress refuses on every machine; models/vllm_config.py says it at start-up.
 REFUSED = (
-    "tensor parallelism", "pipeline parallelism", "context parallelism", "KV connectors", "LoRA",
+    "pipeline parallelism", "context parallelism", "KV connectors", "LoRA",
     "speculative decoding",
 )  # fmt: skip
 

@@ -26,7 +26,7 @@ REPORT = "kv_cache"  # key in RequestOutput.kv_transfer_params
 
 @dataclass(frozen=True)
 class CacheReport:
-    """KV memory of one request, counted from the blocks it held at its end.
+    """KV memory of one request on all ranks, counted from the blocks it held at its end.
 
     Parameters
     ----------
@@ -41,6 +41,8 @@ class CacheReport:
         Steps of the engine that have given the request tokens: one each, or fewer with windows.
     tokens : int
         Tokens drawn in them.
+    engine : int
+        Which of the data-parallel engines drew it.
     """
 
     resident_bytes: int
@@ -49,6 +51,7 @@ class CacheReport:
     evicted_semantic: int = 0
     steps: int = 0
     tokens: int = 0
+    engine: int = 0
 
 
 class ImageScheduler(AsyncScheduler):
@@ -151,8 +154,16 @@ class ImageScheduler(AsyncScheduler):
             name: round(sum(n * count for n, count in parts) / max(1, sum(n for n, _ in parts)))
             for name, parts in evicted.items()
         }
-        steps = self._steps.get(request.request_id, 0)
-        return CacheReport(resident, full, **means, steps=steps, tokens=request.num_output_tokens)
+        parallel = self.vllm_config.parallel_config
+        ranks = parallel.tensor_parallel_size  # what one holds, each holds
+        return CacheReport(
+            ranks * resident,
+            ranks * full,
+            **means,
+            steps=self._steps.get(request.request_id, 0),
+            tokens=request.num_output_tokens,
+            engine=parallel.data_parallel_index,
+        )
 
     def _prefix(self, request: Request) -> int:
         """Tokens before the first image token."""

@@ -4,6 +4,10 @@ from typing import Any
 
 import torch
 
+from vllm_kvcompress.log import logger_for
+
+logger = logger_for(__name__)
+
 
 def kvcompress_decode_image(self: Any, codes: list[int]) -> tuple[int, int, bytes] | None:
     """Pixels of the lines drawn so far.
@@ -34,6 +38,7 @@ def kvcompress_decode_images(self: Any, pictures: list[list[int]]) -> list[tuple
     and by one in float32, and the same seed is to draw the same file in any company.
     """
     decoded = (kvcompress_decode_image(self, codes) for codes in pictures)
+    logger.debug("Decoding %d pictures on rank %d", len(pictures), self.rank)
     return None if self.rank != 0 else [pixels for pixels in decoded if pixels is not None]
 
 

@@ -29,7 +29,7 @@ class CacheLayout:
     dtype : torch.dtype
         Of K and V.
     summary : str
-        What was decided, for the start-up log.
+        What was decided, for the start-up log; empty on ranks that leave it to the first to say.
     """
 
     types: tuple[tuple[int, ...], ...]

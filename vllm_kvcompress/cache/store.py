@@ -136,7 +136,7 @@ class CompressedCache(nn.Module):
         self._all_layers[kind] = HeadType(pages, rule, all_index, empty)
         self._step = ()
         if len(self._types) == len(layout.rules):
-            self._line = f"{layout.summary}; {at_once(layout, kv_cache.shape[0])}"
+            self._line = layout.summary and f"{layout.summary}; {at_once(layout, kv_cache.shape[0])}"
             if kv_cache.device.type != "cuda":
                 self._say()
 

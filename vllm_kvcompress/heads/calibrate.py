@@ -66,6 +66,8 @@ class Subject:
         ``recorder.residual(hidden)``, where there is such a method, sees the stream after each.
     output_weight : callable
         layer -> ``[hidden, query heads * head_size]``.
+    agree : callable
+        Drawn ids ``[n]`` -> those of the first rank: all ranks draw the same picture.
     """
 
     layers: int
@@ -78,6 +80,7 @@ class Subject:
     forward: Callable[[Tensor, Tensor], None]
     recording: Callable[[Any], AbstractContextManager]
     output_weight: Callable[[int], Tensor]
+    agree: Callable[[Tensor], Tensor] = lambda ids: ids
 
 
 @dataclass
@@ -188,6 +191,7 @@ def draw_full(
         for full.step in range(steps):
             logits = subject.step(ids, torch.full_like(ids, full.step))
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator).flatten()
+            drawn = subject.agree(drawn)
             given = [p[full.step + 1] if full.step + 1 < len(p) else -1 for p in prompts]
             forced = torch.tensor(given, device=device)
             ids = torch.where(forced >= 0, forced, drawn)

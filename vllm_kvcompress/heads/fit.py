@@ -6,23 +6,22 @@ programme solves it exactly; sets are ruled out by their Lagrangian bound. The p
 draw pages of one size from one pool) is met afterwards by the cheapest changes of type.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import product
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_kvcompress.heads.curves import LossCurves
-from vllm_kvcompress.heads.paged import Pages, to_pages
+from vllm_kvcompress.heads.paged import Paged, Pages, to_pages
+from vllm_kvcompress.heads.ranks import grouped, least_of_each, own_heads, rank_of_heads, resettled
+from vllm_kvcompress.heads.sets import Sets
 from vllm_kvcompress.policy import MAX_TYPES, HeadRule, Policy, Raster
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 SplitPages = Callable[[int, int, Callable[[int, int], tuple[int, int]]], tuple[tuple[int, int], int]]
 _LESS = (0.0, 0.003, 0.006, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)  # of the budget, to make room for pages
-_MOST_NODES = 50_000  # of the search among sets of types
 _MOST_STATES = 60_000  # of the dynamic programme; finer budgets are rounded
 
 
@@ -60,9 +59,18 @@ class Assignment:
         """Image slots per head, mean over the heads."""
         return float(np.dot(self.counts, [rule.capacity for rule in self.rules]) / self.types.size)
 
+    def of_rank(self, rank: int, ranks: int) -> "Assignment":
+        """Its own heads of one made for ``ranks`` ranks; every rank has as many of each type."""
+        return replace(self, types=own_heads(self.types, rank, ranks))
+
 
 def by_threshold(
-    policy: Policy, raster: Raster, spatial: NDArray[np.bool_], margin: Floats, pages: SplitPages
+    policy: Policy,
+    raster: Raster,
+    spatial: NDArray[np.bool_],
+    margin: Floats,
+    pages: SplitPages,
+    ranks: int = 1,
 ) -> Assignment:
     """The papers' two types from a locality threshold; both branches of a head have one type.
 
@@ -73,32 +81,37 @@ def by_threshold(
     spatial : array
         ``[layers, kv_heads]`` bool.
     margin : array
-        ``[layers, kv_heads]``: how far a head is from the threshold; the nearest change type first where
+        ``[layers, kv_heads]``: score less threshold; the nearest to the threshold change type first where
         the pages do not fit.
     pages : callable
         (spatial heads, semantic heads, capacities) -> (heads of each after moving, heads moved), as
         `vllm_kvcompress.cache.plan.split_pages`.
+    ranks : int
+        Of tensor parallelism: each gets its share of the spatial heads, those of least margin among its own.
     """
     branches = 2
-    spatial = spatial.copy()
 
     def capacities(ring: int, scored: int) -> tuple[int, int]:
         rules = policy.rules(raster, ring, scored)
         return tuple(rule.capacity if rule else 0 for rule in rules)  # type: ignore[return-value]
 
-    number = branches * int(spatial.sum())
-    heads, moved = pages(number, branches * spatial.size - number, capacities)
-    change = abs(moved) // branches
-    candidates = np.flatnonzero(spatial.ravel() if moved > 0 else ~spatial.ravel())
-    nearest = candidates[np.argsort(np.abs(margin.ravel()[candidates]), kind="stable")][:change]
-    spatial.ravel()[nearest] = moved < 0
+    total, mine = int(spatial.sum()), spatial.size // ranks
+    share = round(total / ranks)
+    if 0 < total < spatial.size:  # a type that there is stays, where a rank has heads for both
+        share = min(max(share, 1), max(1, mine - 1))
+    heads, moved = pages(branches * share, branches * (mine - share), capacities)
+    if ranks > 1 or moved:
+        # Those that are spatial already come before those that are not, whatever the margins say.
+        spatial = least_of_each(np.where(spatial, margin, margin + 4), heads[0] // branches, ranks)
     ring, scored = policy.rules(raster, *heads)
     rules = tuple(rule for rule in (ring, scored) if rule is not None)
     kinds = np.where(spatial, 0, len(rules) - 1)
-    return Assignment(rules, np.concatenate([kinds, kinds], 1), moved=moved // branches)
+    return Assignment(rules, np.concatenate([kinds, kinds], 1), moved=ranks * moved // branches)
 
 
-def fit(curves: LossCurves, budget: float, types: int = MAX_TYPES, pages: Pages | None = None) -> Assignment:
+def fit(
+    curves: LossCurves, budget: float, types: int = MAX_TYPES, pages: Pages | None = None, ranks: int = 1
+) -> Assignment:
     """The assignment of least predicted loss.
 
     Parameters
@@ -111,6 +124,8 @@ def fit(curves: LossCurves, budget: float, types: int = MAX_TYPES, pages: Pages 
     pages : Pages, optional
         Bytes of a slot: the counts are then such that pages of one size fit all types. A fit for a slightly
         smaller budget makes room for what pages waste; a model of few heads may end with fewer types.
+    ranks : int
+        Of tensor parallelism: each gets as many heads of every type, and the pages fit one rank's.
 
     Raises
     ------
@@ -124,13 +139,17 @@ def fit(curves: LossCurves, budget: float, types: int = MAX_TYPES, pages: Pages 
             f"budget: {budget:g} slots per head, the smallest head type needs {slots.min()}; set budget to "
             f"at least {share:g}"
         )
+    groups = np.arange(len(losses))[:, None]
+    if ranks > 1:
+        _, price = Sets(losses, slots, budget, len(slots)).bound(range(len(slots)))
+        layers, heads, _ = curves.losses.shape
+        groups = grouped(losses, slots, price, rank_of_heads(layers, heads, ranks))
+    together = losses[groups].sum(1)
     for number in range(min(types, len(slots)), 0, -1):
-        chosen, choice = _best_set(losses, slots, budget, number)
-        if pages is None:
-            return _assignment(curves, chosen[choice])
-        found = _paged(curves, chosen, choice, budget, pages)
+        chosen, choice = _best_set(together, slots, budget, number)
+        found = _paged(curves.candidates, together, chosen, choice, budget, pages)
         if found is not None:
-            return found
+            return _assignment(curves, groups, *found)
     raise AssertionError("pages of a single type always fit")
 
 
@@ -156,7 +175,7 @@ def predict(curves: LossCurves, budget: float, types: int = MAX_TYPES) -> float:
 
 
 def smallest_budget(
-    curves: LossCurves, tolerance: float, types: int = MAX_TYPES, pages: Pages | None = None
+    curves: LossCurves, tolerance: float, types: int = MAX_TYPES, pages: Pages | None = None, ranks: int = 1
 ) -> Assignment:
     """The fit of the smallest budget, in quarters of a line, whose predicted loss is within ``tolerance``."""
     first = curves.candidates[0]
@@ -169,38 +188,46 @@ def smallest_budget(
             high = middle
         else:
             low = middle + 1
-    found = fit(curves, budgets[high], types, pages)
+    found = fit(curves, budgets[high], types, pages, ranks)
     while found.loss is not None and found.loss > tolerance:  # what pages cost comes on top
         high += 1
-        found = fit(curves, budgets[high], types, pages)
+        found = fit(curves, budgets[high], types, pages, ranks)
     return found
 
 
-def _assignment(curves: LossCurves, choice: Ints) -> Assignment:
-    """From a candidate for every head, ``[layers * 2 * kv_heads]``; types in the candidates' order."""
-    used = np.unique(choice)
-    layers, heads, _ = curves.losses.shape
-    types = np.searchsorted(used, choice).reshape(layers, heads)
-    loss = float(curves.weighted[np.arange(len(choice)), choice].mean())
-    return Assignment(tuple(curves.candidates[n] for n in used), types, loss)
+def _assignment(curves: LossCurves, groups: Ints, columns: Ints, found: Paged) -> Assignment:
+    """Types of all heads from those of ``groups [groups, ranks]``; ``columns``: the types' candidates."""
+    losses = curves.weighted[:, columns]
+    settled = found.choice if groups.shape[1] == 1 else resettled(losses, found.choice, groups)
+    loss = float(losses[np.arange(len(losses)), settled].mean())
+    types = settled.reshape(curves.losses.shape[:2])
+    return Assignment(found.rules, types, loss, page_tokens=found.tokens or None)
 
 
-def _paged(curves: LossCurves, chosen: Ints, choice: Ints, budget: float, pages: Pages) -> Assignment | None:
-    """The nearest assignment whose pages fit, of this budget or a little less; None where none does."""
-    losses, layers_heads = curves.weighted, curves.losses.shape[:2]
+def _paged(
+    candidates: Sequence[HeadRule], losses: Floats, chosen: Ints, choice: Ints, budget: float,
+    pages: Pages | None,
+) -> tuple[Ints, Paged] | None:  # fmt: skip
+    """(candidates of the types, the assignment): the nearest whose pages fit; None where none does.
+
+    It is of this budget or a little less. Types are in the candidates' order.
+    """
+    slots = np.array([rule.capacity for rule in candidates])[chosen]
     for less in _LESS:
         if less:
             smaller = budget * (1 - less)
-            if curves.slots[chosen].min() > smaller:
+            if slots.min() > smaller:
                 continue
-            _, choice = knapsack(losses[:, chosen], curves.slots[chosen], smaller)
+            _, choice = knapsack(losses[:, chosen], slots, smaller)
         used = np.unique(choice)
         columns = chosen[used]
-        rules = [curves.candidates[n] for n in columns]
-        found = to_pages(losses[:, columns], np.searchsorted(used, choice), rules, budget, pages)
+        rules = tuple(candidates[n] for n in columns)
+        places = np.searchsorted(used, choice)
+        if pages is None:
+            return columns, Paged(places, rules, (), 0.0)
+        found = to_pages(losses[:, columns], places, rules, budget, pages)
         if found is not None:
-            types = found.choice.reshape(layers_heads)
-            return Assignment(found.rules, types, found.loss / len(losses), page_tokens=found.tokens)
+            return columns, found
     return None
 
 
@@ -244,98 +271,3 @@ def knapsack(losses: Floats, slots: Ints, budget: float) -> tuple[float, Ints]:
         choice[head] = chosen[head, state]
         state -= cost[choice[head]]
     return float(losses[np.arange(heads), choice].sum()), choice
-
-
-class Sets:
-    """Sets of candidate types, compared by their Lagrangian bound.
-
-    At any price of a slot, the sum over heads of the least (loss + price * slots), less what the budget is
-    worth, is no more than what any assignment within the set loses; the best price gives the bound.
-    """
-
-    def __init__(self, losses: Floats, slots: Ints, budget: float, size: int) -> None:
-        self.losses, self.slots, self.size = losses, slots, size
-        self.total = budget * len(losses)
-        self.budget = budget
-        self.best = np.inf  # what is reached already
-
-    def bound(self, chosen: Sequence[int], tolerance: float = 1e-3) -> tuple[float, float]:
-        """(bound, price): the dual function is concave, so a search by thirds finds its top."""
-        losses, slots = self.losses[:, chosen], self.slots[list(chosen)]
-
-        def value(log_price: float) -> float:
-            price = np.exp(log_price)
-            return float((losses + price * slots).min(1).sum() - price * self.total)
-
-        low, high = self._log_prices
-        while high - low > tolerance:
-            one, two = low + (high - low) / 3, high - (high - low) / 3
-            if value(one) < value(two):
-                low = one
-            else:
-                high = two
-        top = (low + high) / 2
-        return max(value(top), float(losses.min(1).sum())), float(np.exp(top))
-
-    @property
-    def _goal(self) -> float:
-        return self.best * (1 - 1e-9)
-
-    @cached_property
-    def _log_prices(self) -> tuple[float, float]:
-        """Logarithms of prices below and above which nothing changes."""
-        gain = float(np.ptp(self.losses)) or 1.0
-        return np.log(gain) - 30.0, np.log(gain) + 1.0
-
-    def climb(self) -> list[int]:
-        """A good set: from evenly spread candidates, exchanged one at a time while the bound falls."""
-        number = len(self.slots)
-        chosen = sorted({round(n) for n in np.linspace(0, number - 1, self.size)})
-        smallest = int(self.slots.argmin())
-        if self.slots[chosen].min() > self.budget:
-            chosen[0] = smallest
-        best, _ = self.bound(chosen, 0.05)
-        while True:
-            options = []
-            for out, into in product(chosen, set(range(number)) - set(chosen)):
-                other = sorted({*chosen, into} - {out})
-                if self.slots[other].min() <= self.budget:
-                    options.append((self.bound(other, 0.05)[0], other))
-            if not options or min(options)[0] >= best:
-                return chosen
-            best, chosen = min(options)
-
-    def better(self, near: Sequence[int]) -> Iterator[list[int]]:
-        """Every set whose bound is below ``best``, which may fall while this goes on: branch and bound.
-
-        Bounds are taken at prices around the best one of the set ``near``.
-
-        It ends early, the set found so far being nearly as good as any, after `_MOST_NODES` steps.
-        """
-        steps = 0
-        number = len(self.slots)
-        _, price = self.bound(near)
-        prices = price * np.array([0.6, 0.8, 1.0, 1.25, 1.6])
-        priced = self.losses + prices[:, None, None] * self.slots  # [prices, heads, candidates]
-        worth = prices * self.total
-        rest = np.minimum.accumulate(priced[..., ::-1], -1)[..., ::-1]  # of this candidate and those after
-
-        def grow(chosen: list[int], least: Floats) -> Iterator[list[int]]:
-            nonlocal steps
-            start, missing = (chosen[-1] + 1 if chosen else 0), self.size - len(chosen)
-            for n in range(start, number - missing + 1):
-                steps += 1
-                if steps > _MOST_NODES:
-                    return
-                if (np.minimum(least, rest[..., n]).sum(1) - worth).max() >= self._goal:
-                    return  # nothing from here on is better, nor is less of it
-                one, now = [*chosen, n], np.minimum(least, priced[..., n])
-                if missing > 1:
-                    yield from grow(one, now)
-                elif (
-                    self.slots[one].min() <= self.budget
-                    and (now.sum(1) - worth).max() < self._goal > (self.bound(one)[0])
-                ):
-                    yield one
-
-        yield from grow([], np.full(priced.shape[:2], np.inf))

@@ -95,7 +95,7 @@ def to_pages(
     slots = np.array([rule.capacity for rule in rules])
     best: Paged | None = None
     for tokens, most in _page_sizes(counts, slots, weights):
-        moved = _within(losses, choice, most)
+        moved = within(losses, choice, most)
         if moved is None:
             continue
         now = np.bincount(moved, minlength=len(rules))
@@ -171,7 +171,7 @@ def _fits(counts: Ints, slots: Ints, tokens: Ints, weights: Ints, budget: float,
     )
 
 
-def _within(losses: Floats, choice: Ints, most: Ints) -> Ints | None:
+def within(losses: Floats, choice: Ints, most: Ints) -> Ints | None:
     """The least costly assignment near ``choice`` with at most ``most`` heads of each type.
 
     Successive shortest paths over the types: one head at a time leaves a type that has too many, by the chain

@@ -5,6 +5,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm import envs
 
@@ -41,6 +42,8 @@ def provide_profile(
     measure: Callable[[], HeadProfile],
     usable: Callable[[HeadProfile], bool] = lambda profile: True,
     again: bool = False,
+    agree: Callable[[Any], Any] = lambda value: value,
+    first: bool = True,
 ) -> HeadProfile:
     """The profile to choose head types by.
 
@@ -55,6 +58,11 @@ def provide_profile(
         Whether a cached profile will do: another version may have left it. A named one is taken as it is.
     again : bool
         With ``auto``, measure even if a profile is in the cache.
+    agree : callable
+        A value -> the first rank's: where several processes serve one model, one of them reads and writes,
+        and all measure or none.
+    first : bool
+        Whether this process is that one.
 
     Raises
     ------
@@ -63,14 +71,25 @@ def provide_profile(
         one, or with the cache, is a warning.
     """
     if source != AUTO:
-        profile = HeadProfile.load(source)
-        mark.check(profile)
-        return profile
+        named = agree(_named(source, mark) if first else None)
+        if isinstance(named, ValueError):
+            raise named
+        return named
     path = cache_directory() / f"{mark.name}-{mark.fingerprint}.json"
-    if not again and (cached := _cached(path, mark)) is not None and usable(cached):
-        logger.info("Head profile: %s", path)
+    cached = _cached(path, mark) if first and not again else None
+    cached = agree(cached if cached is not None and usable(cached) else None)
+    if cached is not None:
+        if first:
+            logger.info("Head profile: %s", path)
         return cached
     profile = measure()
+    if first:
+        _keep(profile, path)
+    return profile
+
+
+def _keep(profile: HeadProfile, path: Path) -> None:
+    """Leave it for the next start, if that can be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _check_private(path.parent)
@@ -79,6 +98,15 @@ def provide_profile(
         logger.warning("Head profile calibrated; not kept for the next start: %s", error)
     else:
         logger.info("Head profile calibrated, kept in %s", path)
+
+
+def _named(source: str, mark: ModelMark) -> HeadProfile | ValueError:
+    """The profile of a file, or what is wrong with it, which all ranks are to say."""
+    try:
+        profile = HeadProfile.load(source)
+        mark.check(profile)
+    except ValueError as error:
+        return error
     return profile
 
 

@@ -28,6 +28,7 @@ from vllm_kvcompress.heads.paged import Pages
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.heads.provide import ModelMark, provide_profile
 from vllm_kvcompress.log import logger_for
+from vllm_kvcompress.models.ranks import Ranks
 from vllm_kvcompress.policy import AUTO, Raster
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ SPATIAL_SHARE = 1 / 4  # docs/quality.md: with a third or half of the heads spat
 
 @last_word.heard()
 def plan_cache(vllm_config: "VllmConfig", model: "JanusForImageGeneration") -> tuple[CacheLayout, Kernels]:
-    """Decide head types, rules, pages and kernels. Raises ValueError, one line."""
-    config = parse_config(vllm_config.additional_config)
+    """Decide head types, rules, pages and kernels of this rank's heads. Raises ValueError, one line."""
+    config, ranks = parse_config(vllm_config.additional_config), Ranks.of_engine()
     shape = shape_of(model)
     text = model.config.get_text_config()
     narrow = vllm_config.cache_config.cache_dtype in FP8
@@ -56,9 +57,12 @@ def plan_cache(vllm_config: "VllmConfig", model: "JanusForImageGeneration") -> t
     def profile() -> HeadProfile:
         return profile_of(config, vllm_config, model)
 
-    assignment = assign(config, model.image.raster, shape, dtype, profile)
-    layout = plan_layout(assignment, shape, dtype)
-    return replace(layout, summary=_summary(config, assignment, layout, kernels)), kernels
+    assignment = assign(config, model.image.raster, shape, dtype, profile, ranks.number)
+    own = replace(shape, kv_heads=shape.kv_heads // ranks.number)
+    layout = plan_layout(assignment.of_rank(ranks.mine, ranks.number), own, dtype)
+    if ranks.first:
+        layout = replace(layout, summary=_summary(config, assignment, layout, kernels, ranks))
+    return layout, kernels
 
 
 def shape_of(model: "JanusForImageGeneration") -> ModelShape:
@@ -74,15 +78,19 @@ def assign(
     shape: ModelShape,
     dtype: torch.dtype,
     profile: Callable[[], HeadProfile],
+    ranks: int = 1,
 ) -> Assignment:
-    """A head type for every cache head; ``profile`` is asked for one where the preset needs it."""
+    """A head type for every cache head of all ranks, as many of each on every rank.
+
+    ``profile`` is asked for one where the preset needs it.
+    """
     policy = config.policy
     if policy.types == "fitted":
         curves = profile().loss_curves
         _check_grid(curves, raster)
         if policy.budget == AUTO:
-            return smallest_budget(curves, config.tolerance, config.max_types, pages_of(shape, dtype))
-        return fit(curves, policy.slots(raster), config.max_types, pages_of(shape, dtype))
+            return smallest_budget(curves, config.tolerance, config.max_types, pages_of(shape, dtype), ranks)
+        return fit(curves, policy.slots(raster), config.max_types, pages_of(shape, dtype), ranks)
     heads = (shape.layers, shape.kv_heads)
     if policy.types == "profile":
         measured = profile()
@@ -90,7 +98,7 @@ def assign(
         spatial, margin = measured.head_types(config.threshold), np.array(measured.scores) - threshold
     else:
         spatial, margin = np.full(heads, policy.types == "spatial"), np.zeros(heads)
-    return by_threshold(policy, raster, spatial, margin, split_pages)
+    return by_threshold(policy, raster, spatial, margin, split_pages, ranks)
 
 
 def _check_grid(curves: LossCurves, raster: Raster) -> None:
@@ -109,9 +117,11 @@ def profile_of(
     shape = shape_of(model)
     name = Path(vllm_config.model_config.model).name
     mark = ModelMark(name, model.fingerprint, shape.layers, shape.kv_heads)
+    ranks = Ranks.of_engine()
     return provide_profile(
-        config.head_profile, mark, lambda: calibrate(vllm_config, model), _of_this_version, config.recalibrate
-    )
+        config.head_profile, mark, lambda: calibrate(vllm_config, model), _of_this_version,
+        config.recalibrate, ranks.agree, ranks.first,
+    )  # fmt: skip
 
 
 def _of_this_version(profile: HeadProfile) -> bool:
@@ -143,9 +153,9 @@ def calibrate(
     from vllm_kvcompress.models.prompt import image_prompt_ids
 
     tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
-    raster, shape = model.image.raster, shape_of(model)
+    raster, shape, ranks = model.image.raster, shape_of(model), Ranks.of_engine()
     candidates = candidate_types(raster)
-    with _Bar() as bar:
+    with _Bar(ranks.first) as bar:
         scores, losses = measure(
             subject_of(vllm_config, model),
             lambda text: image_prompt_ids(tokenizer, model.image, text),
@@ -153,6 +163,9 @@ def calibrate(
             candidates,
             bar,
         )
+    # [ranks, layers, heads of the rank] and [ranks, layers, 2, heads of the rank, candidates]: all heads.
+    scores = ranks.gather(scores).transpose(0, 1).flatten(1)
+    losses = ranks.gather(losses.unflatten(1, (2, -1))).permute(1, 2, 0, 3, 4).flatten(1, 3)
     return HeadProfile(
         format=2,
         model=Path(vllm_config.model_config.model).name,
@@ -173,6 +186,9 @@ def calibrate(
 class _Bar:
     """A progress bar over drawing, then measuring; its clock starts with the first step that is done."""
 
+    def __init__(self, shown: bool = True) -> None:
+        self._shown = shown
+
     def __enter__(self) -> "_Bar":
         self._bar: tqdm | None = None
         self._what = ""
@@ -187,7 +203,9 @@ class _Bar:
             self.__exit__()
             self._what = what
             label = {"drawing": "Calibrating: drawing", "measuring": "Calibrating: measuring heads"}[what]
-            self._bar = tqdm(desc=label, total=total, initial=done, unit="step", leave=False)
+            self._bar = tqdm(
+                desc=label, total=total, initial=done, unit="step", leave=False, disable=not self._shown
+            )
             return
         assert self._bar is not None
         self._bar.update(done - self._bar.n)
@@ -197,7 +215,8 @@ def subject_of(vllm_config: "VllmConfig", model: "JanusForImageGeneration") -> S
     """The model as calibration sees it; its forward runs as written, not compiled."""
     from vllm.forward_context import set_forward_context
 
-    shape, device = shape_of(model), next(model.parameters()).device
+    shape, ranks = shape_of(model), Ranks.of_engine()
+    device = next(model.parameters()).device
     layers: Any = model.language_model.layers
 
     def forward(ids: Tensor, positions: Tensor) -> None:
@@ -228,7 +247,7 @@ def subject_of(vllm_config: "VllmConfig", model: "JanusForImageGeneration") -> S
 
     return Subject(
         layers=shape.layers,
-        kv_heads=shape.kv_heads,
+        kv_heads=shape.kv_heads // ranks.number,
         head_size=shape.head_size,
         raster=model.image.raster,
         dtype=model.dtype,
@@ -237,6 +256,7 @@ def subject_of(vllm_config: "VllmConfig", model: "JanusForImageGeneration") -> S
         forward=forward,
         recording=recording,
         output_weight=lambda layer: _weight_of(layers[layer].self_attn.o_proj, model.dtype, device),
+        agree=ranks.agree_on,
     )
 
 
@@ -255,7 +275,9 @@ def pages_of(shape: ModelShape, dtype: torch.dtype) -> Pages:
     return Pages(plain, slot_bytes(shape.head_size, dtype, scores=True) - plain)
 
 
-def _summary(config: CompressionConfig, assignment: Assignment, layout: CacheLayout, kernels: Kernels) -> str:
+def _summary(
+    config: CompressionConfig, assignment: Assignment, layout: CacheLayout, kernels: Kernels, ranks: Ranks
+) -> str:
     moved = assignment.moved
     fits = f"; {abs(moved)} heads made {'semantic' if moved > 0 else 'spatial'} to fit" if moved else ""
     budget = (
@@ -263,7 +285,8 @@ def _summary(config: CompressionConfig, assignment: Assignment, layout: CacheLay
     )
     loss = "" if assignment.loss is None else f"; predicted loss {assignment.loss:.2g}"
     shown = budget if isinstance(budget, str) else f"{budget:g}"
+    each = f"on each of {ranks.number} ranks " if ranks.number > 1 else ""
     return (
-        f"kvcompress: preset {config.preset}, budget {shown}; {describe(layout)}{fits}{loss}; "
+        f"kvcompress: preset {config.preset}, budget {shown}; {each}{describe(layout)}{fits}{loss}; "
         f"kernels {kernels.name}"
     )

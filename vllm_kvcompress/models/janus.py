@@ -21,7 +21,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinea
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_kvcompress import last_word
@@ -154,6 +154,8 @@ class JanusForImageGeneration(nn.Module):
     guidance scale in two columns (``TEXT_ROW`` where the next token is text), which is how
     ``compute_logits``, which sees nothing but hidden rows, knows what to do with each of them.
     """
+
+    packed_modules_mapping = LlamaForCausalLM.packed_modules_mapping  # what quantisers name apart
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()

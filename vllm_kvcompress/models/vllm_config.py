@@ -128,8 +128,13 @@ def check_conflicts(vllm_config: "VllmConfig") -> None:
         profile = HeadProfile.load(config.head_profile)  # its model is compared when the weights are there
         if config.policy.types == "fitted":
             profile.loss_curves  # noqa: B018 - raises where there are none
+    kv_heads = vllm_config.model_config.hf_config.get_text_config().num_key_value_heads
     refused = (
-        (parallel.tensor_parallel_size > 1, "tensor parallelism: set --tensor-parallel-size 1"),
+        (
+            kv_heads % parallel.tensor_parallel_size > 0,
+            f"--tensor-parallel-size {parallel.tensor_parallel_size} and {kv_heads} KV heads: every rank "
+            f"needs as many; set it to a divisor of {kv_heads}",
+        ),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set --pipeline-parallel-size 1"),
         (
             max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,

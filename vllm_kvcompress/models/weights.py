@@ -6,11 +6,12 @@ clear line. Names: transformers' convert_janus_weights_to_hf.py, read in both di
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_kvcompress.models.vq import VQDecoder, vq_name
 
@@ -30,6 +31,14 @@ _RENAME = (
 _SKIP = re.compile(r"^(?:model\.)?(?:vision_model|aligner)\.|rotary_emb\.inv_freq$")
 _VQ = re.compile(r"^(?:model\.vqmodel|gen_vision_model)\.")
 _FLOW = re.compile(r"^vision_gen_(?:enc|dec)_")
+# vLLM's layers of a decoder layer, and the checkpoint's that each holds.
+_LINEAR = re.compile(r"^language_model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.")
+_FUSED = {
+    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "self_attn.o_proj": ("o_proj",),
+    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
+    "mlp.down_proj": ("down_proj",),
+}
 _SAMPLED = 4096  # numbers of a tensor that its fingerprint looks at
 
 
@@ -104,10 +113,20 @@ class Ledger:
         The checkpoint's, of either layout.
     vq : VQDecoder, optional
         Checks the VQ model's tensors too; without it they are left to ``VQDecoder.load_weights``.
+    packed : mapping, optional
+        `quantised_tensors` of the served model. Without it, and if config.json says that layers are
+        quantised, the tensors of such layers are left to vLLM's loaders.
     """
 
-    def __init__(self, config: Any, vq: VQDecoder | None = None) -> None:
+    def __init__(
+        self, config: Any, vq: VQDecoder | None = None, packed: Mapping[str, set[str]] | None = None
+    ) -> None:
         self._shapes, self._vq = expected_shapes(config), vq
+        self._loose = packed is None and bool(getattr(config, "quantization_config", None))
+        self._theirs: set[str] = set().union(*(packed or {}).values())
+        linear = packed or ([name for name in self._shapes if _LINEAR.match(name)] if self._loose else ())
+        for name in linear:
+            self._shapes.pop(name, None)
         self._tied = bool(getattr(config, "tie_word_embeddings", False))
         self._seen: set[str] = set()
         self._seen_vq: set[str] = set()
@@ -129,8 +148,14 @@ class Ledger:
             if self._vq is not None and (known := self._vq.checked_name(original, shape)) is not None:
                 self._seen_vq.add(known)
             return name
+        if name in self._theirs or (self._loose and _LINEAR.match(name)):
+            self._seen.add(name)
+            return name
         if name not in self._shapes:
-            raise CheckpointError(f"unknown tensor {original}: not part of a Janus or Janus-Pro checkpoint")
+            quantised = ", as config.json says it is quantised" if self._theirs else ""
+            raise CheckpointError(
+                f"unknown tensor {original}: not part of a Janus or Janus-Pro checkpoint{quantised}"
+            )
         if shape != self._shapes[name]:
             raise CheckpointError(
                 f"tensor {original} has shape {shape}, but config.json asks for {self._shapes[name]}"
@@ -145,12 +170,32 @@ class Ledger:
 
     def close(self) -> None:
         """Raise CheckpointError if something has not been seen."""
-        missing = sorted(self._shapes.keys() - self._seen - ({"lm_head.weight"} if self.ties else set()))
+        needed = self._shapes.keys() | self._theirs
+        missing = sorted(needed - self._seen - ({"lm_head.weight"} if self.ties else set()))
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(f"the checkpoint lacks tensor {missing[0]}{more}: is a shard missing?")
         if self._vq is not None:
             self._vq.check_missing(self._seen_vq)
+
+
+def quantised_tensors(model: "JanusForImageGeneration") -> dict[str, set[str]]:
+    """Canonical name of a weight that the served layers hold quantised -> its tensors' names instead.
+
+    What they are called and how they are shaped is vLLM's matter: its own loaders check them.
+    """
+    found: dict[str, set[str]] = {}
+    for number, layer in enumerate(getattr(model.language_model, "layers", ())):
+        for path, parts in _FUSED.items():
+            linear = layer.get_submodule(path)
+            if isinstance(linear.quant_method, UnquantizedLinearMethod):
+                continue
+            owner = path.rpartition(".")[0]
+            held = [name for name, _ in linear.named_parameters(recurse=False) if name != "bias"]
+            for part in parts:
+                whole = f"language_model.layers.{number}.{owner}.{part}"
+                found[f"{whole}.weight"] = {f"{whole}.{name}" for name in held}
+    return found
 
 
 def fold_image_embedding(tensors: dict[str, Tensor]) -> Tensor:
@@ -181,7 +226,8 @@ def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, 
     CheckpointError
         One line naming the tensor: unknown, missing, or of a wrong shape.
     """
-    ledger = Ledger(model.config)
+    packed = quantised_tensors(model)
+    ledger = Ledger(model.config, packed=packed)
     small: dict[str, Tensor] = {}  # what is folded or renamed rather than streamed
     vq: list[tuple[str, Tensor]] = []
     digests: dict[str, bytes] = {}

@@ -44,14 +44,14 @@ class CacheUsage:
         ]
         if not reports:
             return None
-        resident = sum(report.resident_bytes for report in reports)
-        full = sum(report.full_bytes for report in reports)
-        evicted = {
-            "spatial": sum(report.evicted_spatial for report in reports),
-            "semantic": sum(report.evicted_semantic for report in reports),
+        for report in reports:
+            self._metrics.count(report)
+        kv_cache = {
+            "resident_bytes": sum(report.resident_bytes for report in reports),
+            "full_bytes": sum(report.full_bytes for report in reports),
+            "evicted_tokens": {
+                "spatial": sum(report.evicted_spatial for report in reports),
+                "semantic": sum(report.evicted_semantic for report in reports),
+            },
         }
-        self._metrics.count(len(reports), resident, full, evicted)
-        steps = sum(report.steps for report in reports)
-        self._metrics.count_steps(steps, sum(report.tokens for report in reports))
-        kv_cache = {"resident_bytes": resident, "full_bytes": full, "evicted_tokens": evicted}
-        return {"steps": steps, "kv_cache": kv_cache}
+        return {"steps": sum(report.steps for report in reports), "kv_cache": kv_cache}

@@ -13,6 +13,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.serving.alive import unless_dead
 from vllm_kvcompress.serving.encode import Pixels
+from vllm_kvcompress.serving.one_engine import OneEngine
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -42,6 +43,7 @@ class Decoder:
 
     def __init__(self, engine: "EngineClient", spare: "SpareDecoder | None" = None) -> None:
         self._engine = engine
+        self._workers = OneEngine(engine)
         self._spare = spare
         self._closed = False  # the engine answers no calls any more
         self._waiting: deque[Waiting] = deque()
@@ -111,6 +113,6 @@ class Decoder:
         return [await asyncio.to_thread(self._spare.decode, codes) for codes in pictures]
 
     async def _call(self, pictures: list[list[int]]) -> list[tuple[int, int, bytes]]:
-        answers = await self._engine.collective_rpc(DECODE_METHOD, args=(pictures,))
+        answers = await self._workers.call(DECODE_METHOD, (pictures,))
         (decoded,) = [answer for answer in answers if answer is not None]
         return decoded

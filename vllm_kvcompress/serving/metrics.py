@@ -4,12 +4,14 @@ They are there, at 0, from the server's start, or Prometheus' ``rate()`` would l
 only where pictures are served.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, Counter, Metric
 from prometheus_client.registry import Collector
+
+from vllm_kvcompress.scheduler import CacheReport
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -60,36 +62,37 @@ class PictureMetrics:
     ----------
     model_name : str
         The name that vLLM's own metrics have.
-    engine : str
-        Index of the engine; ``all`` where a front end has several, as outputs do not say whose they are.
+    engines : sequence of int
+        Indices of the front end's engines, whose counters begin at 0.
     """
 
-    def __init__(self, model_name: str, engine: str) -> None:
-        counters, labels = _counters(), (model_name, engine)
-        self._pictures = counters.pictures.labels(*labels)
-        self._resident = counters.resident.labels(*labels)
-        self._full = counters.full.labels(*labels)
-        self._steps = counters.steps.labels(*labels)
-        self._steps_tokens = counters.steps_tokens.labels(*labels)
-        self._evicted = {name: counters.evicted.labels(*labels, name) for name in HEAD_TYPES}
+    def __init__(self, model_name: str, engines: Sequence[int]) -> None:
+        self._model_name = model_name
+        for engine in engines:
+            self._add(CacheReport(0, 0, engine=engine), 0)
 
     @classmethod
     def of(cls, engine_client: "EngineClient") -> "PictureMetrics":
-        """Those of a server's engine."""
+        """Those of a server's engines."""
         core = getattr(engine_client, "engine_core", None)
         engines = getattr(core, "engine_ranks_managed", [0])
-        name = engine_client.model_config.served_model_name
-        return cls(str(name), str(engines[0]) if len(engines) == 1 else "all")
+        return cls(str(engine_client.model_config.served_model_name), engines)
 
-    def count(self, pictures: int, resident: int, full: int, evicted: Mapping[str, int]) -> None:
-        """Add finished pictures: their number, KV bytes, and evicted tokens by head type."""
-        self._pictures.inc(pictures)
-        self._resident.inc(resident)
-        self._full.inc(full)
-        for head_type, tokens in evicted.items():
-            self._evicted[head_type].inc(tokens)
+    def count(self, report: CacheReport) -> None:
+        """Add a finished picture, to the engine that drew it."""
+        self._add(report, 1)
 
-    def count_steps(self, steps: int, tokens: int) -> None:
-        """Add what finished pictures took, and what it brought: with windows, less steps than tokens."""
-        self._steps.inc(steps)
-        self._steps_tokens.inc(tokens)
+    def _add(self, report: CacheReport, pictures: int) -> None:
+        counters, labels = _counters(), (self._model_name, str(report.engine))
+        for counter, amount in (
+            (counters.pictures, pictures),
+            (counters.resident, report.resident_bytes),
+            (counters.full, report.full_bytes),
+            (counters.steps, report.steps),
+            (counters.steps_tokens, report.tokens),
+        ):
+            counter.labels(*labels).inc(amount)
+        for head_type, tokens in zip(
+            HEAD_TYPES, (report.evicted_spatial, report.evicted_semantic), strict=True
+        ):
+            counters.evicted.labels(*labels, head_type).inc(tokens)

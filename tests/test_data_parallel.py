@@ -1,0 +1,89 @@
+"""``vllm serve --data-parallel-size 2 --api-server-count 2``: two engines draw, one decodes a picture."""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import openai
+import pytest
+from test_compressed_server import ARGS, TOKENS, draw, metric
+
+from vllm_kvcompress.serving.one_engine import OneEngine
+from vllm_kvcompress.testing.server import Server
+
+PARALLEL = ("--data-parallel-size", "2", "--api-server-count", "2")
+
+
+@pytest.fixture(scope="module")
+def server(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    env = {
+        "VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    log = tmp_path_factory.mktemp("parallel") / "server.log"
+    with Server(checkpoints["gqa-hf"], log, (*ARGS, *PARALLEL), env=env) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def answers(server: Server) -> list[openai.types.ImagesResponse]:
+    """Twelve pictures, asked for at once; each seed twice."""
+
+    def one(seed: int) -> openai.types.ImagesResponse:
+        # A connection each: both API servers are asked.
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+            return draw(client, seed=seed)
+
+    with ThreadPoolExecutor(12) as pool:
+        return list(pool.map(one, [*range(6), *range(6)]))
+
+
+def test_pictures_do_not_depend_on_the_engine(answers: list[openai.types.ImagesResponse]) -> None:
+    drawn = [answer.data[0].b64_json for answer in answers if answer.data]
+    assert len(drawn) == 12
+    assert drawn[:6] == drawn[6:]
+    assert len(set(drawn)) == 6
+    assert all(answer.usage and answer.usage.output_tokens == TOKENS for answer in answers)
+
+
+def test_each_picture_is_decoded_once(server: Server, answers: list[openai.types.ImagesResponse]) -> None:
+    log = server.log.read_text(errors="replace")
+    decoded = [int(count) for count in re.findall(r"Decoding (\d+) pictures on rank 0", log)]
+    assert sum(decoded) == len(answers)
+
+
+def test_metrics_say_which_engine_drew(server: Server, answers: list[openai.types.ImagesResponse]) -> None:
+    counts = [metric(server, "image_pictures_total", model_name="janus", engine=str(n)) for n in (0, 1)]
+    assert sum(counts) == len(answers)
+    assert min(counts) > 0
+    held = sum(
+        (answer.usage.model_extra or {})["kv_cache"]["resident_bytes"] for answer in answers if answer.usage
+    )
+    assert metric(server, "image_kv_resident_bytes_total", model_name="janus") == held
+
+
+async def test_calls_take_turns_among_engines() -> None:
+    class Core:
+        core_engines = (b"zero", b"one")
+        asked: list[Any] = []  # noqa: RUF012
+
+        async def _call_utility_async(self, *args: Any, engine: bytes) -> list[Any]:
+            self.asked.append((args, engine))
+            return [engine]
+
+    workers = OneEngine(SimpleNamespace(engine_core=Core()))  # type: ignore[arg-type]
+    answers = [await workers.call("decode", ([1],)) for _ in range(3)]
+    assert answers == [[b"zero"], [b"one"], [b"zero"]]
+    assert Core.asked[0] == (("collective_rpc", "decode", None, ([1],), None), b"zero")
+
+
+async def test_a_single_engine_is_asked_as_ever() -> None:
+    class Client:
+        engine_core = SimpleNamespace(core_engines=[b"zero"])
+
+        async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+            return [method, *args]
+
+    assert await OneEngine(Client()).call("decode", (1,)) == ["decode", 1]  # type: ignore[arg-type]
