@@ -64,6 +64,8 @@ def draw(model: Path, log: Path, prompt: str, n: int, seed: int, compressed: boo
         f"seconds                    {seconds:.2f}",
         f"image tokens per second    {usage.output_tokens / seconds:.0f}",
     ]
+    if steps := (usage.model_extra or {}).get("steps"):
+        lines.append(f"steps                      {steps} for {usage.output_tokens} image tokens")
     if cache:
         lines.append(f"KV bytes per image         {cache['resident_bytes'] / len(pictures):,.0f}")
     return contact_sheet(pictures), "\n".join(lines)

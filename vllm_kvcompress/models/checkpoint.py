@@ -26,7 +26,7 @@ VQ_SIZES = {
     "embed_dim": (1, 4096),
     "latent_channels": (1, 4096),
     "base_channels": (1, 1024),
-    "num_res_blocks": (1, 16),
+    "num_res_blocks": (0, 16),
 }
 TEXT_SIZES = {
     "vocab_size": (1, 1 << 22),

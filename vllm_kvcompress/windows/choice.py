@@ -1,27 +1,63 @@
 """``window: auto``: the window that draws the most tokens a second, by pictures at once. Pure; no vLLM."""
 
+from collections import deque
 from dataclasses import dataclass
 
 CANDIDATES = (1, 4, 8, 16)
-FIRST_TRIAL = 4  # steps with a window that was never tried at so many pictures
-TRIAL = 4  # and with a neighbour of the best, later on
-EVERY = 256  # steps between such trials
+TRIAL = (
+    4  # steps with a window that was never tried at so many pictures, and later with a neighbour of the best
+)
+SOON, EVERY = 32, 256  # steps until a neighbour is tried; the pause doubles from the one to the other
 WORTH = 1.02  # a longer window must win by this much: its time varies more
 HOPELESS = 0.7  # of the best rate: then a neighbour is not tried again
-_SLOW, _FAST = 1 / 64, 1 / 4  # weights of a new observation, of tokens and of seconds
+HOPE, TRUST = 0.5, 3  # before the first steps: the share of a window that stands, and as many steps' weight
+
+
+class _Tokens:
+HOPE, TRUST = 0.5, 3  # before the first steps: the share of a window that stands, and its weight in steps
+
+    def __init__(self, places: int) -> None:
+        self.mean, self._count = max(1.0, HOPE * places), TRUST
+
+    def add(self, tokens: float) -> None:
+        self._count += 1
+        self.mean += (tokens - self.mean) / min(self._count, 64)
+
+
+class _Seconds:
+    """What a step takes when nothing else is in its way: the lower quartile of the last ones."""
+
+    def __init__(self) -> None:
+        self.count, self._last = 0, deque[float](maxlen=16)
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self._last.append(seconds)
+
+    @property
+    def usual(self) -> float:
+        return sorted(self._last)[len(self._last) // 4]
 
 
 @dataclass
-class _Mean:
-    """A running mean that forgets; the first observations count alike."""
+class _Trials:
+    """When a neighbour of the best is tried, at one number of pictures."""
 
-    rate: float
-    value: float = 0.0
-    count: int = 0
+    step: int = 0
+    next: int = SOON
+    pause: int = SOON
+    longer: bool = True
 
-    def add(self, x: float) -> None:
-        self.count += 1
-        self.value += (x - self.value) * max(self.rate, 1 / self.count)
+    def due(self) -> bool:
+        """Count a step; whether it belongs to a trial."""
+        self.step += 1
+        if self.step < self.next:
+            return False
+        if self.step >= self.next + TRIAL:
+            self.pause = min(EVERY, 2 * self.pause)
+            self.next, self.longer = self.step + self.pause, not self.longer
+            return False
+        return True
 
 
 class WindowChoice:
@@ -39,40 +75,37 @@ class WindowChoice:
 
     def __init__(self, candidates: tuple[int, ...] = CANDIDATES) -> None:
         self.candidates = candidates
-        self._tokens = {n: _Mean(_SLOW) for n in candidates}
-        self._seconds: dict[tuple[int, int], _Mean] = {}
-        self._steps: dict[int, int] = {}
+        self._tokens = {n: _Tokens(n) for n in candidates}
+        self._seconds: dict[tuple[int, int], _Seconds] = {}
+        self._trials: dict[int, _Trials] = {}
 
     def choose(self, rows: int) -> int:
         """Places of a row in a step of so many pictures."""
         group = rows.bit_length()
-        step = self._steps[group] = self._steps.get(group, -1) + 1
         best = self.candidates[0]
         for n in self.candidates:
             tried = self._seconds.get((group, n))
-            if tried is None or tried.count < FIRST_TRIAL:
+            if tried is None or tried.count < TRIAL:
                 return n
             if n != best and self._rate(group, n) <= WORTH * self._rate(group, best):
                 break  # longer ones are worse still
             best = n
-        nth, phase = divmod(step, EVERY)
-        if nth and phase < TRIAL:
-            return self._neighbour(group, best, nth)
-        return best
+        trials = self._trials.setdefault(group, _Trials())
+        return self._neighbour(group, best, longer=trials.longer) if trials.due() else best
 
     def learn(self, rows: int, places: int, seconds: float, tokens: float) -> None:
         """What a step took, and how many tokens stood in the mean of its rows."""
         if places not in self._tokens:
             return
         self._tokens[places].add(tokens)
-        self._seconds.setdefault((rows.bit_length(), places), _Mean(_FAST)).add(seconds)
+        self._seconds.setdefault((rows.bit_length(), places), _Seconds()).add(seconds)
 
     def _rate(self, group: int, places: int) -> float:
         seconds = self._seconds.get((group, places))
-        return self._tokens[places].value / max(seconds.value, 1e-9) if seconds else 0.0
+        return self._tokens[places].mean / max(seconds.usual, 1e-9) if seconds else 0.0
 
-    def _neighbour(self, group: int, best: int, nth: int) -> int:
-        at = self.candidates.index(best) + (1 if nth % 2 else -1)
+    def _neighbour(self, group: int, best: int, *, longer: bool) -> int:
+        at = self.candidates.index(best) + (1 if longer else -1)
         if not 0 <= at < len(self.candidates):
             return best
         other = self.candidates[at]

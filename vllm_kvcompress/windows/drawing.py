@@ -33,22 +33,31 @@ class Drawing:
         return len(self.given) + len(self.outputs)
 
     def drafts(self, count: int) -> list[int]:
-        """Ids for the next ``count`` tokens: the last pass's samples, then the tokens above.
+        """Ids for the next ``count`` tokens: the last pass's samples, then copies of earlier tokens.
 
-        Any draft is right: a wrong one costs a step, not the picture. The first line has nothing above it, so
-        its drafts repeat what stands to the left. At least one token must be known.
+        Any draft is right: a wrong one costs a step, not the picture. Copied is what stands as far back as
+        would have been right most often in the last line's length: a line (the token above), a token (the
+        left neighbour), or twice that, as in patterns. At least one token must be known.
         """
         drafts = self._kept[:count]
-        while len(drafts) < count:
-            index = self.known + len(drafts)
-            drafts.append(self._token(index - self.line if index >= self.line else index - 1, drafts))
+        if len(drafts) < count:
+            recent = [*self.given, *self.outputs][-3 * self.line :]
+            back = self._habit(recent)
+            recent += drafts
+            for _ in range(count - len(drafts)):
+                recent.append(recent[-back])
+                drafts.append(recent[-1])
         return drafts
 
-    def _token(self, index: int, drafts: Sequence[int]) -> int:
-        given = len(self.given)
-        if index < given:
-            return self.given[index]
-        return self.outputs[index - given] if index < self.known else drafts[index - self.known]
+    def _habit(self, recent: Sequence[int]) -> int:
+        """How far back to copy from."""
+        best, most = 1, -1
+        for back in (self.line, 1, 2 * self.line, 2):
+            pairs = zip(recent[::-1][: self.line], recent[-back - 1 :: -1], strict=False)
+            hits = sum(a == b for a, b in pairs) if back <= len(recent) else -1
+            if hits > most:
+                best, most = back, hits
+        return best
 
     def settle(self, samples: Sequence[int], drafts: Sequence[int]) -> int:
         """How many samples stand; those beyond become the next drafts.
