@@ -4,9 +4,7 @@ from collections import deque
 from dataclasses import dataclass
 
 CANDIDATES = (1, 4, 8, 16)
-TRIAL = (
-    4  # steps with a window that was never tried at so many pictures, and later with a neighbour of the best
-)
+TRIAL = 4  # steps with a window never tried at so many pictures, and later with a neighbour of the best
 SOON, EVERY = 32, 256  # steps until a neighbour is tried; the pause doubles from the one to the other
 WORTH = 1.02  # a longer window must win by this much: its time varies more
 HOPELESS = 0.7  # of the best rate: then a neighbour is not tried again
@@ -14,7 +12,7 @@ HOPE, TRUST = 0.5, 3  # before the first steps: the share of a window that stand
 
 
 class _Tokens:
-HOPE, TRUST = 0.5, 3  # before the first steps: the share of a window that stands, and its weight in steps
+    """Running mean of the tokens that stand; hopeful at first, since lines above help later lines."""
 
     def __init__(self, places: int) -> None:
         self.mean, self._count = max(1.0, HOPE * places), TRUST
