@@ -3,8 +3,9 @@
     python benchmarks/windows.py served --pictures 1,8,32 -o out/windows      # both caches, half an hour
     python benchmarks/windows.py steps -o out/windows                         # four of 24 layers, minutes
 
-Servers of all windows run at once, asked in turns, forwards and backwards: whatever else the machine does meets
-all alike, and ratios are of the same turn. Acceptance at random weights means nothing: ``steps`` tells time only.
+Servers of all windows run at once, asked in turns, forwards and backwards: whatever else the machine
+does meets all alike, and ratios are of the same turn. Acceptance at random weights means nothing:
+``steps`` tells time only.
 """
 
 import contextlib
