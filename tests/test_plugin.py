@@ -149,11 +149,11 @@ def test_an_untested_vllm_is_named_where_an_image_model_is_served(
     import vllm
 
     assert plugin.untested() is None
-    monkeypatch.setattr(vllm, "__version_tuple__", (0, 33, 0))
-    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    monkeypatch.setattr(vllm, "__version_tuple__", (0, 34, 0))
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
     said = plugin.untested()
     assert said is not None
-    assert "vLLM 0.33.0" in said
+    assert "vLLM 0.34.0" in said
     assert plugin.REQUIREMENT in said
     monkeypatch.setattr("vllm_kvcompress.config.is_compressed", lambda config: False)
     logger = logging.getLogger("vllm.kvcompress.plugin")

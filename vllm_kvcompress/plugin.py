@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 Change = Callable[[], object]
 
-TESTED = ((0, 32),)  # minor versions of vLLM; what pyproject.toml asks for
-REQUIREMENT = "vllm>=0.32,<0.33"
+TESTED = ((0, 32), (0, 33))  # minor versions of vLLM; what pyproject.toml asks for
+REQUIREMENT = "vllm>=0.32,<0.34"
 BACKEND_PATH = "vllm_kvcompress.attention.backend.KVCompressBackend"
 
 _registered = False
