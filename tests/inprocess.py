@@ -65,10 +65,10 @@ class Engine:
 
         from vllm_kvcompress.models.registry import image_model
 
-        # One token a step unless a test wants windows: what it counts are steps.
-        self.section = {"window": 1, **settings.pop("kvcompress", {})}
+        self.section = settings.pop("kvcompress", {})
         settings = {"kv_cache_memory_bytes": MEMORY, **SETTINGS, **settings}
-        settings.setdefault("additional_config", {"kvcompress": self.section})
+        # One token a step unless a test wants windows: what it counts are steps.
+        settings.setdefault("additional_config", {"kvcompress": {"window": 1, **self.section}})
         with NO_COLLECTION:
             self.llm = LLM(str(model), attention_backend=backend, **settings)
         torch.set_num_threads = SET_NUM_THREADS

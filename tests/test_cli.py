@@ -181,8 +181,9 @@ def test_calibrate_then_inspect(checkpoints: dict[str, Path], private_cache: Pat
     assert "Calibrating: drawing" in done.stderr
     assert "Calibrating: measuring heads" in done.stderr
     assert f"{out}: curves of 8 cache heads; by locality 1 spatial and 3 semantic heads" in done.stdout
-    [kept] = (private_cache / "kvcompress" / "head_profiles").glob(f"*{made.model_hash}.json")
-    assert HeadProfile.load(kept) == made
+    # Beside those that other modules' engines of this model have left.
+    kept = (private_cache / "kvcompress" / "head_profiles").glob(f"*{made.model_hash}.json")
+    assert made in map(HeadProfile.load, kept)
     shown = invoke("inspect", out, "-o", tmp_path / "heads.png")
     assert shown.exit_code == 0
     assert "predicted loss" in shown.stdout

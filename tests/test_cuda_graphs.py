@@ -102,4 +102,8 @@ def test_support(section: dict[str, Any], device: str, support: AttentionCGSuppo
         class device_config:
             device_type = device
 
+        diffusion_config = None
+
     assert StepPlanner.get_cudagraph_support(Config(), None) is support  # type: ignore[arg-type]
+    Config.diffusion_config = object()
+    assert StepPlanner.get_cudagraph_support(Config(), None) is AttentionCGSupport.NEVER  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ async def test_every_engine_has_its_counters(ranks: list[int] | None) -> None:
         nothing |= expected(str(rank), 0, 0, 0, 0, 0)
     assert shown(name) == nothing
     await usage([picture(engine=mine[-1])])
-    assert shown(name) == nothing | expected(str(mine[-1]), 1, 10, 40, 3, 2)
+    assert shown(name) == nothing | expected(str(mine[-1]), 1, 10, 40, 3, 2, steps=5, tokens=16)
 
 
 async def test_a_second_engine_of_the_process_leaves_them() -> None:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
+from multiprocessing import parent_process, resource_tracker
 from pathlib import Path
 from types import TracebackType
 
@@ -25,7 +25,9 @@ def listen() -> None:
 
     Call it before other processes are started, whose reasons are to be heard.
     """
-    if _FILE in os.environ:
+    if (
+        _FILE in os.environ and parent_process() is not None
+    ):  # else inherited from a program that starts servers
         return
     handle, name = tempfile.mkstemp(prefix="kvcompress-")
     os.close(handle)

@@ -15,7 +15,6 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_kvcompress.config import is_compressed
 from vllm_kvcompress.guidance import RequestFacts, RequestRows
 from vllm_kvcompress.requests_v1 import RequestTracker
 from vllm_kvcompress.sampling import is_narrow, move_up
@@ -29,17 +28,17 @@ class ImageSampler(Sampler):
     """vLLM's sampler; over image codes alone where the logits are, and for rows that draw."""
 
     rows: RequestRows
-    cut: bool  # whether what stands ends with its line at the latest
+    num_speculative_tokens: int = 0
     _row_of: Tensor | None = None  # batch row of each place
 
     @classmethod
-    def adopt(cls, sampler: Sampler, rows: RequestRows, *, cut: bool = False) -> "ImageSampler | None":
+    def adopt(cls, sampler: Sampler, rows: RequestRows) -> "ImageSampler | None":
         """The same sampler as one of these; None for one whose features need all ids."""
         if type(sampler) is not Sampler or sampler.return_sampling_mask or sampler.trace_replay_state:
             return None
         adopted = cls.__new__(cls)
         vars(adopted).update(vars(sampler))
-        adopted.rows, adopted.cut = rows, cut
+        adopted.rows = rows
         return adopted
 
     @property
@@ -76,7 +75,7 @@ class ImageSampler(Sampler):
         inputs = places.table(batch.input_ids[batch.logits_indices].long())
         token = first - prefix  # the picture's token that the first place fed; negative for its prompt
         limit = raster.tokens - 1 - token
-        if self.cut:
+        if rows.on_accept is not None:  # a cache that chooses victims at its line's end
             limit = torch.minimum(limit, torch.where(token < 0, 1, raster.width - token % raster.width))
         limit = torch.where(rows.is_text[: batch.num_reqs], 1, limit)
         stands = standing(samples, inputs, places.counts, limit)
@@ -123,7 +122,7 @@ class JanusModelState(DefaultModelState):
         self._slot_of: dict[str, int] = {}
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
-        adopted = ImageSampler.adopt(sampler, self.rows, cut=is_compressed(self.vllm_config))
+        adopted = ImageSampler.adopt(sampler, self.rows)
         self.rows.narrow_allowed &= adopted is not None and adopted.takes_codes
         return None if adopted is None else (adopted, None)
 

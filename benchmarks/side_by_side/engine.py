@@ -32,10 +32,11 @@ class Engine:
 
         self.contender, self.workload = contender, workload
         threads, set_threads = torch.get_num_threads(), torch.set_num_threads
-        extra: dict[str, Any] = {}
+        # Caches are compared one token a step; windows have a benchmark of their own (benchmarks/windows.py).
+        extra: dict[str, Any] = {"additional_config": {"kvcompress": {"window": 1}}}
         if contender.section is not None:
             extra["attention_backend"] = "kvcompress"
-            extra["additional_config"] = {"kvcompress": workload.settings(contender.section)}
+            extra["additional_config"]["kvcompress"] |= workload.settings(contender.section)
         elif workload.memory_images:
             extra["block_size"] = BLOCK
         length = 64 + workload.tokens

@@ -32,12 +32,13 @@ def serve(group: HttpGroup, contender: Contender) -> Server:
         "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", str(64 + workload.tokens),
         "--kv-cache-memory-bytes", str(blocks * BLOCK * workload.token_bytes),
     ]  # fmt: skip
+    section = {"window": 1} | ({} if contender.section is None else workload.settings(contender.section))
+    arguments += ["--additional-config", json.dumps({"kvcompress": section})]
     if contender.section is None:
         # More at once than fit would be preempted and drawn again: the full cache is at its best like this.
         arguments += ["--block-size", str(BLOCK), "--max-num-seqs", str(group.memory_images)]
     else:
-        config = json.dumps({"kvcompress": workload.settings(contender.section)})
-        arguments += ["--attention-backend", "kvcompress", "--additional-config", config]
+        arguments += ["--attention-backend", "kvcompress"]
         arguments += ["--max-num-seqs", "64"]
     log = OUT / "logs" / f"{workload.name}-{re.sub(r'[^a-z0-9]+', '_', contender.name)}-server.log"
     # Both cores for the model: by default vLLM leaves one of two to the front end.

@@ -22,8 +22,8 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm_kvcompress.attention import kernels
 from vllm_kvcompress.attention.pages import Plan
 from vllm_kvcompress.attention.window import WindowPlan
+from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.guidance import request_rows
-from vllm_kvcompress.windows.settings import window_config
 
 
 @dataclass
@@ -69,9 +69,9 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """Full graphs of decode steps where no kernel of such a step looks at the host."""
-        config = window_config(vllm_config)
-        if config.window != 1:  # windows are planned on the host
+        if vllm_config.diffusion_config is not None:  # windows, which are planned on the host
             return AttentionCGSupport.NEVER
+        config = parse_config(vllm_config.additional_config)
         used = kernels.choose(config.kernels, vllm_config.device_config.device_type)
         if used == "triton" and not config.policy.refinements["stratify"]:  # chosen in torch, on the host
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
