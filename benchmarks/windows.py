@@ -11,6 +11,7 @@ does meets all alike, and ratios are of the same turn. Acceptance at random weig
 import contextlib
 import json
 import os
+import signal
 import statistics
 import time
 import urllib.request
@@ -62,7 +63,7 @@ def served(
     output.mkdir(parents=True, exist_ok=True)
     for cache in caches.split(","):
         with contextlib.ExitStack() as stack:
-            urls = {}
+            servers = {}
             for window in WINDOWS:
                 args = [
                     "--dtype", "float32", "--max-model-len", "640", "--max-num-seqs", "32", "--enforce-eager",
@@ -72,24 +73,34 @@ def served(
                 ]  # fmt: skip
                 env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
                 server = Server(SHAPES, output / f"{cache}-{window}.log", args, name="shapes", env=env)
-                urls[window] = stack.enter_context(server).url
-                draw(urls[window], 0, 0)
+                servers[window] = stack.enter_context(server)
+                draw(server.url, 0, 0)
+                pause(server)
+                stack.callback(pause, server, signal.SIGCONT)
             for count in map(int, pictures.split(",")):
-                found += turns(cache, urls, count, repeats)
+                found += turns(cache, servers, count, repeats)
                 (output / "served.json").write_text(json.dumps(found, indent=1))
 
 
-def turns(cache: str, urls: dict[Any, str], count: int, repeats: int) -> list[dict[str, Any]]:
+def pause(server: Any, how: signal.Signals = signal.SIGSTOP) -> None:
+    """Stop a server's processes, or let them go on: vLLM's workers spin while they wait."""
+    os.killpg(server.process.pid, how)
+
+
+def turns(cache: str, servers: dict[Any, Any], count: int, repeats: int) -> list[dict[str, Any]]:
     """All windows, in turns, with so many pictures at once."""
+    urls = {window: server.url for window, server in servers.items()}
     seconds: dict[Any, list[float]] = {window: [] for window in urls}
     steps: dict[Any, list[int]] = {window: [] for window in urls}
     drawn: dict[Any, list[str]] = {window: [] for window in urls}
     for turn in range(repeats):
         for window in list(urls)[:: 1 if turn % 2 else -1]:
+            pause(servers[window], signal.SIGCONT)
             began = time.perf_counter()
             with ThreadPoolExecutor(count) as pool:
                 answers = list(pool.map(lambda n: draw(urls[window], n, 100 * turn + n), range(count)))  # noqa: B023
             seconds[window].append(time.perf_counter() - began)
+            pause(servers[window])
             steps[window] += [answer[0] for answer in answers]
             drawn[window] += [answer[1] for answer in answers]
     rows = []

@@ -19,16 +19,19 @@ from types import TracebackType
 TRACKER_S = 3.0
 _FILE = "KVCOMPRESS_LAST_WORD"  # environment variable: where processes of one server leave the reason
 
+_listener = 0  # the process that listens, to tell it from its forks
+
 
 def listen() -> None:
     """In the process that is started: print the reason last, if an exception ends it.
 
     Call it before other processes are started, whose reasons are to be heard.
     """
-    if (
-        _FILE in os.environ and parent_process() is not None
-    ):  # else inherited from a program that starts servers
+    global _listener
+    inherited = _FILE in os.environ and parent_process() is not None  # else a program's that starts servers
+    if inherited or _listener == os.getpid():
         return
+    _listener = os.getpid()
     handle, name = tempfile.mkstemp(prefix="kvcompress-")
     os.close(handle)
     os.environ[_FILE] = name
@@ -73,7 +76,8 @@ def heard() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        listen()
+        if _FILE not in os.environ:
+            listen()
         with suppress(OSError):
             Path(os.environ[_FILE]).write_text(" ".join(str(error).split())[:1000])
         raise
