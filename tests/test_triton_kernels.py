@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -156,6 +157,28 @@ def any_list_of_types_equals_the_oracle() -> None:
         kinds, pages = random.integers(0, count, (1, 3)), random.integers(1, 8, count)
         shape = {"group": 1 + count // 3, "head_size": 16, "pages": tuple(pages.tolist())}
         draw(World(rules, kinds, **shape), random.integers(1, 4, 2).tolist(), 1)
+
+
+@check
+def windows_equal_the_oracle() -> None:
+    """Windows of 2 to 16 places, any number of which stands; rings, full and scored heads."""
+    from test_windows import draw_in_windows
+
+    from vllm_kvcompress.attention import triton_window
+
+    rules = (
+        HeadRule(9, 6, 24, 2, 7, ring=True),
+        HeadRule(12, 6, 24, 2, 3, decay=0.5),
+        HeadRule(24, 6, 24),
+        HeadRule(15, 6, 24, 1, 4, value_norm=True, smooth_row=True),
+    )
+    decoder = SimpleNamespace(
+        decode=triton_decode.decode,
+        select_victims=lambda kind, plan: triton_select.select_all([kind], plan),
+    )
+    for seed, (kinds, group) in enumerate((([[0, 1, 2, 3], [1, 1, 0, 2]], 1), ([[3, 1], [0, 1]], 3))):
+        small = World(rules, np.array(kinds), group=group, head_size=8, pages=(4, 5, 3))
+        draw_in_windows(decoder, triton_window, small, [3, 1], seed)
 
 
 @check
