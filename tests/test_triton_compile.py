@@ -18,8 +18,9 @@ import pytest
 import torch
 import triton
 
-from vllm_kvcompress.attention import triton_decode, triton_select
+from vllm_kvcompress.attention import triton_decode, triton_select, triton_window
 from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan, page_bytes, pages_from_bytes
+from vllm_kvcompress.attention.window import WindowPlan
 from vllm_kvcompress.policy import Policy
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.policy.rule import HeadRule
@@ -121,11 +122,28 @@ def compile_all() -> dict[str, dict[str, int]]:
             grid, args, constants = triton_decode.launch(q, k, k, kinds, plan, dim**-0.5, torch.empty_like(q))
             compiled = triton_decode._decode.warmup(*args, **constants, grid=grid)
             found[f"decode sm_{architecture} {name} {cache} {dim} {group} {types}"] = resources(compiled)
+        for group in (1, 4):
+            found |= compile_windows(architecture, group)
         kinds = [kind for kind in janus_types(torch.bfloat16, 128, 6) if kind.rule.scores]
         grid, args, constants = triton_select.launch(kinds, plan)
         compiled = triton_select._select.warmup(*args, **constants, grid=grid)
         found[f"select sm_{architecture}"] = resources(compiled)
     return found
+
+
+def compile_windows(architecture: int, group: int) -> dict[str, dict[str, int]]:
+    """The two kernels of a window step, at Janus-Pro's head size with six types."""
+    kinds = janus_types(torch.bfloat16, 128, 6)
+    heads = 2 * len(kinds)
+    q, k = (torch.zeros(32, n, 128, dtype=torch.bfloat16) for n in (heads * group, heads))
+    rows = plan_of(2)
+    plan = WindowPlan([0, 1], [0, 16], [16, 16], rows.prefix, rows.length)
+    grid, args, constants, held = triton_window.launch_verify(q, k, k, kinds, plan, 0.1, torch.empty_like(q))
+    verify = triton_window._verify.warmup(*args, **constants, grid=grid)
+    grid, args, constants = triton_window.launch_commit(held, torch.ones(2, dtype=torch.int32))
+    commit = triton_window._commit.warmup(*args, **constants, grid=grid)
+    name = f"{architecture} {group}"
+    return {f"verify {name}": resources(verify), f"commit {name}": resources(commit)}
 
 
 def variants() -> dict[str, int]:
@@ -189,6 +207,14 @@ def test_no_spills(compiled: dict[str, dict[str, int]], architecture: int) -> No
         assert need["stack"] == need["local"] == 0, (name, need)
         assert 0 < need["reg"] < 255, (name, need)
         assert need["shared"] <= SHARED_LIMIT, (name, need)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_windows_do_not_spill(compiled: dict[str, dict[str, int]], architecture: int) -> None:
+    for kernel, group in product(("verify", "commit"), (1, 4)):
+        need = compiled[f"{kernel} {architecture} {group}"]
+        assert need["stack"] == need["local"] == 0, need
+        assert need["shared"] <= SHARED_LIMIT, need
 
 
 def test_sixteen_byte_accesses(compiled: dict[str, dict[str, int]]) -> None:

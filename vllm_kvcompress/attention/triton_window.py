@@ -107,25 +107,25 @@ def _verify(
         number = ((slot + 0.5) * kind.per_slot).to(tl.int32)
         block = tl.load(table + number, mask=use, other=0)
         cell = pages + (block.to(tl.int64) * kv_block + (slot - number * n.page) * (2 * DIM))
-        at, mask = cell[:, None] + dim[None, :], use[:, None] & inside
-        old_key = tl.load(at, mask=mask, other=0.0).to(query.dtype)
-        old_value = tl.load(at + DIM, mask=mask, other=0.0).to(query.dtype)
+        here, mask = cell[:, None] + dim[None, :], use[:, None] & inside
+        old_key = tl.load(here, mask=mask, other=0.0).to(query.dtype)
+        old_value = tl.load(here + DIM, mask=mask, other=0.0).to(query.dtype)
         # A slot is seen until a token of the window lands in it.
         until = tl.min(tl.where(taken[:, None] == slot[None, :], own[:, None], NEVER), 0)
         seen = use[None, :] & (nth[:, None] < until[None, :])
-        logit = product(query, tl.trans(old_key), tl.zeros([LANES, BLOCK], tl.float32)) * scale
-        logit = tl.where(seen, logit, LOW)
+        old = product(query, tl.trans(old_key), tl.zeros([LANES, BLOCK], tl.float32)) * scale
+        old = tl.where(seen, old, LOW)
         if scores:
             kept = (use & (slot >= prefix))[None, :] & real[:, None]
-            tl.store(line_at + (slot - prefix)[None, :], logit, mask=kept)
-        higher = tl.maximum(top, tl.max(logit, 1))
+            tl.store(line_at + (slot - prefix)[None, :], old, mask=kept)
+        higher = tl.maximum(top, tl.max(old, 1))
         fade = tl.exp2(top - higher)
-        weight = tl.exp2(logit - higher[:, None])
-        total = total * fade + tl.sum(weight, 1)
-        coarse = weight.to(old_value.dtype)
-        mixed = product(coarse, old_value, mixed * fade[:, None])
+        share = tl.exp2(old - higher[:, None])
+        total = total * fade + tl.sum(share, 1)
+        rough = share.to(old_value.dtype)
+        mixed = product(rough, old_value, mixed * fade[:, None])
         if old_value.dtype != tl.float32:
-            mixed = product((weight - coarse.to(tl.float32)).to(old_value.dtype), old_value, mixed)
+            mixed = product((share - rough.to(tl.float32)).to(old_value.dtype), old_value, mixed)
         top = higher
     at = (first + nth)[:, None] * out_row + (place * GROUP + member)[:, None] * out_head + dim[None, :]
     tl.store(out + at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=real[:, None] & inside)
