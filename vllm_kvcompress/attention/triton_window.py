@@ -236,10 +236,12 @@ def launch_verify(
         plan.starts_on(q.device), group,
     )  # fmt: skip
     width = max(16, triton.next_power_of_2(dim))
+    one = group == 1
+    block = max(16, 8192 // (width * q.element_size() * (1 if one else 2)))
     constants = {
         "TYPES": len(kinds), "ALIGN": align, "GROUP": group, "SPREAD": triton.next_power_of_2(group),
-        "DIM": dim, "WIDTH": width, "PLACES": PLACES, "BLOCK": max(16, 8192 // (width * q.element_size())),
-        "STAGES": 2, "num_warps": 4,
+        "DIM": dim, "WIDTH": width, "PLACES": PLACES, "BLOCK": block,
+        "STAGES": 2, "num_warps": 4 if one else 8,
     }  # fmt: skip
     strides = [stride for x in (q, k, v, out) for stride in x.stride()[:2]]
     args = (
