@@ -138,7 +138,8 @@ def compile_windows(architecture: int, group: int) -> dict[str, dict[str, int]]:
     q, k = (torch.zeros(32, n, 128, dtype=torch.bfloat16) for n in (heads * group, heads))
     rows = plan_of(2)
     plan = WindowPlan([0, 1], [0, 16], [16, 16], rows.prefix, rows.length)
-    grid, args, constants, held = triton_window.launch_verify(q, k, k, kinds, plan, 0.1, torch.empty_like(q))
+    launch, held = triton_window.launch_verify(q, k, k, kinds, plan, 0.1, torch.empty_like(q))
+    grid, args, constants = launch
     verify = triton_window._verify.warmup(*args, **constants, grid=grid)
     grid, args, constants = triton_window.launch_commit(held, torch.ones(2, dtype=torch.int32))
     commit = triton_window._commit.warmup(*args, **constants, grid=grid)

@@ -28,7 +28,7 @@ def test_noise_is_of_the_seed_and_the_place_alone() -> None:
 
 
 def drawing(given: list[int], outputs: list[int], line: int = 4) -> Drawing:
-    return Drawing(0, line, 16, given, outputs)
+    return Drawing(0, line, given, outputs)
 
 
 def test_drafts_are_what_would_have_been_right() -> None:
@@ -73,7 +73,7 @@ def test_both_runners_accept_alike(data: st.DataObject) -> None:
     last = torch.tensor([len(row) - 1 for row in known])
     following = next_drafts(table, places.counts, stands, memory, last, torch.zeros(rows).long(), line, 3)
     for n in range(rows):
-        mine = Drawing(0, line, 99, [], list(known[n]))
+        mine = Drawing(0, line, [], list(known[n]))
         assert stands[n] == mine.settle(samples[n], drafts[n])
         mine.outputs += samples[n][: int(stands[n])]
         kept = counts[n] - int(stands[n])

@@ -66,10 +66,9 @@ class RequestTracker(V1LogitsProcessor, V2LogitsProcessor):
         self.rows.flush()
 
     def _drawing(self, params: Any, prompt: Sequence[int], outputs: list[int], prefix: int) -> Drawing:
-        raster = self.rows.model.raster
         # vLLM's own generator, so that an engine's seed decides unseeded pictures too.
         seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
-        return Drawing(seed, raster.width, raster.tokens, prompt[prefix:], outputs)
+        return Drawing(seed, self.rows.model.raster.width, prompt[prefix:], outputs)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         return False

@@ -79,7 +79,7 @@ def patch_v1() -> None:
         if rows is None:
             return forward(self, logits, sampling_metadata, *args, **kwargs)
         window = rows.take_window()
-        one_each = logits if window is None else logits[window_v1.first_of(window, logits.device)]
+        one_each = logits if window is None else logits[window.starts]
         setattr(self, _MARK, rows)
         try:
             output = forward(self, one_each, sampling_metadata, *args, **kwargs)

@@ -69,7 +69,7 @@ class ImageScheduler(AsyncScheduler):
         self._refused: list[Request] = []  # whose clients are yet to be told
         self._prefixes: dict[str, int] = {}
         self._windows = DraftPlaces.of(self.vllm_config)
-        self._steps: dict[str, int] = {}
+        self._steps: dict[str, int] = {}  # that have given a request tokens; without windows, one each
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, BoundedManager):
                 manager.prefixes = self._prefixes
@@ -111,9 +111,9 @@ class ImageScheduler(AsyncScheduler):
         tokens = model_runner_output.sampled_token_ids
         if self._windows is not None:
             self._windows.done(scheduler_output, tokens)
-        for name, row in model_runner_output.req_id_to_index.items():
-            if tokens and tokens[row] and name in self.requests:
-                self._steps[name] = self._steps.get(name, 0) + 1
+            for name, row in model_runner_output.req_id_to_index.items():
+                if tokens and tokens[row] and name in self.requests:
+                    self._steps[name] = self._steps.get(name, 0) + 1
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request in self._refused:
             of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
@@ -160,7 +160,7 @@ class ImageScheduler(AsyncScheduler):
             ranks * resident,
             ranks * full,
             **means,
-            steps=self._steps.get(request.request_id, 0),
+            steps=self._steps.get(request.request_id, request.num_output_tokens),
             tokens=request.num_output_tokens,
             engine=parallel.data_parallel_index,
         )

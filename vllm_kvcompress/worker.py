@@ -1,10 +1,11 @@
 """Worker methods that the front end calls with ``collective_rpc(name)``."""
 
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from vllm_kvcompress.log import logger_for
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.models.vq import VQDecoder
 
 logger = logger_for(__name__)
 
@@ -25,10 +26,8 @@ def kvcompress_decode_image(self: Any, codes: list[int]) -> tuple[int, int, byte
     """
     if self.rank != 0:
         return None
-    vq = self.model_runner.get_model().vq
-    pixels = vq.decode(torch.tensor([codes], dtype=torch.int64))[0].cpu().contiguous()
-    height, width, _ = pixels.shape
-    return width, height, pixels.numpy().tobytes()
+    decoder: VQDecoder = self.model_runner.get_model().vq
+    return decoder.picture(codes)
 
 
 def kvcompress_decode_images(self: Any, pictures: list[list[int]]) -> list[tuple[int, int, bytes]] | None:

@@ -63,15 +63,14 @@ def verify(
         else None
         for kind in types
     ]
-    start = torch.tensor(plan.starts, dtype=torch.int32)
-    count = torch.tensor(plan.counts, dtype=torch.int32)
+    start, count = plan.on_device
     pointers = (c_void_p * len(mass))(*(None if x is None else x.data_ptr() for x in mass))
     held = Held(
         natives,
         [(native.struct.block_table, native.struct.table_row) for native in natives],
         step_of(q, k, v, plan.prefix, plan.length, scale, out),
         Window(start.data_ptr(), count.data_ptr(), None, addressof(pointers), places),
-        (q, k, v, out, plan, list(types), mass, start, count, pointers),
+        (q, k, v, out, plan, list(types), mass, pointers),
     )
     held.run()
     return held

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vllm_kvcompress.attention.pages import HeadType, Plan
 from vllm_kvcompress.attention.triton_attend import add_scores, attend_group, attend_single, to_cache
-from vllm_kvcompress.attention.triton_kinds import RING, SCORES, alignment, filled, kind_args, pick
+from vllm_kvcompress.attention.triton_kinds import RING, SCORES, packed, pick
 from vllm_kvcompress.policy.rule import MAX_TYPES
 
 __all__ = ["decode", "launch"]
@@ -129,6 +129,11 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
 
+def longest_first(types: Sequence[HeadType]) -> list[HeadType]:
+    """The types that have heads, in the order in which they leave a row's last programs least idle."""
+    return sorted((t for t in types if len(t.head_index)), key=lambda t: -t.rule.capacity)
+
+
 def launch(
     q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], plan: Plan, scale: float, out: Tensor
 ) -> Launch:
@@ -136,16 +141,13 @@ def launch(
 
     Raises ValueError for what the kernel can't do.
     """
-    # Longest first: what a row's last programs leave idle is then least.
-    types = sorted((t for t in types if len(t.head_index)), key=lambda t: -t.rule.capacity)
+    types = longest_first(types)
     rows, heads, dim = q.shape
     group = heads // k.shape[1]
     check_inputs(q, k, v, types, out, group)
-    args, align, kept = [], alignment(types), 0
-    for kind in types:
-        args.append(kind_args(kind, align, kept))
-        kept += kind.pages.kv.shape[1] * kind.rule.capacity if kind.rule.scores else 0
-    kinds = filled(args)
+    kinds, align, kept = packed(
+        types, lambda kind: kind.pages.kv.shape[1] * kind.rule.capacity if kind.rule.scores else 0
+    )
     scratch = torch.empty(rows * kept * group, dtype=torch.float32, device=q.device)
     width = max(16, triton.next_power_of_2(dim))
     # 32 accumulators a thread, fewer slots at a time where a number takes four bytes. The matrix units'

@@ -7,7 +7,7 @@ compile anew, as integers do that are 1 or divisible by 16, and pointers that ar
 `odd` and `_aligned` see to that, since Triton's do_not_specialize does not reach into tuples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -90,6 +90,28 @@ def odd(number: int) -> int:
 def filled(kinds: Sequence[KindArgs]) -> tuple[KindArgs, ...]:
     """As many as a kernel has places for: it is compiled once for any number of types."""
     return tuple(kinds) if PLAIN else (*kinds, *[kinds[-1]] * (MAX_TYPES - len(kinds)))
+
+
+def packed(
+    types: Sequence[HeadType], scratch: Callable[[HeadType], int]
+) -> tuple[tuple[KindArgs, ...], int, int]:
+    """Head types as a kernel's argument.
+
+    Parameters
+    ----------
+    scratch : callable
+        How much of a row's scratch memory a type takes, in the kernel's own units.
+
+    Returns
+    -------
+    kinds, align, kept
+        The argument; numbers of K and V that make 16 bytes; scratch memory of a row.
+    """
+    args, align, kept = [], alignment(types), 0
+    for kind in types:
+        args.append(kind_args(kind, align, kept))
+        kept += scratch(kind)
+    return filled(args), align, kept
 
 
 def alignment(types: Sequence[HeadType]) -> int:

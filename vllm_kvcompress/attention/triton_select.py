@@ -25,10 +25,7 @@ from vllm_kvcompress.attention.triton_decode import Launch
 from vllm_kvcompress.attention.triton_kinds import (
     SMOOTH_ROW,
     VALUE_NORM,
-    KindArgs,
-    alignment,
-    filled,
-    kind_args,
+    packed,
     pick,
 )
 from vllm_kvcompress.policy.rule import HeadRule
@@ -204,14 +201,14 @@ def launch(types: Sequence[HeadType], plan: Plan) -> Launch:
     Scratch memory is allocated here: an int64 for every slot of one head of each program, two where rows
     are smoothed.
     """
-    args: list[KindArgs] = []
-    align, groups, kept = alignment(types), 0, 0
-    for kind in types:
-        args.append(kind_args(kind, align, kept))
-        mine = triton.cdiv(kind.pages.kv.shape[1], HEADS)
-        groups += mine
-        kept += mine * kind.rule.capacity * (1 + kind.rule.smooth_row)
-    kinds, pages, rows = filled(args), types[0].pages, len(plan.length)
+
+    def programs(kind: HeadType) -> int:
+        return triton.cdiv(kind.pages.kv.shape[1], HEADS)
+
+    kinds, align, kept = packed(
+        types, lambda kind: programs(kind) * kind.rule.capacity * (1 + kind.rule.smooth_row)
+    )
+    groups, pages, rows = sum(map(programs, types)), types[0].pages, len(plan.length)
     width = max(16, triton.next_power_of_2(pages.head_size))
     # In the tile of values, 16 numbers a thread. Without fusing, scores are torch's to the last bit.
     constants = {

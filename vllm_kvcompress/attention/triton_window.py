@@ -7,7 +7,6 @@ stay in scratch memory until it is known which queries count; pages are written 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from vllm_kvcompress.attention.pages import HeadType
 from vllm_kvcompress.attention.triton_attend import LOW, product, to_cache
-from vllm_kvcompress.attention.triton_decode import LOG2E, check_inputs
-from vllm_kvcompress.attention.triton_kinds import RING, SCORES, alignment, filled, kind_args, pick
+from vllm_kvcompress.attention.triton_decode import LOG2E, Launch, check_inputs, longest_first
+from vllm_kvcompress.attention.triton_kinds import RING, SCORES, KindArgs, packed, pick
 from vllm_kvcompress.attention.window import WindowPlan
 
 __all__ = ["commit", "launch_commit", "launch_verify", "verify"]
@@ -48,6 +47,20 @@ def _taken(kind, n, table, head, prefix, token, count, PLACES: tl.constexpr):
     return tl.where(inside, prefix + slot, -1)
 
 
+@triton.jit
+def _program(kinds, row, prefix, length, count, TYPES: tl.constexpr, PLACES: tl.constexpr):
+    """A program's cache head and row: its type, numbers, place in the type and on k's head axis, block table,
+    the row's prefix, its first place's token, slots in use before that, and `_taken` of ``count`` places."""
+    prefix, length = tl.load(prefix + row), tl.load(length + row)
+    kind, n, head = pick(kinds, tl.program_id(0), 1, TYPES)
+    place = tl.load(kind.head_index + head)
+    table = kind.table + row.to(tl.int64) * n.table_row
+    token = length - 1 - prefix
+    held = prefix + tl.minimum(token, n.capacity)
+    taken = _taken(kind, n, table, head, prefix, token, count, PLACES)
+    return kind, n, head, place, table, prefix, token, held, taken
+
+
 @triton.jit(do_not_specialize=("scratch_row", "tops_row"))
 def _verify(
     kinds, q, k, v, out, logits, tops, starts, counts, prefix, length,
@@ -59,14 +72,10 @@ def _verify(
     LANES: tl.constexpr = PLACES * SPREAD
     row = tl.program_id(1)
     first, count = tl.load(starts + row).to(tl.int64), tl.load(counts + row)
-    prefix, length = tl.load(prefix + row), tl.load(length + row)
+    kind, n, head, place, table, prefix, _, held, taken = _program(
+        kinds, row, prefix, length, count, TYPES, PLACES
+    )
     row = row.to(tl.int64)
-    kind, n, head = pick(kinds, tl.program_id(0), 1, TYPES)
-    place = tl.load(kind.head_index + head)
-    table = kind.table + row * n.table_row
-    token = length - 1 - prefix
-    held = prefix + tl.minimum(token, n.capacity)
-    taken = _taken(kind, n, table, head, prefix, token, count, PLACES)
 
     lane, own, dim = tl.arange(0, LANES), tl.arange(0, PLACES), tl.arange(0, WIDTH)
     nth, member = lane // SPREAD, lane % SPREAD
@@ -155,14 +164,10 @@ def _commit(
     """Grid: cache heads of all types, rows. Keeps the first ``standing`` places, as drawing one by one."""
     row = tl.program_id(1)
     first, stands = tl.load(starts + row).to(tl.int64), tl.load(standing + row).to(tl.int32)
-    prefix, length = tl.load(prefix + row), tl.load(length + row)
+    kind, n, head, place, table, prefix, token, held, taken = _program(
+        kinds, row, prefix, length, stands, TYPES, PLACES
+    )
     row = row.to(tl.int64)
-    kind, n, head = pick(kinds, tl.program_id(0), 1, TYPES)
-    place = tl.load(kind.head_index + head)
-    table = kind.table + row * n.table_row
-    token = length - 1 - prefix
-    held = prefix + tl.minimum(token, n.capacity)
-    taken = _taken(kind, n, table, head, prefix, token, stands, PLACES)
     own, dim = tl.arange(0, PLACES), tl.arange(0, WIDTH)
     lands = taken >= 0
     number = ((taken + 0.5) * kind.per_slot).to(tl.int32)
@@ -213,18 +218,17 @@ class Held:
     v: Tensor
     logits: Tensor
     tops: Tensor
-    starts: Tensor
     group: int
 
 
 def launch_verify(
     q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], plan: WindowPlan, scale: float, out: Tensor
-) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any], Held]:
-    """Grid, arguments and constants of `verify`'s launch, and what it leaves; scratch is allocated here.
+) -> tuple[Launch, Held]:
+    """`verify`'s launch, and what it leaves; scratch is allocated here.
 
     Raises ValueError for what the kernel can't do.
     """
-    types = sorted((t for t in types if len(t.head_index)), key=lambda t: -t.rule.capacity)
+    types = longest_first(types)
     group, dim = q.shape[1] // k.shape[1], q.shape[2]
     check_inputs(q, k, v, types, out, group)
     kinds, align, kept = _kinds(types)
@@ -233,7 +237,7 @@ def launch_verify(
         types, plan, k, v,
         torch.empty(rows * kept * PLACES * group, dtype=torch.float32, device=q.device),
         torch.empty(rows * k.shape[1] * PLACES * group * 2, dtype=torch.float32, device=q.device),
-        plan.starts_on(q.device), group,
+        group,
     )  # fmt: skip
     width = max(16, triton.next_power_of_2(dim))
     one = group == 1
@@ -245,48 +249,50 @@ def launch_verify(
     }  # fmt: skip
     strides = [stride for x in (q, k, v, out) for stride in x.stride()[:2]]
     args = (
-        kinds, q, k, v, out, held.logits, held.tops, held.starts, plan.counts_on(q.device), plan.prefix,
+        kinds, q, k, v, out, held.logits, held.tops, *plan.on_device, plan.prefix,
         plan.length, *strides, kept, k.shape[1], scale * LOG2E,
     )  # fmt: skip
-    return (sum(len(kind.head_index) for kind in types), rows), args, constants, held
+    return Launch((sum(len(kind.head_index) for kind in types), rows), args, constants), held
 
 
 def verify(
     q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], plan: WindowPlan, scale: float, out: Tensor
 ) -> Held:
     """As `window.verify`, for what `triton_decode.decode` takes; nothing is read on the host."""
-    grid, args, constants, held = launch_verify(q, k, v, types, plan, scale, out)
-    _verify[grid](*args, **constants)
+    launch, held = launch_verify(q, k, v, types, plan, scale, out)
+    _verify[launch.grid](*launch.args, **launch.constants)
     return held
 
 
-def launch_commit(held: Held, standing: Tensor) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
-    """Grid, arguments and constants of `commit`'s launch for one layer; ``standing`` [rows] on the device."""
+def launch_commit(held: Held, standing: Tensor) -> Launch:
+    """`commit`'s launch for one layer; ``standing`` [rows] on the device."""
     kinds, align, kept = _kinds(held.types)
     k, v, dim = held.k, held.v, held.k.shape[2]
     constants = {
         "TYPES": len(kinds), "ALIGN": align, "GROUP": held.group, "DIM": dim,
         "WIDTH": max(16, triton.next_power_of_2(dim)), "PLACES": PLACES, "TILE": 128, "num_warps": 4,
     }  # fmt: skip
+    plan = held.plan
     args = (
-        kinds, k, v, held.logits, held.tops, held.starts, standing, held.plan.prefix, held.plan.length,
+        kinds, k, v, held.logits, held.tops, plan.on_device[0], standing, plan.prefix, plan.length,
         *k.stride()[:2], *v.stride()[:2], kept, k.shape[1],
     )  # fmt: skip
-    return (sum(len(kind.head_index) for kind in held.types), len(held.plan.rows)), args, constants
+    return Launch((sum(len(kind.head_index) for kind in held.types), len(plan.rows)), args, constants)
 
 
 def commit(layers: Sequence[Held], standing: Sequence[int] | Tensor) -> None:
     """As `window.commit`; ``standing`` may be on the device."""
+    if not layers:
+        return
+    on_device = torch.as_tensor(standing, device=layers[0].k.device)
     for held in layers:
-        on_device = torch.as_tensor(standing, device=held.k.device)
-        grid, args, constants = launch_commit(held, on_device)
-        _commit[grid](*args, **constants)
+        launch = launch_commit(held, on_device)
+        _commit[launch.grid](*launch.args, **launch.constants)
 
 
-def _kinds(types: Sequence[HeadType]) -> tuple[tuple[Any, ...], int, int]:
-    """Head types as arguments, the numbers in 16 bytes, and a row's scratch in lines of PLACES queries."""
-    args, align, kept = [], alignment(types), 0
-    for kind in types:
-        args.append(kind_args(kind, align, kept))
-        kept += kind.pages.kv.shape[1] * (kind.rule.capacity + PLACES) if kind.rule.scores else 0
-    return filled(args), align, kept
+def _kinds(types: Sequence[HeadType]) -> tuple[tuple[KindArgs, ...], int, int]:
+    """As `packed`; scratch memory in lines of PLACES queries."""
+    return packed(
+        types,
+        lambda kind: kind.pages.kv.shape[1] * (kind.rule.capacity + PLACES) if kind.rule.scores else 0,
+    )

@@ -6,6 +6,7 @@ Between the two lies sampling. An abort between them leaves no trace in the page
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,20 +35,13 @@ class WindowPlan:
     prefix: Tensor
     length: Tensor
 
-    def starts_on(self, device: torch.device) -> Tensor:
-        """``[n]`` int32 ``starts``, copied once."""
-        return self._on(device)[0]
-
-    def counts_on(self, device: torch.device) -> Tensor:
-        """``[n]`` int32 ``counts``, copied once."""
-        return self._on(device)[1]
-
-    def _on(self, device: torch.device) -> Tensor:
-        kept: Tensor | None = self.__dict__.get("_copied")
-        if kept is None:
-            kept = async_tensor_h2d([self.starts, self.counts], device=device, dtype=torch.int32)
-            self.__dict__["_copied"] = kept
-        return kept
+    @cached_property
+    def on_device(self) -> tuple[Tensor, Tensor]:
+        """``starts`` and ``counts``, ``[n]`` int32, where the cache is."""
+        starts, counts = async_tensor_h2d(
+            [self.starts, self.counts], device=self.prefix.device, dtype=torch.int32
+        ).unbind()
+        return starts, counts
 
     @property
     def spans(self) -> list[tuple[int, int, int, int]]:

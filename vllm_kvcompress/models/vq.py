@@ -71,6 +71,12 @@ class VQDecoder(nn.Module):
         self.eval()
 
     @torch.inference_mode()
+    def picture(self, codes: list[int]) -> tuple[int, int, bytes]:
+        """Width, height and RGB bytes, row by row, of one picture's first lines; raises as `decode`."""
+        pixels = self.decode(torch.tensor([codes], dtype=torch.int64))[0].cpu().contiguous()
+        height, width, _ = pixels.shape
+        return width, height, pixels.numpy().tobytes()
+
     def decode(self, codes: Tensor) -> Tensor:
         """Pixels of the first lines of pictures.
 

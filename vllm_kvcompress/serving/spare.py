@@ -6,8 +6,6 @@ when the last one is drawn.
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from vllm_kvcompress.models.config import raster_of
 from vllm_kvcompress.serving.encode import Pixels
 
@@ -56,9 +54,7 @@ class SpareDecoder:
         """
         if self._vq is None:
             self._vq = self._built()
-        rgb = self._vq.decode(torch.tensor([codes], dtype=torch.int64))[0].contiguous()
-        height, width, _ = rgb.shape
-        return Pixels(width, height, rgb.numpy().tobytes())
+        return Pixels(*self._vq.picture(codes))
 
     def _built(self) -> "VQDecoder":
         from safetensors.torch import load

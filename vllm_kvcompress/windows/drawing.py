@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 
 @dataclass
@@ -12,8 +13,8 @@ class Drawing:
     ----------
     seed : int
         Of the picture's noise.
-    line, total : int
-        Tokens a line, and of the whole picture.
+    line : int
+        Tokens a line.
     given : sequence of int
         Image token ids at the prompt's end.
     outputs : list of int
@@ -22,7 +23,6 @@ class Drawing:
 
     seed: int
     line: int
-    total: int
     given: Sequence[int]
     outputs: list[int]
     _kept: list[int] = field(default_factory=list)
@@ -99,3 +99,8 @@ class Window:
     def counts(self) -> list[int]:
         """Samples of each row."""
         return [1 + len(drafts) for drafts in self.drafts]
+
+    @property
+    def starts(self) -> list[int]:
+        """Each row's first sample, among all."""
+        return [0, *accumulate(self.counts)][:-1]

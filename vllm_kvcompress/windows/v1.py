@@ -19,12 +19,6 @@ if TYPE_CHECKING:
 Sample = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 
-def first_of(window: Window, device: torch.device) -> Tensor:
-    """``[rows]`` int64: which logits row is each row's first."""
-    counts = torch.tensor(window.counts, device=device)
-    return counts.cumsum(0) - counts
-
-
 def settle(
     output: Any, window: Window, rows: "RequestRows", logits: Tensor, metadata: Any, sample: Sample
 ) -> None:
@@ -45,11 +39,8 @@ def settle(
     sample : callable
         vLLM's sampler, from filtered and scaled logits on.
     """
-    counts = window.counts
+    counts, starts = window.counts, window.starts
     later = [(row, nth) for row, count in enumerate(counts) for nth in range(1, count)]
-    starts = [0]
-    for count in counts:
-        starts.append(starts[-1] + count)
     drawings = rows.drawings
     at = torch.tensor([starts[row] + nth for row, nth in later], device=logits.device)
     of = torch.tensor([row for row, _ in later], device=logits.device)
