@@ -19,20 +19,17 @@ from types import TracebackType
 TRACKER_S = 3.0
 _FILE = "KVCOMPRESS_LAST_WORD"  # environment variable: where processes of one server leave the reason
 
-_listener = 0  # the process that listens, to tell it from its forks
-
 
 def listen() -> None:
     """In the process that is started: print the reason last, if an exception ends it.
 
     Call it before other processes are started, whose reasons are to be heard.
     """
-    global _listener
-    inherited = _FILE in os.environ and parent_process() is not None  # else a program's that starts servers
-    if inherited or _listener == os.getpid():
+    mine = f"kvcompress-{os.getpid()}-"
+    # Another process's is the server's that this one is a part of, or a program's that starts servers.
+    if _FILE in os.environ and (parent_process() is not None or mine in os.environ[_FILE]):
         return
-    _listener = os.getpid()
-    handle, name = tempfile.mkstemp(prefix="kvcompress-")
+    handle, name = tempfile.mkstemp(prefix=mine)
     os.close(handle)
     os.environ[_FILE] = name
     atexit.register(_forget, name, os.getpid())
