@@ -35,7 +35,7 @@ def drawn_in_prompt(prompt_ids: list[int], model: ImageModel) -> int | None:
     Raises VLLMValidationError for image tokens that do not follow begin-of-image.
     """
     end, start = len(prompt_ids), model.prefix_length(prompt_ids)
-    begun = start > 0 and prompt_ids[start - 1] == model.boi
+    begun = model.is_begun(prompt_ids, start)
     if (start < end and not begun) or any(i >= model.text_vocab for i in prompt_ids[:start]):
         raise _refuse(
             "prompt",

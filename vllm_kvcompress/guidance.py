@@ -94,7 +94,7 @@ class RequestFacts:
         """From what the runner is given with a new request."""
         ids = prompt_ids or ()
         end = model.prefix_length(ids)
-        if not end or ids[end - 1] != model.boi:
+        if not model.is_begun(ids, end):
             # Admission has not looked at a text request's arguments, and they mean nothing here.
             return cls(GuidanceParams(model.guidance_scale), NO_IMAGE)
         guidance = GuidanceParams.read(getattr(params, "extra_args", None), model.guidance_scale)

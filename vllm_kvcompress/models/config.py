@@ -134,6 +134,10 @@ class ImageModel:
         """Size of the one id space: text ids, then image ids."""
         return self.text_vocab + self.codes
 
+    def is_begun(self, ids: Sequence[int], prefix: int) -> bool:
+        """Whether a prompt asks for a picture: its text, ``prefix`` tokens, ends in begin-of-image."""
+        return prefix > 0 and ids[prefix - 1] == self.boi
+
     def prefix_length(self, prompt_ids: Sequence[int]) -> int:
         """Tokens of a prompt before the image tokens at its end."""
         end = len(prompt_ids)

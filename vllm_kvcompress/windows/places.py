@@ -97,26 +97,22 @@ class DraftPlaces:
             return None
         if not request.num_output_tokens + coming:
             return None
-        if not _plain(request) or not self._draws(request, prefixes):
+        prefix = prefixes[request.request_id]
+        if not _plain(request) or not self._model.is_begun(request.prompt_token_ids or (), prefix):
             return None
         if self._uniform:
             return MAX_WINDOW - 1
-        known = request.num_tokens - prefixes[request.request_id]
+        known = request.num_tokens - prefix
         room = self._model.raster.tokens - known - 1
         if self._cut:
             width = self._model.raster.width
             room = min(room, width - (known - 1) % width - 1)
         return room
 
-    def _draws(self, request: Request, prefixes: Mapping[str, int]) -> bool:
-        ids = request.prompt_token_ids or ()
-        end = prefixes[request.request_id]
-        return bool(end) and ids[end - 1] == self._model.boi
-
 
 def _plain(request: Request) -> bool:
     """Whether its settings are those that every place of a window can have."""
     params = request.sampling_params
-    if params is None or names_ids(params) or params.min_p or params.repetition_detection:
+    if params is None or names_ids(params) or params.min_p:
         return False
     return params.logprobs is None  # the runner keeps them for one place a row
