@@ -62,8 +62,10 @@ def drawn(
     checkpoints: dict[str, Path], profile: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Drawn]:
     folder, found = tmp_path_factory.mktemp("ranks"), {}
-    for ranks in (RANKS, 1):  # the second start finds the first one's measured heads
-        process = EngineProcess(folder / str(ranks), V1, jobs(checkpoints, profile, ranks))
+    # A cache of this module alone: nobody else has measured these heads, the second start finds the first one's.
+    env = {**V1, "VLLM_CACHE_ROOT": str(folder / "cache")}
+    for ranks in (RANKS, 1):
+        process = EngineProcess(folder / str(ranks), env, jobs(checkpoints, profile, ranks))
         found[ranks] = {**process.finish(), "log": process.log}
     return found
 
