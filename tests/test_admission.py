@@ -21,15 +21,15 @@ PROMPT = [1, 50, 51, 3]
 CONTEXT = 64
 
 
-def admitted(prompt=PROMPT, context=CONTEXT, text=True, **params) -> SamplingParams:
+def admitted(prompt=PROMPT, context=CONTEXT, room=None, **params) -> SamplingParams:
     params = SamplingParams(**params)
-    admit(list(prompt), params, MODEL, context, text=text)
+    admit(list(prompt), params, MODEL, context, room=room)
     return params
 
 
-def refusal(prompt=PROMPT, context=CONTEXT, text=True, **params) -> VLLMValidationError:
+def refusal(prompt=PROMPT, context=CONTEXT, room=None, **params) -> VLLMValidationError:
     with pytest.raises(VLLMValidationError) as raised:
-        admitted(prompt, context, text, **params)
+        admitted(prompt, context, room, **params)
     assert "\n" not in str(raised.value)
     return raised.value
 
@@ -181,11 +181,33 @@ def test_text_requests_are_left_alone():
     assert params.detokenize
 
 
-def test_text_where_only_pictures_are_served():
-    error = refusal([1, 50], text=False)
-    assert error.parameter == "prompt"
-    assert "/v1/images/generations" in str(error)
-    admitted(text=False)
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "room", "parameter"),
+    [
+        (4, 6, 10, None),
+        (9, 1, 10, None),
+        (4, None, 5, None),
+        (4, 7, 10, "max_tokens"),
+        (9, 2, 10, "max_tokens"),
+        (10, 1, 10, "prompt"),
+        (4, None, 4, "prompt"),
+        (60, 2000, None, None),
+    ],
+)
+def test_a_text_that_the_cache_could_never_hold(prompt, tokens, room, parameter):
+    ids = [1, *range(50, 49 + prompt)]
+    if parameter is None:
+        assert admitted(ids, room=room, max_tokens=tokens).max_tokens == tokens
+        return
+    error = refusal(ids, room=room, max_tokens=tokens)
+    assert error.parameter == parameter
+    assert "--kv-cache-memory-bytes" in str(error)
+    assert f"{prompt} " in str(error)
+    assert parameter == "prompt" or f"set max_tokens to {room - prompt} or less" in str(error)
+
+
+def test_room_for_text_is_nothing_to_a_picture():
+    assert admitted(room=5).max_tokens == TOKENS
 
 
 def test_the_picture_must_fit_the_context():
@@ -274,9 +296,9 @@ def test_only_token_prompts_are_generated_from(asked):
 
 def test_pictures_are_not_asked_for_in_parts():
     admit_request(request(SamplingParams(), [1, 50], resumable=True), MODEL, CONTEXT)
-    for asked, text in ((PROMPT, True), ([*PROMPT, *drawn(3)], True), ([1, 50], False)):
+    for asked, room in ((PROMPT, None), ([*PROMPT, *drawn(3)], None), ([1, 50], 60), (PROMPT, 60)):
         with pytest.raises(VLLMValidationError, match="must come whole"):
-            admit_request(request(SamplingParams(), asked, resumable=True), MODEL, CONTEXT, text=text)
+            admit_request(request(SamplingParams(), asked, resumable=True), MODEL, CONTEXT, room=room)
 
 
 def test_a_picture_that_is_scored_half_drawn_must_fit_too():

@@ -428,12 +428,6 @@ def test_evicted_tokens_are_nowhere_in_the_pages(tiny: Path, profile: Callable, 
                 assert sorted(held) == seen[layer][head]
 
 
-def test_text_is_refused_in_words(tiny: Path) -> None:
-    engine = compressed(tiny, "auto", budget=0.3)
-    with pytest.raises(VLLMValidationError, match="this server draws pictures only"):
-        engine.outputs([engine.prompt("grass")[:-1]], GREEDY)
-
-
 def test_a_prompt_that_never_fits_is_refused(tiny: Path) -> None:
     engine = compressed(tiny, "auto", budget=0.3)
     with pytest.raises(VLLMValidationError, match=r"shorten the prompt or raise --max-model-len"):

@@ -8,10 +8,14 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
+import torch
+from parity import load_reference
+from transformers import AutoTokenizer
 
 from vllm_kvcompress.testing.server import Server
 
@@ -93,11 +97,74 @@ def test_the_same_seed_draws_the_same_picture_in_any_company(client: openai.Open
     assert crowd[0][0].b64_json == crowd[-1][0].b64_json == alone[0].b64_json  # type: ignore[index]
 
 
-def test_text_is_refused_and_the_server_goes_on(server: Server, client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="draws pictures only"):
-        client.completions.create(model="janus", prompt="hello", max_tokens=3)
+CHAT: list[Any] = [{"role": "user", "content": "What is on the table, and what is not?"}]
+
+
+def chat(client: openai.OpenAI, **fields: Any) -> Any:
+    """A greedy answer of 40 tokens, with the ids of prompt and answer."""
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    return client.chat.completions.create(
+        model="janus", messages=CHAT, temperature=0, max_tokens=40, extra_body=extra, **fields
+    )
+
+
+@torch.no_grad()
+def written(model: Path, ids: list[int], count: int, forbidden: int) -> list[int]:
+    """Greedy text of transformers' Janus, which sees everything."""
+    reference, ids = load_reference(model), list(ids)
+    for _ in range(count):
+        hidden = reference.model.language_model(torch.tensor([ids])).last_hidden_state[:, -1]
+        logits = reference.lm_head(hidden)[0]
+        logits[forbidden] = -torch.inf
+        ids.append(int(logits.argmax()))
+    return ids[-count:]
+
+
+def test_chat_beside_pictures_answers_what_transformers_answers(
+    server: Server, client: openai.OpenAI, checkpoints: dict[str, Path]
+) -> None:
+    """Whole and streamed, alone and while pictures are drawn; the pictures are what they are without."""
+    alone = draw(client, seed=4).data
+    with ThreadPoolExecutor(8) as pool:
+        pictures = [pool.submit(draw, client, seed=seed) for seed in (4, 5, 6)]
+        answers = [pool.submit(chat, client) for _ in range(2)]
+        streamed = [*chat(client, stream=True, stream_options={"include_usage": True})]
+        whole = [answer.result() for answer in answers]
+        beside = pictures[0].result().data
+    assert beside[0].b64_json == alone[0].b64_json  # type: ignore[index]
+    [choice] = whole[0].choices
+    ids, prompt = choice.token_ids, whole[0].prompt_token_ids
+    boi = AutoTokenizer.from_pretrained(checkpoints["gqa-hf"]).convert_tokens_to_ids("<begin_of_image>")
+    assert ids == written(checkpoints["gqa-hf"], prompt, 40, boi)
+    assert whole[1].choices[0].token_ids == chat(client).choices[0].token_ids == ids
+    assert choice.finish_reason == "length"
+    pieces = [chunk.choices[0] for chunk in streamed if chunk.choices]
+    assert "".join(piece.delta.content or "" for piece in pieces) == choice.message.content
+    assert [i for piece in pieces for i in getattr(piece, "token_ids", None) or ()] == ids
+    assert streamed[-1].usage == whole[0].usage
+    assert whole[0].usage.completion_tokens == 40
+    assert metric(server, "num_preemptions_total") == 0
+    assert metric(server, "kv_cache_usage_perc") == 0
+
+
+def test_texts_take_what_the_cache_holds(server: Server, client: openai.OpenAI) -> None:
+    """The front end knows what fits, from the engine's process; a stop string ends a text."""
+    [labels] = re.findall(r"^vllm:cache_config_info\{(.*)\} ", httpx.get(f"{server.url}/metrics").text, re.M)
+    told = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+    [pages] = re.findall(r"tokens a page ([\d, ]+);", server.log.read_text())
+    blocks, sizes = int(told["num_gpu_blocks"]) - 1, [int(page) for page in pages.split(",")]
+    most = max(n for n in range(blocks * 16) if sum(-(-n // size) for size in sizes) <= blocks)
+    assert int(told["kv_cache_size_tokens"]) == most
+    text = (
+        client.completions.create(model="janus", prompt="hello", max_tokens=30, temperature=0).choices[0].text
+    )
+    stop = text[len(text) // 2 : len(text) // 2 + 2]
+    ended = client.completions.create(model="janus", prompt="hello", max_tokens=30, temperature=0, stop=stop)
+    assert ended.choices[0].finish_reason == "stop"
+    assert ended.choices[0].text == text[: text.index(stop)]
+    with pytest.raises(openai.BadRequestError, match="greater than max_model_len"):
+        client.completions.create(model="janus", prompt="hello", max_tokens=500)
     assert httpx.get(f"{server.url}/health").status_code == 200
-    assert draw(client).data
 
 
 def test_the_profile_is_left_for_the_next_start(server: Server, checkpoints: dict[str, Path]) -> None:

@@ -82,7 +82,7 @@ def test_what_no_front_end_has_looked_at(engine: Engine) -> None:
         new(good, stop_token_ids=list(range(image, image + 200))),
     ]
     if engine.section:
-        bad.append(new([1, 50, 51]))  # text
+        bad.append(new([1, 50, 51], max_tokens=10**6))  # a text that no pool can hold
     fine = [new(good, seed=1), new(good, seed=1, max_tokens=16), new(good, seed=1, max_tokens=10**6)]
     told = ended(engine, *bad[:4], fine[0], *bad[4:], *fine[1:])
     for request in bad:
@@ -92,6 +92,7 @@ def test_what_no_front_end_has_looked_at(engine: Engine) -> None:
     assert engine.free == free
     assert not engine.scheduler.requests
     assert not engine.scheduler._prefixes
+    assert not engine.scheduler._texts
 
 
 def test_embeddings_are_refused(engine: Engine) -> None:

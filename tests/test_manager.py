@@ -3,7 +3,7 @@
 from math import ceil, lcm
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from vllm import SamplingParams
@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.cache.manager import BoundedManager
-from vllm_kvcompress.cache.spec import HeadTypeSpec
+from vllm_kvcompress.cache.spec import HeadTypeSpec, longest_text
 from vllm_kvcompress.policy import MAX_TYPES
 
 IMAGE = 64
@@ -50,8 +50,9 @@ def request_of(name: str, prompt: int) -> Request:
     return Request(name, [5] * prompt, SamplingParams(max_tokens=IMAGE), None)
 
 
-def needed(specs: list[HeadTypeSpec], prompt: int) -> list[int]:
-    return [ceil((prompt + one.capacity) / one.block_size) for one in specs]
+def needed(specs: list[HeadTypeSpec], prompt: int, answer: int = 0) -> list[int]:
+    """Blocks of each type; of a text request if there is an answer."""
+    return [ceil((prompt + (answer or one.capacity)) / one.block_size) for one in specs]
 
 
 class Pool(RuleBasedStateMachine):
@@ -66,6 +67,9 @@ class Pool(RuleBasedStateMachine):
         blocks = 1 + int(images * sum(needed(self.specs, CONTEXT - IMAGE)))  # one is vLLM's null block
         self.manager = manager_of(self.specs, blocks)
         self.start_free = self.free
+        self.texts: dict[str, int] = {}
+        for one in self.manager.coordinator.single_type_managers:
+            one.texts = self.texts
         self.running: dict[str, Request] = {}
         self.held: dict[str, tuple[list[int], ...]] = {}
         self.waiting: list[Request] = []
@@ -89,7 +93,7 @@ class Pool(RuleBasedStateMachine):
         return True
 
     def admit(self, request: Request, chunk: int, gate: bool) -> None:
-        before, need = self.free, sum(needed(self.specs, request.num_prompt_tokens))
+        before, need = self.free, sum(self.need(request))
         tokens = min(chunk, request.num_tokens)
         admitted = self.allocate(request, tokens, gate)
         assert admitted == (need <= before), "admitted exactly when the whole request fits"
@@ -101,10 +105,20 @@ class Pool(RuleBasedStateMachine):
         else:
             self.waiting.append(request)
 
-    @rule(prompt=st.integers(1, CONTEXT - IMAGE), chunk=st.integers(1, CONTEXT), gate=st.booleans())
-    def arrive(self, prompt: int, chunk: int, gate: bool) -> None:
+    def need(self, request: Request) -> list[int]:
+        prompt = request.num_prompt_tokens
+        return needed(self.specs, prompt, self.texts.get(request.request_id, prompt) - prompt)
+
+    @rule(
+        prompt=st.integers(1, CONTEXT - IMAGE), chunk=st.integers(1, CONTEXT), gate=st.booleans(),
+        text=st.booleans(),
+    )  # fmt: skip
+    def arrive(self, prompt: int, chunk: int, gate: bool, text: bool) -> None:
         self.count += 1
-        self.admit(request_of(f"r{self.count}", prompt), chunk, gate)
+        request = request_of(f"r{self.count}", prompt)
+        if text:
+            self.texts[request.request_id] = prompt + IMAGE
+        self.admit(request, chunk, gate)
 
     @precondition(lambda self: self.waiting)
     @rule(chunk=st.integers(1, CONTEXT), gate=st.booleans())
@@ -177,8 +191,7 @@ class Pool(RuleBasedStateMachine):
     def a_request_keeps_what_it_got(self) -> None:
         for name, request in getattr(self, "running", {}).items():
             assert self.manager.get_block_ids(name) == self.held[name]
-            need = needed(self.specs, request.num_prompt_tokens)
-            assert [len(ids) for ids in self.held[name]] == need
+            assert [len(ids) for ids in self.held[name]] == self.need(request)
 
     def teardown(self) -> None:
         if not hasattr(self, "manager"):
@@ -248,9 +261,19 @@ def test_types_of_equal_pages_stay_groups_of_their_own() -> None:
     assert is_kv_cache_spec_uniform(one)
 
 
+@given(pages=st.lists(st.integers(1, 16), min_size=1, max_size=MAX_TYPES), blocks=st.integers(0, 400))
+def test_the_longest_text_just_fits(pages: list[int], blocks: int) -> None:
+    specs = [spec(kind, page, 20) for kind, page in enumerate(pages)]
+    most = longest_text(specs, blocks)
+    assert sum(ceil(most / page) for page in pages) <= blocks
+    assert sum(ceil((most + 1) / page) for page in pages) > blocks
+    if most <= CONTEXT:
+        assert sum(one.blocks_for_text(most) for one in specs) <= blocks
+
+
 def test_no_request_holds_more_than_the_context() -> None:
     one = spec(0, 8, 30)
-    assert one.blocks_for(CONTEXT) == CONTEXT // 8
+    assert one.blocks_for(CONTEXT) == one.blocks_for_text(9 * CONTEXT) == CONTEXT // 8
     assert one.blocks_for(20) == ceil(50 / 8)
     assert not one.prefix_cacheable
     assert not one.uses_slot_mapping

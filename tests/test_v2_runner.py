@@ -108,8 +108,8 @@ def jobs(model: Path) -> list[dict[str, Any]]:
     return [
         engine("stock", [[*mixed, text], crowd, alone]),
         engine("tight", [mixed], **tight),
-        compressed("full", [mixed], preset="full"),
-        compressed("decoupled", [mixed, crowd, alone], preset="decoupled", budget=0.5),
+        compressed("full", [[*mixed, text]], preset="full"),
+        compressed("decoupled", [[*mixed, text], crowd, alone], preset="decoupled", budget=0.5),
         compressed("torch kernels", [mixed], preset="line_ar", budget=0.5, kernels="torch"),
         engine(
             "windows",
@@ -174,14 +174,17 @@ def test_windows_change_steps_not_pictures(drawn: Drawn, runner: str, engine: st
     assert min(steps(windowed) - {TEXT}) < PICTURE, "some drafts stood"
 
 
-def test_text_beside_pictures(drawn: Drawn) -> None:
-    text = drawn["v2"]["stock"]["waves"][0][TEXT_REQUEST]
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("engine", ["stock", "full", "decoupled"])
+def test_text_beside_pictures(drawn: Drawn, runner: str, engine: str) -> None:
+    text = drawn[runner][engine]["waves"][0][TEXT_REQUEST]
     assert len(text) == TEXT
     assert max(text) < TINY.text_vocab
+    assert text == drawn["v1"]["stock"]["waves"][0][TEXT_REQUEST]
 
 
 def test_full_cache_draws_what_the_stock_backend_draws(drawn: Drawn) -> None:
-    stock, full = (drawn["v2"][engine]["waves"][0][:TEXT_REQUEST] for engine in ("stock", "full"))
+    stock, full = (drawn["v2"][engine]["waves"][0] for engine in ("stock", "full"))
     assert full == stock
 
 

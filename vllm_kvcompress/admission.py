@@ -4,17 +4,21 @@ A prompt that ends in begin-of-image (or in image tokens after it) asks for a pi
 grid's tokens are drawn and nothing can end it early; what would is refused, like what a picture can't have.
 All of vLLM's front ends (``LLM``, completions, the images route) come through here, see patches/README.md;
 requests of any other are checked by the scheduler, with the same call.
+
+Text requests are vLLM's own business, but for one thing: a compressed cache takes all that a request may
+need when it is admitted, so what could never have it is refused.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_kvcompress.config import KEY, Limits
+from vllm_kvcompress.config import KEY, Limits, is_compressed
 from vllm_kvcompress.guidance import NEGATIVE_IDS, GuidanceParams
 from vllm_kvcompress.models.config import ImageModel
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
 NOT_GIVEN = 16  # SamplingParams' and completions' own ``max_tokens``: who does not set it means the picture
@@ -50,7 +54,7 @@ def admit(
     model: ImageModel,
     max_model_len: int,
     *,
-    text: bool = True,
+    room: int | None = None,
     limits: Limits | None = None,
 ) -> None:
     """Check a generation request and fix its length; ``params`` is the request's own copy.
@@ -59,8 +63,9 @@ def admit(
 
     Parameters
     ----------
-    text : bool
-        Whether requests that want text are served at all.
+    room : int, optional
+        Tokens that one text request can have, prompt and ``max_tokens`` together (`text_room`); by default
+        vLLM sees to that.
     limits : Limits, optional
         The server's; by default the defaults.
 
@@ -71,13 +76,8 @@ def admit(
     """
     drawn = drawn_in_prompt(prompt_ids, model)
     if drawn is None:
-        if not text:
-            raise _refuse(
-                "prompt",
-                "this server draws pictures only (--attention-backend kvcompress): "
-                "ask /v1/images/generations, end the prompt in begin-of-image, "
-                "or start a server without kvcompress for text",
-            )
+        if room is not None:
+            _check_room(len(prompt_ids), params.max_tokens, room)
         return
     scoring = params.prompt_logprobs is not None
     remaining = _remaining(len(prompt_ids), drawn, model, max_model_len, scoring)
@@ -110,6 +110,34 @@ def _remaining(length: int, drawn: int, model: ImageModel, max_model_len: int, s
             f"{max_model_len}: shorten the prompt or raise --max-model-len",
         )
     return remaining
+
+
+def text_room(vllm_config: "VllmConfig") -> int | None:
+    """``room`` of `admit` for the engine behind a front end; None where vLLM's own cache serves.
+
+    The scheduler has worked it out (`scheduler.ImageScheduler`), and vLLM has told its front ends.
+    """
+    if not is_compressed(vllm_config):
+        return None
+    return vllm_config.cache_config.kv_cache_size_tokens or vllm_config.model_config.max_model_len
+
+
+def _check_room(length: int, max_tokens: int | None, room: int) -> None:
+    if length + (max_tokens or 1) <= room:
+        return
+    more = "or give the cache more memory (--kv-cache-memory-bytes, --gpu-memory-utilization)"
+    if length >= room:
+        raise _refuse(
+            "prompt",
+            f"the prompt has {length} tokens, and the cache holds {room} of a text request, the answer "
+            f"included: shorten it, {more}",
+        )
+    raise _refuse(
+        "max_tokens",
+        f"max_tokens is {max_tokens} (left out, it is what the context leaves), but the cache holds {room} "
+        f"tokens of a text request, {length} of them the prompt's: set max_tokens to {room - length} or "
+        f"less, {more}",
+    )
 
 
 def _check_limits(prefix: int, pictures: int, limits: Limits) -> None:
@@ -163,7 +191,12 @@ def _check_guidance(params: "SamplingParams", prefix: int, model: ImageModel) ->
 
 
 def admit_request(
-    request: Any, model: ImageModel, max_model_len: int, *, text: bool = True, limits: Limits | None = None
+    request: Any,
+    model: ImageModel,
+    max_model_len: int,
+    *,
+    room: int | None = None,
+    limits: Limits | None = None,
 ) -> None:
     """``admit`` for an ``EngineCoreRequest`` or a scheduler's ``Request``.
 
@@ -172,6 +205,8 @@ def admit_request(
     ids, params = request.prompt_token_ids, request.sampling_params
     if params is None or ids is None or request.prompt_embeds is not None:
         raise _refuse("prompt", "this model takes token prompts and generates only")
-    if request.resumable and (not text or (ids and model.prefix_length(ids) < len(ids)) or model.boi in ids):
+    if request.resumable and ((ids and model.prefix_length(ids) < len(ids)) or model.boi in ids):
         raise _refuse("prompt", "a picture's prompt must come whole, not in parts")
-    admit(ids, params, model, max_model_len, text=text, limits=limits)
+    if request.resumable and room is not None:
+        raise _refuse("prompt", "with a compressed cache a prompt must come whole, not in parts")
+    admit(ids, params, model, max_model_len, room=room, limits=limits)

@@ -1,5 +1,6 @@
 """vLLM's scheduler, which also says what each request held when it ended."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -11,10 +12,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_kvcompress.admission import admit_request
+from vllm_kvcompress.admission import admit_request, text_room
 from vllm_kvcompress.cache.manager import BoundedManager
-from vllm_kvcompress.cache.spec import HeadTypeSpec
-from vllm_kvcompress.config import is_compressed, parse_config
+from vllm_kvcompress.cache.spec import HeadTypeSpec, longest_text
+from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.registry import image_model
 from vllm_kvcompress.windows.places import DraftPlaces
@@ -58,21 +59,39 @@ class ImageScheduler(AsyncScheduler):
     """Adds a ``CacheReport`` to a finished request's outputs; schedules as vLLM does.
 
     It also tells the block managers where each prompt's text ends: vLLM's own call knows how long a prompt
-    is, but not that a picture to continue or to score holds image tokens already.
+    is, but not that a picture to continue or to score holds image tokens already. Nor does it know how long a
+    text may get.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._image = image_model(self.vllm_config.model_config)
-        self._text = not is_compressed(self.vllm_config)
         self._limits = parse_config(self.vllm_config.additional_config).limits
         self._refused: list[Request] = []  # whose clients are yet to be told
         self._prefixes: dict[str, int] = {}
+        self._texts: dict[str, int] = {}
         self._windows = DraftPlaces.of(self.vllm_config)
         self._steps: dict[str, int] = {}  # that have given a request tokens; without windows, one each
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if isinstance(manager, BoundedManager):
-                manager.prefixes = self._prefixes
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        bounded = [manager for manager in managers if isinstance(manager, BoundedManager)]
+        for manager in bounded:
+            manager.prefixes, manager.texts = self._prefixes, self._texts
+        if bounded:
+            self._measure([manager.kv_cache_spec for manager in bounded])
+
+    def _measure(self, specs: Sequence[HeadTypeSpec]) -> None:
+        """Work out the longest text that the pool holds; what vLLM has is about pictures.
+
+        vLLM sends this number to its front ends when the engine stands: they refuse what never fits.
+        """
+        room = longest_text(specs, self.kv_cache_config.num_blocks - 1)  # one is vLLM's null block
+        self.vllm_config.cache_config.kv_cache_size_tokens = room
+        context = self.vllm_config.model_config.max_model_len
+        if room < context:
+            logger.info(
+                "Text requests may have %d tokens, prompt and max_tokens together: the cache holds no more "
+                "of the context's %d.", room, context,
+            )  # fmt: skip
 
     def add_request(self, request: Request) -> None:
         self._prefixes[request.request_id] = self._prefix(request)
@@ -88,13 +107,19 @@ class ImageScheduler(AsyncScheduler):
         model_config = self.vllm_config.model_config
         try:
             admit_request(
-                request, self._image, model_config.max_model_len, text=self._text, limits=self._limits
+                request,
+                self._image,
+                model_config.max_model_len,
+                room=text_room(self.vllm_config),
+                limits=self._limits,
             )
         except VLLMValidationError as error:
             logger.warning("Request %s is refused: %s", request.request_id, error)
             return False
         assert request.sampling_params is not None
         request.max_tokens = request.sampling_params.max_tokens or 1
+        if self._is_text(request):
+            self._texts[request.request_id] = request.num_prompt_tokens + request.max_tokens
         return True
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -130,6 +155,7 @@ class ImageScheduler(AsyncScheduler):
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         report = self._report(request)
         self._prefixes.pop(request.request_id, None)
+        self._texts.pop(request.request_id, None)
         self._steps.pop(request.request_id, None)
         kv_params, ec_params = super()._free_request(request, delay_free_blocks)
         return {**(kv_params or {}), REPORT: asdict(report)}, ec_params
@@ -141,7 +167,7 @@ class ImageScheduler(AsyncScheduler):
         evicted: dict[str, list[tuple[int, int]]] = {"evicted_spatial": [], "evicted_semantic": []}
         # The last token drawn is never fed back, so it never reaches the cache.
         tokens = request.num_tokens - 1
-        prefix = self._prefix(request)
+        drawn = 0 if self._is_text(request) else tokens - self._prefix(request)
         for group, ids in zip(config.kv_cache_groups, blocks, strict=True):
             spec = cast(AttentionSpec, group.kv_cache_spec)
             layers = len(group.layer_names)
@@ -149,7 +175,7 @@ class ImageScheduler(AsyncScheduler):
             full += tokens * spec.num_kv_heads * 2 * spec.head_size * spec.dtype.itemsize * layers
             if isinstance(spec, HeadTypeSpec):
                 name = "evicted_semantic" if spec.scored else "evicted_spatial"
-                evicted[name].append((spec.num_kv_heads, max(0, tokens - prefix - spec.capacity)))
+                evicted[name].append((spec.num_kv_heads, max(0, drawn - spec.capacity)))
         means = {
             name: round(sum(n * count for n, count in parts) / max(1, sum(n for n, _ in parts)))
             for name, parts in evicted.items()
@@ -168,3 +194,7 @@ class ImageScheduler(AsyncScheduler):
     def _prefix(self, request: Request) -> int:
         """Tokens before the first image token."""
         return self._image.prefix_length(request.prompt_token_ids or [])
+
+    def _is_text(self, request: Request) -> bool:
+        """Whether it wants text."""
+        return not self._image.is_begun(request.prompt_token_ids or [], self._prefix(request))

@@ -1,9 +1,9 @@
 """Blocks of a bounded request: all of them at admission, none later.
 
 An image request needs ``ceil((prefix + budget) / page)`` pages of each head type, known before its
-first token. Taking them all at once means that a running image is never preempted for want of memory:
-a full server queues instead. The nearest relatives in vLLM are CircularBufferManager and RSWAManager
-(v1/core/single_type_kv_cache_manager.py).
+first token; a text request, of which all stays, ``ceil((prompt + max_tokens) / page)``. Taking them all at
+once means that nothing that runs is ever preempted for want of memory: a full server queues instead. The
+nearest relatives in vLLM are CircularBufferManager and RSWAManager (v1/core/single_type_kv_cache_manager.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,8 @@ class BoundedManager(FullAttentionManager):
     """One head type's blocks of every request.
 
     ``prefixes`` says how many tokens come before a request's first image token, where that is known (the
-    scheduler fills it in); otherwise the whole prompt counts, which is never too little.
+    scheduler fills it in); otherwise the whole prompt counts, which is never too little. ``texts`` says of
+    every text request how many tokens it may have in all.
     """
 
     supports_fine_grained_hash_lookup: ClassVar[bool] = False
@@ -28,9 +29,12 @@ class BoundedManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: HeadTypeSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.prefixes: Mapping[str, int] = {}
+        self.texts: Mapping[str, int] = {}
         self._prompt_tokens: dict[str, int] = {}
 
     def _needed(self, request_id: str, prompt_tokens: int) -> int:
+        if request_id in self.texts:
+            return self.kv_cache_spec.blocks_for_text(self.texts[request_id])
         prefix = self.prefixes.get(request_id)
         if prefix is None:
             prefix = self._prompt_tokens.get(request_id, prompt_tokens)

@@ -1,5 +1,7 @@
 """A KV-cache group per head type, as vLLM's scheduler and worker see it."""
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,9 +63,22 @@ class HeadTypeSpec(AttentionSpec):
         """
         return cdiv(min(prefix + self.capacity, self.context), self.block_size)
 
+    def blocks_for_text(self, tokens: int) -> int:
+        """Pages that a text request of ``tokens``, prompt and answer, holds: all of them stay."""
+        return cdiv(min(tokens, self.context), self.block_size)
+
     def max_num_blocks_per_req(self, vllm_config: "VllmConfig", max_len: int) -> int:
         return cdiv(self.context, self.block_size)
 
     def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
         longest = min(self.context, vllm_config.model_config.max_model_len)
         return self.blocks_for(max(longest - self.image_tokens, 1)) * self.page_size_bytes
+
+
+def longest_text(specs: Sequence[HeadTypeSpec], blocks: int) -> int:
+    """Tokens of the longest text request that an empty pool of ``blocks`` can hold."""
+    sizes = [spec.block_size for spec in specs]
+    # A request of n tokens needs no more than blocks if this is true of n, and of every fewer.
+    return bisect_right(
+        range(1, blocks * min(sizes) + 1), blocks, key=lambda n: sum(cdiv(n, size) for size in sizes)
+    )

@@ -46,7 +46,8 @@ class DraftPlaces:
         self._cut, self._uniform = cut, uniform
         self._places = 1
         self._begun = self._ended = 0.0
-        self._steps: dict[int, tuple[int, float]] = {}
+        self._drawing = 0
+        self._steps: dict[int, tuple[int, int, float]] = {}
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "DraftPlaces | None":
@@ -67,28 +68,30 @@ class DraftPlaces:
         """Set ``spec_token_ids`` of every running request, before vLLM schedules the step."""
         self._begun = time.perf_counter()
         rooms = [self._room(request, prefixes) for request in running]
-        drawing = sum(room is not None for room in rooms)
+        self._drawing = sum(room is not None for room in rooms)
         self._places = 1
-        if 0 < drawing <= self._most_rows:
-            self._places = self._choice.choose(drawing)
+        if 0 < self._drawing <= self._most_rows:
+            self._places = self._choice.choose(self._drawing)
         for request, room in zip(running, rooms, strict=True):
             request.spec_token_ids = [PLACEHOLDER] * min(room or 0, self._places - 1)
 
     def scheduled(self, output: SchedulerOutput) -> None:
         """Remember what a step is, until it is done."""
-        self._steps[id(output)] = self._places, self._begun
+        self._steps[id(output)] = self._places, self._drawing, self._begun
 
     def done(self, output: SchedulerOutput, tokens: Sequence[Sequence[int]]) -> None:
         """A step has ended, with these tokens by row."""
         now = time.perf_counter()
-        places, begun = self._steps.pop(id(output), (1, now))
+        places, drawing, begun = self._steps.pop(id(output), (1, 0, now))
         began, self._ended = max(begun, self._ended), now
         rows = len(output.num_scheduled_tokens)
         pure = output.total_num_scheduled_tokens == rows + sum(
             map(len, output.scheduled_spec_decode_tokens.values())
         )
-        if rows and pure and not output.scheduled_new_reqs and tokens:
-            self._choice.learn(rows, places, now - began, sum(map(len, tokens)) / rows)
+        if drawing and pure and not output.scheduled_new_reqs and tokens:
+            others = rows - drawing  # texts, and pictures that can have no drafts: one token each
+            drawn = sum(map(len, tokens)) - others
+            self._choice.learn(drawing, places, now - began, drawn / drawing)
 
     def _room(self, request: Request, prefixes: Mapping[str, int]) -> int | None:
         """Drafts that a request could use now; None if it never could, or its prompt is still being read."""
