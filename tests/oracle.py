@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings, strategies
 
 from vllm_kvcompress.attention.pages import HeadType, Plan, page_bytes, pages_from_bytes
 from vllm_kvcompress.attention.prefill import prefill
+from vllm_kvcompress.attention.prefill_plan import PrefillPlan
 from vllm_kvcompress.attention.reference import decode, select_victims
 from vllm_kvcompress.heads.curves import LossCurves, candidate_types
 from vllm_kvcompress.heads.fit import fit
@@ -297,12 +298,13 @@ class Run:
         for row, _, end in spans:
             self.length[row] = end
         rows = list(counts)
-        prefix, length = _int32([self.prefix[r] for r in rows]), _int32([end for *_, end in spans])
+        prefix, length = [self.prefix[r] for r in rows], [end for *_, end in spans]
+        plan = PrefillPlan.of(start, prefix, length, torch.device("cpu"))
         for layer in range(len(self.world.kinds)):
             mine = [x[:, :, layer] for x in (self.q, self.k, self.v)]
             q, k, v = (torch.cat([x[row, first:end] for row, first, end in spans]) for x in mine)
             out = torch.full_like(q, torch.nan)
-            self.prefill(q, k, v, self.layer(layer, rows), start, prefix, length, self.scale, out)
+            self.prefill(q, k, v, self.layer(layer, rows), plan, self.scale, out)
             for (row, first, end), part in zip(spans, out.split(list(counts.values())), strict=True):
                 self.out[row, first:end, layer] = part
         self.note(rows)

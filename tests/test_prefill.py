@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oracle import Run, World, bounded, one_thread, world, worlds
 
 from vllm_kvcompress.attention.prefill import prefill
+from vllm_kvcompress.attention.prefill_plan import PrefillPlan
 from vllm_kvcompress.policy import PRESETS
 from vllm_kvcompress.policy.raster import Raster
 
@@ -83,14 +84,16 @@ def test_bfloat16_prompts_stay_close() -> None:
     torch.testing.assert_close(run.out[0, :40].float(), exact.out[0, :40], atol=0.05, rtol=0)
 
 
-def test_padding_rows_and_tokens_get_zeros_and_write_nothing() -> None:
+def test_padding_rows_and_tokens_are_left_alone() -> None:
     run = Run(world("decoupled", 0.45, RASTER, PROFILE), [3, 2], [4, 4])
     types = run.layer(0)
     q, k = torch.randn(9, 4, 8), torch.randn(9, 4, 8)
     out = torch.full_like(q, torch.nan)
-    prefill(q, k, k, types, torch.tensor([0, 3, 5]), torch.tensor([3, 2]), torch.tensor([3, 0]), 1.0, out)
+    plan = PrefillPlan.of([0, 3, 5], [3, 2], [3, 0], torch.device("cpu"))
+    assert plan is not None
+    prefill(q, k, k, types, plan, 1.0, out)
     assert out[:3].isfinite().all()
     assert out[:3].any()
-    assert not out[3:].any()
+    assert out[3:].isnan().all()
     for kind in types:
         assert kind.pages.kv[int(kind.block_table[1, 0])].isnan().all()

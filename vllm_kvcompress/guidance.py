@@ -123,7 +123,7 @@ class RequestRows:
         self.narrow_allowed = True
         self.places: list[int] | None = None  # this step's tokens to sample after, by row; None: one each
         self.window: Window | None = None  # their drafts (the V1 runner)
-        self.shared_plan: Any = None  # what the step's head types have in common, with drafts
+        self.shared_plan: Any = None  # where its rows start, and what the step's head types have in common
         self.on_accept: Callable[[Sequence[int] | Tensor], None] | None = (
             None  # a cache that holds drafts back
         )

@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvcompress.attention import kernels
 from vllm_kvcompress.attention.pages import Plan
+from vllm_kvcompress.attention.prefill_plan import PrefillPlan
 from vllm_kvcompress.attention.window import WindowPlan
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.guidance import request_rows
@@ -40,9 +41,8 @@ class StepPlan:
         ``[n]`` rows with a single token, and where that token is; None if every row is one.
     decode : Plan
         The single-token rows.
-    starts, prefixes, lengths : list of int
-        Where each row's tokens start, and the end of the last; prefix and length of the rows with several
-        tokens (prompts, chunks, replays), on the host, length 0 for the others. Empty if every row is one.
+    prefill : PrefillPlan or None
+        The rows with several tokens: prompts, chunks, replays.
     window : WindowPlan or None
         The rows with drafts.
     """
@@ -52,14 +52,12 @@ class StepPlan:
     decode_rows: Tensor | None
     decode_tokens: Tensor | None
     decode: Plan
-    starts: list[int]
-    prefixes: list[int]
-    lengths: list[int]
+    prefill: PrefillPlan | None = None
     window: WindowPlan | None = None
 
 
 class StepPlanner(AttentionMetadataBuilder[StepPlan]):
-    """Builds a ``StepPlan``; the second head type's shares all but the block table.
+    """Builds a ``StepPlan``; the other head types' share all but the block table.
 
     In a decode step the plan is made of tensors that keep their addresses from step to step (vLLM's
     lengths, block tables and query starts, and the rows' prefixes), so a full CUDA graph can hold the step.
@@ -88,18 +86,19 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
         prefix, length = self.rows.prefix[: m.num_reqs], m.seq_lens[: m.num_reqs].to(torch.int32)
         table = m.block_table_tensor[: m.num_reqs]
         if m.max_query_len == 1:
-            return StepPlan(m.query_start_loc, table, None, None, Plan(prefix, length), [], [], [])
-        shared = self.rows.shared_plan
-        if isinstance(shared, StepPlan):
-            return replace(shared, block_table=table)
+            return StepPlan(m.query_start_loc, table, None, None, Plan(prefix, length))
         starts = m.query_start_loc_cpu[: m.num_reqs + 1]
+        ends = starts.tolist()
+        shared = self.rows.shared_plan
+        if shared is not None and shared[0] == ends:
+            return replace(shared[1], block_table=table)
         counts = starts.diff()
         single = torch.nonzero(counts == 1).flatten()
         known = m.seq_lens_cpu_upper_bound  # exact but for rows with drafts
         if known is None:
             known = m.seq_lens.cpu()
         prefixes = [self.rows.prefix_of(row) for row in range(m.num_reqs)]
-        ends, many = starts.tolist(), (counts > 1).tolist()
+        many = (counts > 1).tolist()
         window = self._window(ends, prefix, length)
         drafted = set(window.rows) if window else set()
         lengths = [
@@ -108,9 +107,9 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
         rows = async_tensor_h2d(single, device=table.device)
         tokens = async_tensor_h2d(starts[single].long(), device=table.device)
         plan = Plan(prefix[rows], length[rows])
-        made = StepPlan(m.query_start_loc, table, rows, tokens, plan, ends, prefixes, lengths, window)
-        if window is not None:
-            self.rows.shared_plan = made
+        prompts = PrefillPlan.of(ends, prefixes, lengths, table.device)
+        made = StepPlan(m.query_start_loc, table, rows, tokens, plan, prompts, window)
+        self.rows.shared_plan = ends, made
         return made
 
     def _window(self, starts: list[int], prefix: Tensor, length: Tensor) -> WindowPlan | None:

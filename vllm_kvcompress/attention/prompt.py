@@ -1,18 +1,21 @@
 """Causal attention of whole prompts that lie one after another: the best implementation at hand.
 
 On CUDA: vLLM's flash attention where it is installed, xformers with a block-diagonal causal mask where that
-is (an optional extra), else torch's scaled_dot_product_attention, prompt by prompt, as on other devices.
+is (an optional extra), else torch's scaled_dot_product_attention, once for prompts of like length, as on
+other devices.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from vllm_kvcompress.attention.padding import Padded, alike
 
 __all__ = ["attend_prompts", "choose"]
 
@@ -86,11 +89,21 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: fl
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
     out = torch.empty_like(q)
-    for first, last in pairwise([0, *accumulate(lengths)]):
-        mine, key, value = (x[None, first:last].transpose(1, 2) for x in (q, k, v))
-        one = scaled_dot_product_attention(mine, key, value, is_causal=True, scale=scale, enable_gqa=True)
-        out[first:last] = one[0].transpose(0, 1)
+    for group in _groups(tuple(lengths), q.device):
+        mine, key, value = (x[group.at].transpose(1, 2) for x in (q, k, v))
+        # What is repeated at a prompt's end is after all of it: nobody before looks there.
+        got = scaled_dot_product_attention(mine, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        out[group.tokens] = got.transpose(1, 2).flatten(0, 1)[group.real]
     return out
+
+
+@lru_cache(maxsize=2)  # a step's layers all ask for the same
+def _groups(lengths: tuple[int, ...], device: torch.device) -> list[Padded]:
+    firsts = [0, *accumulate(lengths)]
+    return [
+        Padded.of([firsts[n] for n in numbers], [lengths[n] for n in numbers], width, device)
+        for (width,), numbers in alike((n,) for n in lengths).items()
+    ]
 
 
 ATTEND: dict[str, Attend] = {"flash": _flash, "xformers": _xformers, "sdpa": _sdpa}

@@ -230,12 +230,11 @@ class CompressedCache(nn.Module):
         plan = next(iter(plans.values()))
         at = plan.decode_tokens
         assert at is not None
-        if any(plan.lengths):
+        out.zero_()  # the batch may be filled up
+        if plan.prefill is not None:
             whole = self._with_tables(layer, {kind: plan.block_table for kind, plan in plans.items()})
-            prefill(q, k, v, whole, plan.starts, plan.prefixes, plan.lengths, scale, out)
-        else:
-            out[plan.starts[-1] :] = 0
-        if len(at):  # after prefill, which clears the rows that are not its own
+            prefill(q, k, v, whole, plan.prefill, scale, out)
+        if len(at):
             part = torch.empty_like(q[at])
             kernels.decode(q[at], k[at], v[at], types, plan.decode, scale, part)
             out[at] = part
