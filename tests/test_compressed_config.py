@@ -132,7 +132,7 @@ def test_limits_go_with_any_backend_and_rust_with_none(
     from vllm import envs
     from vllm.engine.arg_utils import EngineArgs
 
-    limits = {"kvcompress": {"limits": {"prompt_tokens": 9}}}
+    limits = {"kvcompress": {"limits": {"prompt_tokens": 9}, "strict": True}}
     settings: dict[str, Any] = {"dtype": "float32", "max_model_len": 128, "additional_config": limits}
     EngineArgs(str(checkpoints["tiny-hf"]), **settings).create_engine_config()
     envs.disable_envs_cache()
