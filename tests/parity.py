@@ -63,6 +63,26 @@ def _generate(model: JanusForConditionalGeneration, batch: list[Sequence[int]], 
     )
 
 
+def two_branches_greedy(
+    path: str | Path, conditional: Sequence[int], unconditional: Sequence[int], guidance: float = 5.0
+) -> list[int]:
+    """Codes of a picture whose two prompts are both given; as long as each other. No cache: whole sequences.
+
+    ``generate`` makes the unconditional prompt by itself, so the loop is written out here, of transformers'
+    modules.
+    """
+    model = load_reference(path)
+    inner, codes = model.model, list[int]()
+    with torch.no_grad():
+        prompts = inner.get_input_embeddings()(torch.tensor([list(conditional), list(unconditional)]))
+        while len(codes) < inner.vision_model.config.num_image_tokens:
+            drawn = [model.prepare_embeddings_for_image_generation(torch.tensor([[c], [c]])) for c in codes]
+            hidden = inner.language_model(inputs_embeds=torch.cat([prompts, *drawn], 1)).last_hidden_state
+            with_text, without = inner.generation_head(hidden[:, -1])
+            codes.append(int((without + guidance * (with_text - without)).argmax()))
+    return codes
+
+
 def transformers_pixels(path: str | Path, codes: Tensor) -> Tensor:
     """uint8 ``[B, H, W, 3]`` of whole pictures' codes ``[B, tokens]``, decoded in float32."""
     return pixels(load_reference(path), codes)

@@ -36,7 +36,7 @@ def test_every_setting_has_a_default() -> None:
     ("section", "match"),
     [
         ({"bugdet": 0.2}, r"^additional_config.kvcompress has no setting 'bugdet'; did you mean budget\?$"),
-        ({"zzz": 1}, r"no setting 'zzz'; known: preset, budget, spatial_tokens, .*kernels, limits$"),
+        ({"zzz": 1}, r"no setting 'zzz'; known: preset, budget, spatial_tokens, .*kernels, limits, strict$"),
         (
             {"limits": {"prompt_token": 9}},
             r"kvcompress.limits has no setting .*; did you mean prompt_tokens\?$",
@@ -132,7 +132,7 @@ def test_limits_go_with_any_backend_and_rust_with_none(
     from vllm import envs
     from vllm.engine.arg_utils import EngineArgs
 
-    limits = {"kvcompress": {"limits": {"prompt_tokens": 9}}}
+    limits = {"kvcompress": {"limits": {"prompt_tokens": 9}, "strict": True}}
     settings: dict[str, Any] = {"dtype": "float32", "max_model_len": 128, "additional_config": limits}
     EngineArgs(str(checkpoints["tiny-hf"]), **settings).create_engine_config()
     envs.disable_envs_cache()

@@ -20,6 +20,7 @@ from images_fakes import (
     http_client,
     make_app,
     openai_client,
+    prompt_ids,
     rgb,
     still_serves,
     until,
@@ -168,13 +169,12 @@ async def test_usage_has_room_for_the_cache(engine):
         ({"prompt": ""}, "prompt"),
         ({"n": 0}, "n"),
         ({"n": 11}, "n"),
-        ({"size": "1024x1024"}, "size"),
         ({"size": SIZE.upper()}, "size"),
-        ({"response_format": "url"}, "response_format"),
+        ({"response_format": "file"}, "response_format"),
         ({"temperature": -1}, "temperature"),
         ({"promt": "a dog"}, "promt"),
         ({"prompt": "x" * (100 - TOKENS - 1)}, "prompt"),
-        ({"negative_prompt": "longer than the prompt"}, "negative_prompt"),
+        ({"negative_prompt": "x" * (100 - TOKENS - 1)}, "negative_prompt"),
     ],
 )
 async def test_400_and_the_server_goes_on(client, engine, fields, parameter):
@@ -260,13 +260,108 @@ async def test_limits_are_settings(engine):
         assert used.count("y") == 16
 
 
-async def test_model_names(sdk):
+# What only a strict server refuses, and what the answer says elsewhere.
+WISHES = (
+    ({"size": "1024x1024"}, "size", f"size 1024x1024 is not to be had: pictures are {SIZE}"),
+    ({"quality": "hd"}, "quality", "quality 'hd' is not to be had: the model has one quality"),
+    ({"style": "vivid"}, "style", "style has no effect: describe the style in the prompt"),
+    ({"moderation": "high"}, "moderation", "moderation 'high' is not to be had: there is no filter"),
+    ({"complexity": "low"}, "complexity", "complexity has no effect: the model does not plan"),
+    ({"frame_count": 9}, "frame_count", "frame_count has no effect: pictures do not move"),
+    ({"svg": {"model": "x"}}, "svg", "svg has no effect: pictures are pixels"),
+    (
+        {"background": "transparent"},
+        "background",
+        "background 'transparent' is not to be had: the model draws opaque pictures",
+    ),
+    (
+        {"output_format": "gif"},
+        "output_format",
+        "output_format 'gif' is not to be had: png, jpeg and webp are, this is png",
+    ),
+    (
+        {"output_compression": 50},
+        "output_compression",
+        "output_compression has no effect on a png, which is lossless",
+    ),
+)
+
+
+@pytest.fixture
+async def strict(engine):
+    engine.vllm_config.additional_config = {"kvcompress": {"strict": True}}
+    async with http_client(await make_app(engine)) as client:
+        yield client
+
+
+@pytest.mark.parametrize(("fields", "parameter", "sentence"), WISHES)
+async def test_wishes_are_noted(client, fields, parameter, sentence):
+    answer = await draw(client, seed=1, **fields)
+    assert answer["notes"] == [sentence]
+    assert rgb(answer["data"][0]["b64_json"]) == expected_rgb(1)
+    assert (answer["size"], answer["output_format"], answer["background"]) == (SIZE, "png", "opaque")
+    assert "notes" not in await draw(client)
+
+
+@pytest.mark.parametrize(("fields", "parameter", "sentence"), WISHES)
+async def test_a_strict_server_refuses_wishes(strict, engine, fields, parameter, sentence):
+    error = (await draw(strict, 400, **fields))["error"]
+    assert (error["type"], error["param"], error["message"]) == ("BadRequestError", parameter, sentence)
+    assert not engine.params
+    assert "notes" not in await draw(strict, size=SIZE, quality="standard", response_format="url")
+
+
+async def test_model_names(sdk, client, strict):
     for name in ("janus", "alias"):
-        assert (await sdk.images.generate(prompt="a cat", model=name)).data
-    with pytest.raises(openai.NotFoundError) as error:
-        await sdk.images.generate(prompt="a cat", model="dall-e-3")
-    assert error.value.param == "model"
-    assert "janus, alias" in error.value.message
+        answer = await sdk.images.generate(prompt="a cat", model=name)
+        assert answer.data
+        assert not hasattr(answer, "notes")
+    other = await draw(client, model="gpt-image-1")
+    assert other["notes"] == ["model 'gpt-image-1' is not served here: janus drew this"]
+    error = (await draw(strict, 404, model="dall-e-3"))["error"]
+    assert (error["type"], error["param"]) == ("NotFoundError", "model")
+    assert "janus, alias" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({}, "b64_json"),
+        ({"response_format": "url"}, "url"),
+        ({"model": "dall-e-3"}, "url"),
+        ({"model": "dall-e-3", "response_format": "b64_json"}, "b64_json"),
+        ({"model": "gpt-image-1"}, "b64_json"),
+    ],
+)
+async def test_urls_hold_the_picture(client, fields, field):
+    [picture] = (await draw(client, seed=2, **fields))["data"]
+    assert list(picture) == [field]
+    assert rgb(picture[field].removeprefix("data:image/png;base64,")) == expected_rgb(2)
+
+
+async def test_an_url_says_what_file_it_holds(client):
+    [picture] = (await draw(client, response_format="url", output_format="webp"))["data"]
+    kind, file = picture["url"].split(",")
+    assert kind == "data:image/webp;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(file))).format == "WEBP"
+
+
+async def test_a_long_negative_prompt_lengthens_the_prompt(client, engine):
+    await draw(client, prompt="cat", negative_prompt="foggy")
+    (params,), (prompt,) = engine.params.values(), engine.prompts.values()
+    assert prompt == [MODEL.bos, MODEL.pad, MODEL.pad, *(ord(c) + 10 for c in "cat"), MODEL.boi]
+    assert params.extra_args["negative_prompt_token_ids"] == prompt_ids(None, MODEL, "foggy")
+
+
+@pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/images/variations"])
+async def test_pictures_are_not_taken(client, engine, path):
+    answer = await client.post(path, files={"image": b"x" * 2**21}, data={"prompt": "a cat"})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("BadRequestError", "image", 400)
+    assert "takes no picture" in error["message"]
+    assert "\n" not in error["message"]
+    await still_serves(client)
 
 
 async def test_api_key(engine):

@@ -136,8 +136,21 @@ async def test_an_error_in_mid_stream_is_raised_by_the_openai_client(sdk, client
 
 async def test_a_streamed_request_that_is_wrong_is_a_400(sdk):
     with pytest.raises(openai.BadRequestError) as error:
-        await sdk.images.generate(prompt="a cat", stream=True, size="1x1")
+        await sdk.images.generate(prompt="a cat", stream=True, size="large")
     assert error.value.param == "size"
+
+
+async def test_the_completed_event_has_the_notes(client):
+    asked = {"size": "1x1", "response_format": "url", "model": "dall-e-2", "partial_images": 1}
+    *unfinished, last = await events(client, **asked)
+    assert last["notes"] == [
+        f"size 1x1 is not to be had: pictures are {SIZE}",
+        "response_format url is not to be had in a stream: events have b64_json",
+        "model 'dall-e-2' is not served here: janus drew this",
+    ]
+    assert rgb(last["b64_json"])
+    assert not any("notes" in event for event in unfinished)
+    assert "notes" not in (await events(client))[-1]
 
 
 # Clients that leave

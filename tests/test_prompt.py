@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from vllm.tokenizers import get_tokenizer, maybe_make_thread_pool
 
 from vllm_kvcompress.models.config import ImageModel
-from vllm_kvcompress.models.prompt import image_prompt_ids, negative_ids, resolve_special_ids
+from vllm_kvcompress.models.prompt import image_prompt_ids, lengthened, negative_ids, resolve_special_ids
 from vllm_kvcompress.models.tokenizer import BOI, BOS, PAD
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.testing import TINY
@@ -130,6 +130,12 @@ def test_negative_prompt_that_does_not_fit():
     ) as caught:
         negative_ids(TOKENIZER, MODEL, "blurry, low quality", needed - 1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_is_lengthened_where_its_unconditional_twin_is_padded():
+    ids = prompt("a cat")
+    assert lengthened(MODEL, ids, len(ids) + 3) == [ids[0], *[MODEL.pad] * 3, *ids[1:]]
+    assert lengthened(MODEL, ids, len(ids)) == lengthened(MODEL, ids, 1) == ids
 
 
 def test_special_tokens_by_name():

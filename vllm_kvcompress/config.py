@@ -15,7 +15,9 @@ BACKEND = "kvcompress"
 Choice = Literal["auto", "torch", "cpu", "triton"]  # of kernels
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of an 8-bit cache of e4m3 numbers
 MAX_WINDOW = 16  # places of a row in one step: lanes of a GPU kernel's matrix unit
-WITH_ANY_CACHE = frozenset({"window", "window_rows", "limits"})  # settings that do not need the backend
+WITH_ANY_CACHE = frozenset(
+    {"window", "window_rows", "limits", "strict"}
+)  # settings that do not need the backend
 _POLICY_FIELDS = frozenset(Policy.__dataclass_fields__)
 
 
@@ -69,6 +71,8 @@ class CompressionConfig(BaseModel):
         ``auto``, or one implementation: ``torch`` (the reference), ``cpu`` (compiled) or ``triton`` (GPUs).
     limits : Limits
         What a request may ask for; also without ``--attention-backend kvcompress``.
+    strict : bool
+        Whether the images route refuses what it can't give (another size, a quality) instead of noting it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -92,6 +96,7 @@ class CompressionConfig(BaseModel):
     window_rows: int = Field(default=32, ge=1)
     kernels: Choice = "auto"
     limits: Limits = Limits()
+    strict: bool = False
 
     @property
     def compresses(self) -> bool:

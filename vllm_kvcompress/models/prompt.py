@@ -18,7 +18,7 @@ from vllm_kvcompress.models.tokenizer import resolve_special_ids, token_id
 if TYPE_CHECKING:
     from vllm_kvcompress.models.config import ImageModel
 
-__all__ = ["image_prompt_ids", "negative_ids", "resolve_special_ids"]
+__all__ = ["image_prompt_ids", "lengthened", "negative_ids", "resolve_special_ids"]
 
 _USER, _ASSISTANT = "<|User|>", "<|Assistant|>"
 _CONTROL = re.compile(r"<.*>", re.DOTALL)
@@ -95,6 +95,23 @@ def negative_ids(tokenizer: Any, image_model: "ImageModel", negative_text: str, 
             "shorten it or lengthen the prompt"
         )
     return [bos, *[image_model.pad] * padding, *body]
+
+
+def lengthened(image_model: "ImageModel", prompt_ids: list[int], length: int) -> list[int]:
+    """A prompt made as long as a longer negative one: padding between begin-of-sentence and the text.
+
+    That is where an unconditional prompt has it too. Text and picture keep their distances; both move to
+    later positions and see ``length - len(prompt_ids)`` padding tokens, which conditional prompts did not
+    have in training. So the picture is another one than the same seed draws without the padding.
+
+    Parameters
+    ----------
+    prompt_ids : list of int
+        Begin-of-sentence first.
+    length : int
+        Tokens wanted; no more than there are leaves the prompt as it is.
+    """
+    return [*prompt_ids[:1], *[image_model.pad] * (length - len(prompt_ids)), *prompt_ids[1:]]
 
 
 def _encode_plain(tokenizer: Any, text: str) -> list[int]:

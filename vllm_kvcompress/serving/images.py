@@ -1,7 +1,7 @@
 """``POST /v1/images/generations``: an endpoint plugin of vLLM's API server.
 
 The route is under ``/v1``, so ``--api-key`` guards it as it guards the others; errors, request ids and
-server load are vLLM's own.
+server load are vLLM's own. OpenAI's two routes beside it that take a picture are there to say no.
 """
 
 import time
@@ -34,10 +34,12 @@ from vllm_kvcompress.serving.protocol import (
     ImagesUsage,
     PartialImageEvent,
     parse_request,
+    shown,
 )
 from vllm_kvcompress.serving.spare import SpareDecoder
 from vllm_kvcompress.serving.streaming import EventStream, picture_events
 from vllm_kvcompress.serving.tasks import all_or_none, until_disconnect
+from vllm_kvcompress.serving.wishes import granted
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from vllm_kvcompress.models.config import ImageModel
 
 PATH = "/v1/images/generations"
+TAKE_PICTURES = ("/v1/images/edits", "/v1/images/variations")
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody receives it, but logs and metrics show it
 
 # The engine's last output of each picture -> what ``usage`` says of them beside the counts of tokens
@@ -82,6 +85,7 @@ class ImagesEndpoint:
         self._usage_extra: UsageExtra | None = None
         self._painter: Painter | None = None
         self._limits = Limits()
+        self._strict = False
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the route. The body is described by hand: see ``parse_request`` for why it is parsed here."""
@@ -110,6 +114,8 @@ class ImagesEndpoint:
                 HTTPStatus.SERVICE_UNAVAILABLE.value: error,
             },
         )
+        for path in TAKE_PICTURES:
+            app.add_api_route(path, no_pictures_in, methods=["POST"], include_in_schema=False)
 
     async def init_state(self, engine_client: "EngineClient | None", state: State, args: Namespace) -> None:
         """Bind the route to the engine. Raises ValueError without a tokenizer (--skip-tokenizer-init)."""
@@ -126,7 +132,8 @@ class ImagesEndpoint:
             self._negative_ids = self._negative_ids or negative_ids
         if self._make_usage_extra is not None:
             self._usage_extra = self._make_usage_extra(engine_client)
-        self._limits = parse_config(engine_client.vllm_config.additional_config).limits
+        config = parse_config(engine_client.vllm_config.additional_config)
+        self._limits, self._strict = config.limits, config.strict
         self._models = state.openai_serving_models
         self._keep_alive = float(getattr(args, "sse_keep_alive_interval", 0))
         spare = await SpareDecoder.of(engine_client)
@@ -137,7 +144,8 @@ class ImagesEndpoint:
         """Draw pictures from a prompt.
 
         OpenAI's images API with ``seed``, ``guidance_scale``, ``temperature``, ``top_k``, ``top_p`` and
-        ``negative_prompt`` added. Parameters that cannot be honoured are refused, unknown ones too.
+        ``negative_prompt`` added. What the server does not have (another size, a quality, a style) is noted
+        in the answer, or refused where the server is ``strict``; what is wrong is always refused.
         """
         if self._painter is None:
             raise NotImplementedError("this server has no engine to draw pictures with")
@@ -149,14 +157,22 @@ class ImagesEndpoint:
             message = f"the body has more than {self._limits.body_bytes} bytes: shorten it"
             return _error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "RequestTooLargeError", "body", message)
         request = parse_request(raw_request.headers.get("content-type", ""), body)
-        if (error := self._unknown_model(request.model)) is not None:
-            return error
+        notes = granted(request, self._painter.size, self._strict)
+        if request.model and not self._serves(request.model):
+            served = ", ".join(path.name for path in self._models.base_model_paths)
+            if self._strict:
+                message = f"The model {shown(request.model)} does not exist. Valid aliases: {served}."
+                return _error(HTTPStatus.NOT_FOUND, "NotFoundError", "model", message)
+            drew = self._models.base_model_paths[0].name
+            notes.append(f"model {shown(request.model)} is not served here: {drew} drew this")
         response = await until_disconnect(
-            raw_request.receive, self._respond(self._painter, request, raw_request)
+            raw_request.receive, self._respond(self._painter, request, notes, raw_request)
         )
         return Response(status_code=CLIENT_CLOSED_REQUEST) if response is None else response
 
-    async def _respond(self, painter: Painter, request: ImageRequest, raw_request: Request) -> Response:
+    async def _respond(
+        self, painter: Painter, request: ImageRequest, notes: Sequence[str], raw_request: Request
+    ) -> Response:
         # It is in the names of all pictures, and in the log.
         request_id = raw_request.headers.get("X-Request-Id", "")[: self._limits.request_id] or random_uuid()
         # vLLM's exception handlers log it.
@@ -164,17 +180,18 @@ class ImagesEndpoint:
         trace_headers = None
         if contains_trace_headers(raw_request.headers) and await painter.engine.is_tracing_enabled():
             trace_headers = extract_trace_headers(raw_request.headers)
-        job = await painter.prepare(request, request_id, trace_headers)
+        job = await painter.prepare(request, request_id, trace_headers, notes)
         if request.stream:
             events = picture_events(painter, job, self._usage)
             return EventStream(with_sse_keep_alive(events, self._keep_alive))
         pictures = await all_or_none(_whole(painter, job, index) for index in range(request.n))
         answer = ImagesResponse(
             created=int(time.time()),
-            data=[EncodedPicture(b64_json=picture.b64_json) for picture in pictures],
-            output_format=request.output_format,
+            data=[EncodedPicture.of(picture.b64_json, request) for picture in pictures],
+            output_format=request.file_format,
             size=painter.size,
             usage=await self._usage(job, pictures),
+            notes=list(notes) or None,
         )
         return JSONResponse(answer.model_dump(exclude_none=True))
 
@@ -185,13 +202,19 @@ class ImagesEndpoint:
             extra = await self._usage_extra([p.output for p in pictures if p.output is not None])
         return ImagesUsage.of(len(job.prompt_ids), len(pictures) * self._painter.model.raster.tokens, extra)
 
-    def _unknown_model(self, name: str | None) -> JSONResponse | None:
-        """The names that vLLM's other routes know, without adapters: the model has none."""
-        if not name or envs.VLLM_SKIP_MODEL_NAME_VALIDATION or self._models.is_base_model(name):
-            return None
-        served = ", ".join(path.name for path in self._models.base_model_paths)
-        message = f"The model `{name[:200]}` does not exist. Valid aliases: {served}."
-        return _error(HTTPStatus.NOT_FOUND, "NotFoundError", "model", message)
+    def _serves(self, name: str) -> bool:
+        """Whether vLLM's other routes know this name; without adapters: the model has none."""
+        return envs.VLLM_SKIP_MODEL_NAME_VALIDATION or self._models.is_base_model(name)
+
+
+async def no_pictures_in() -> Response:
+    """The answer to whoever sends a picture. A 400: clients try a 501 again."""
+    return _error(
+        HTTPStatus.BAD_REQUEST,
+        "BadRequestError",
+        "image",
+        f"this model draws from text alone and takes no picture to start from: ask {PATH}",
+    )
 
 
 def _error(status: HTTPStatus, kind: str, parameter: str, message: str) -> JSONResponse:

@@ -7,7 +7,7 @@ files.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from vllm.utils import random_uuid
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.guidance import GUIDANCE_SCALE, NEGATIVE_IDS
 from vllm_kvcompress.log import logger_for
+from vllm_kvcompress.models.prompt import lengthened
 from vllm_kvcompress.serving.alive import unless_dead
 from vllm_kvcompress.serving.decoder import Decoder
 from vllm_kvcompress.serving.encode import encode_base64
@@ -49,6 +50,7 @@ class Job:
     extra_args: dict[str, Any]
     request_id: str
     trace_headers: Mapping[str, str] | None = None
+    notes: tuple[str, ...] = ()  # on what the picture is not
 
 
 @dataclass(frozen=True)
@@ -107,45 +109,55 @@ class Painter:
         return "{}x{}".format(*self.model.raster.pixel_size)
 
     async def prepare(
-        self, request: ImageRequest, request_id: str, trace_headers: Mapping[str, str] | None = None
+        self,
+        request: ImageRequest,
+        request_id: str,
+        trace_headers: Mapping[str, str] | None = None,
+        notes: Sequence[str] = (),
     ) -> Job:
         """Check what needs the model, and tokenize.
 
         Raises
         ------
         BadParameter
-            A foreign size, a prompt that leaves no room for the picture, a negative prompt that does
-            not fit.
+            A prompt, or a negative prompt, that leaves no room for the picture.
         EngineDeadError, GracefulHTTPError
             The engine takes no requests (more).
         """
         if self.engine.errored:
             raise self.engine.dead_error
-        if request.size not in ("auto", self.size):
-            raise BadParameter("size", f"size must be {self.size} or auto, got {request.size!r:.40}")
         prompt_ids = await self._tokenized("prompt", self._prompt_ids, request.prompt)
-        limit = parse_config(self.engine.vllm_config.additional_config).limits.prompt_tokens
-        if len(prompt_ids) > limit:
-            raise BadParameter(
-                "prompt",
-                f"the prompt has {len(prompt_ids)} tokens, and this server takes {limit}: shorten it",
-            )
-        context, picture = self.engine.model_config.max_model_len, self.model.raster.tokens
-        if len(prompt_ids) + picture > context:
-            raise BadParameter(
-                "prompt",
-                f"the prompt has {len(prompt_ids)} tokens and the picture {picture}, "
-                f"but the context holds {context}",
-            )
+        self._check_room("prompt", prompt_ids)
+        negative = request.negative_prompt
+        if negative:
+            # As long as the longer of the two: both branches of a token share its position.
+            alone = await self._tokenized("negative_prompt", self._prompt_ids, negative)
+            self._check_room("negative_prompt", alone)
+            prompt_ids = lengthened(self.model, prompt_ids, len(alone))
         scale = self.model.guidance_scale if request.guidance_scale is None else request.guidance_scale
         extra_args: dict[str, Any] = {GUIDANCE_SCALE: scale}
-        if request.negative_prompt:
+        if negative:
             extra_args[NEGATIVE_IDS] = await self._tokenized(
-                "negative_prompt", self._negative_ids, request.negative_prompt, len(prompt_ids)
+                "negative_prompt", self._negative_ids, negative, len(prompt_ids)
             )
         self.engine.check_admission(request.n)
         # The random part keeps ids apart when a client repeats its X-Request-Id.
-        return Job(request, prompt_ids, extra_args, f"img-{request_id}-{random_uuid()}", trace_headers)
+        name = f"img-{request_id}-{random_uuid()}"
+        return Job(request, prompt_ids, extra_args, name, trace_headers, tuple(notes))
+
+    def _check_room(self, parameter: str, ids: list[int]) -> None:
+        limit = parse_config(self.engine.vllm_config.additional_config).limits.prompt_tokens
+        if len(ids) > limit:
+            raise BadParameter(
+                parameter, f"{parameter} has {len(ids)} tokens, and this server takes {limit}: shorten it"
+            )
+        context, picture = self.engine.model_config.max_model_len, self.model.raster.tokens
+        if len(ids) + picture > context:
+            raise BadParameter(
+                parameter,
+                f"{parameter} has {len(ids)} tokens and the picture {picture}, "
+                f"but the context holds {context}",
+            )
 
     async def _tokenized(self, parameter: str, tokenize: Callable[..., list[int]], *args: Any) -> list[int]:
         try:
@@ -238,7 +250,7 @@ class Painter:
                 encode_base64,
                 pixels,
                 self.model.raster.pixel_size,
-                request.output_format,
+                request.file_format,
                 request.output_compression,
             )
         except VLLMError:  # a dead engine

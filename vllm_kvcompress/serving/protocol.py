@@ -1,23 +1,13 @@
 """What a request to ``POST /v1/images/generations`` may say, and what the answers look like.
 
-OpenAI's images schema with the sampling fields that other picture servers have. Nothing is ignored in
-silence: a parameter that this server cannot honour is a 400 that names it. What that means for
-OpenAI's fields that steer things this server does not have:
-
-=====================  ==========================================================================
-accepted, no effect    ``user`` and ``safety_identifier`` (labels); ``moderation`` (``auto``,
-                       ``low``: there is no filter); ``quality`` ``auto`` or ``standard`` (there
-                       is one quality); ``background`` ``auto`` or ``opaque`` (pictures are opaque)
-refused                ``response_format`` ``url``; ``background`` ``transparent``; any other
-                       ``quality``; ``style``, and every name that is not a field below
-=====================  ==========================================================================
-
-``null`` means "not given", as in OpenAI's schema.
+OpenAI's images schema with the sampling fields that other picture servers have. What is wrong in itself (a
+type, a range, an unknown name) is a 400 that names the field, always. What is right but not to be had here
+(another size, a quality, a style) is a wish: see ``wishes.py``. ``null`` means "not given", as in OpenAI's.
 """
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 from vllm.exceptions import VLLMValidationError
@@ -25,15 +15,12 @@ from vllm.exceptions import VLLMValidationError
 from vllm_kvcompress.guidance import MAX_SCALE
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+PNG: OutputFormat = "png"
 MAX_PROMPT_CHARACTERS = 32_000  # OpenAI's limit; also bounds the time spent in the tokenizer
 MAX_SEED = 2**63 - 1
 
 # What to do instead, for values and names that clients of other servers are likely to send.
 _HINTS = {
-    "background": "the model draws opaque pictures",
-    "quality": "the model has one quality",
-    "response_format": "pictures are returned in the response, not hosted",
-    "style": "describe the style in the prompt",
     "seed": "leave it out for a different picture each time",
     "num_inference_steps": "the model draws token by token, without diffusion steps",
 }
@@ -57,11 +44,17 @@ class ImageRequest(BaseModel):
     prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS, description="What to draw.")
     model: str | None = Field(None, description="A name the model is served under.")
     n: int = Field(1, ge=1, le=10, description="Number of pictures; 1 when streaming.")
-    size: str = Field("auto", description="`auto`, or the model's own size as `WIDTHxHEIGHT`.")
-    response_format: Literal["b64_json"] = "b64_json"
-    output_format: OutputFormat = "png"
+    size: str = Field(
+        "auto", pattern=r"^(auto|\d{1,5}x\d{1,5})$", description="`auto`, or `WIDTHxHEIGHT`; a wish."
+    )
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None,
+        description="`url` is a data: URL. Default: `b64_json`, or `url` with a `model` whose name begins "
+        "with `dall-e`, as OpenAI had it. Streams send `b64_json`.",
+    )
+    output_format: str = Field(PNG, max_length=40, description="`png`, `jpeg` or `webp`; others are wishes.")
     output_compression: int = Field(
-        100, ge=0, le=100, description="Quality of jpeg and webp, 100 the best. A png is always 100."
+        100, ge=0, le=100, description="Quality of jpeg and webp, 100 the best. A png is lossless."
     )
     stream: bool = Field(False, description="Answer with server-sent events.")
     partial_images: int = Field(
@@ -73,9 +66,14 @@ class ImageRequest(BaseModel):
     )
     user: str | None = Field(None, description="A label; no effect.")
     safety_identifier: str | None = Field(None, description="A label; no effect.")
-    moderation: Literal["auto", "low"] = Field("auto", description="No effect: there is no filter.")
-    quality: Literal["auto", "standard"] = Field("auto", description="No effect: there is one quality.")
-    background: Literal["auto", "opaque"] = Field("auto", description="No effect: pictures are opaque.")
+    moderation: str = Field("auto", description="No effect: there is no filter. A wish.")
+    quality: str = Field("auto", description="No effect: there is one quality. A wish.")
+    background: str = Field("auto", description="Pictures are opaque. A wish.")
+    style: str | None = Field(None, description="No effect: describe it in the prompt. A wish.")
+    complexity: str | None = Field(None, description="No effect. A wish.")
+    frame_count: int | None = Field(None, description="No effect: pictures do not move. A wish.")
+    frame_duration_ms: int | None = Field(None, description="No effect: pictures do not move. A wish.")
+    svg: dict[str, Any] | None = Field(None, description="No effect: pictures are pixels. A wish.")
     # Beyond OpenAI.
     seed: int | None = Field(
         None,
@@ -92,7 +90,7 @@ class ImageRequest(BaseModel):
     negative_prompt: str | None = Field(
         None,
         max_length=MAX_PROMPT_CHARACTERS,
-        description="What to keep away from: the unconditional branch's text. No longer than the prompt.",
+        description="What to keep away from: the unconditional branch's text.",
     )
 
     @model_validator(mode="after")
@@ -104,16 +102,23 @@ class ImageRequest(BaseModel):
             raise BadParameter("n", f"n must be 1 when streaming, got {self.n}: events name no picture")
         if self.partial_images and not self.stream:
             raise BadParameter("partial_images", "partial_images needs stream=true")
-        if self.output_format == "png" and self.output_compression < 100:
-            raise BadParameter(
-                "output_compression",
-                f"output_compression must be 100 for png, got {self.output_compression}: png is lossless",
-            )
         if self.negative_prompt and self.guidance_scale == 1:
             raise BadParameter(
                 "negative_prompt", "negative_prompt has no effect with guidance_scale 1 (none)"
             )
         return self
+
+    @property
+    def file_format(self) -> OutputFormat:
+        """What is written: ``output_format`` where it can be."""
+        return next((known for known in get_args(OutputFormat) if known == self.output_format), PNG)
+
+    @property
+    def wants_url(self) -> bool:
+        """Whether pictures go into ``url``. OpenAI's dall-e models did so unless told otherwise."""
+        if self.response_format is None:
+            return (self.model or "").startswith("dall-e") and not self.stream
+        return self.response_format == "url" and not self.stream
 
 
 def parse_request(content_type: str, body: bytes) -> ImageRequest:
@@ -129,7 +134,7 @@ def parse_request(content_type: str, body: bytes) -> ImageRequest:
     """
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise BadParameter("body", f"Content-Type must be application/json, got {_shown(content_type)}")
+        raise BadParameter("body", f"Content-Type must be application/json, got {shown(content_type)}")
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, absurdly long numbers
@@ -153,11 +158,13 @@ def _refusal(error: ValidationError) -> BadParameter:
         return BadParameter(name, f"{name} is required")
     if first["type"] == "extra_forbidden":
         return BadParameter(name, f"{name} is not a parameter of image generation here{hint}")
+    if first["type"] == "string_pattern_mismatch":  # only the size has a pattern
+        return BadParameter(name, f"{name} must be auto or WIDTHxHEIGHT, got {shown(first['input'])}")
     demand = first["msg"].replace("Input should be", "must be").replace("String should", "must")
-    return BadParameter(name, f"{name} {demand}, got {_shown(first['input'])}{hint}")
+    return BadParameter(name, f"{name} {demand}, got {shown(first['input'])}{hint}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as an error message shows it: short, however long it is, and always encodable."""
     if isinstance(value, (dict, list)):
         return f"a JSON {'object' if isinstance(value, dict) else 'array'}"
@@ -199,13 +206,25 @@ class ImagesUsage(BaseModel):
 
 
 class EncodedPicture(BaseModel):
-    """One picture of the answer: a file, in base64."""
+    """One picture of the answer: a file, in base64, or in a data: URL."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
+
+    @classmethod
+    def of(cls, b64: str, request: ImageRequest) -> Self:
+        """In the field that the request asks for."""
+        if request.wants_url:
+            return cls(url=f"data:image/{request.file_format};base64,{b64}")
+        return cls(b64_json=b64)
 
 
 class ImagesResponse(BaseModel):
-    """The answer to a request that does not stream."""
+    """The answer to a request that does not stream.
+
+    ``size``, ``background`` and ``output_format`` say what was done, ``notes`` in what that differs from what
+    was asked. There is no ``quality``: OpenAI's types have names of qualities only, and this model has one.
+    """
 
     created: int
     background: Literal["opaque"] = "opaque"
@@ -213,6 +232,7 @@ class ImagesResponse(BaseModel):
     output_format: OutputFormat
     size: str
     usage: ImagesUsage
+    notes: list[str] | None = None
 
 
 class _Event(BaseModel):
@@ -236,3 +256,4 @@ class CompletedEvent(_Event):
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
     usage: ImagesUsage
+    notes: list[str] | None = None

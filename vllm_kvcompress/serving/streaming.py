@@ -38,7 +38,7 @@ async def picture_events(
                 common: dict[str, Any] = {
                     "b64_json": picture.b64_json,
                     "created_at": int(time.time()),
-                    "output_format": job.request.output_format,
+                    "output_format": job.request.file_format,
                     "size": painter.size,
                 }
                 event: PartialImageEvent | CompletedEvent
@@ -46,7 +46,9 @@ async def picture_events(
                     event = PartialImageEvent(partial_image_index=partials, **common)
                     partials += 1
                 else:
-                    event = CompletedEvent(usage=await usage(job, [picture]), **common)
+                    event = CompletedEvent(
+                        usage=await usage(job, [picture]), notes=list(job.notes) or None, **common
+                    )
                 yield _event(event.type, event.model_dump(exclude_none=True))
     except Exception as error:
         if not isinstance(error, VLLMError):
