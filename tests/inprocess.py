@@ -96,9 +96,10 @@ class Engine:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def prompt(self, text: str) -> list[int]:
-        from vllm_kvcompress.models.prompt import image_prompt_ids
+        from vllm_kvcompress.models.registry import family_of
 
-        return image_prompt_ids(self.llm.get_tokenizer(), self.image, text)
+        family = family_of(self.llm.llm_engine.model_config.hf_config)
+        return family.prompt_ids(self.llm.get_tokenizer(), self.image, text)
 
     def outputs(self, prompts: Sequence[Sequence[int]], params: Any) -> list[Any]:
         """Finished ``RequestOutput``s of prompts given as ids."""

@@ -31,7 +31,7 @@ def refused(body, content_type=JSON):
 def test_defaults():
     request = parse()
     assert (request.n, request.size, request.output_format, request.stream) == (1, "auto", "png", False)
-    assert (request.temperature, request.top_k, request.top_p) == (1.0, 0, 1.0)
+    assert (request.temperature, request.top_k, request.top_p) == (1.0, None, 1.0)
     assert request.seed is request.guidance_scale is request.negative_prompt is None
 
 

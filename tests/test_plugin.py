@@ -41,9 +41,9 @@ def state():
     return {
         "architectures": [name for name in ModelRegistry.models if ModelRegistry.models[name].module_name.startswith("vllm_kvcompress")],
         "checks": [name for name, check in MODELS_CONFIG_MAP.items() if check.__module__.startswith("vllm_kvcompress")],
-        "config": "multi_modality" in TABLE,
+        "config": {"multi_modality", "llamagen"} <= TABLE.keys(),
         "convertors": [name for name, made in MODEL_ARCH_CONFIG_CONVERTORS.items() if made.__module__.startswith("vllm_kvcompress")],
-        "template": "multi_modality" in templates._MODEL_TYPE_TO_CHAT_TEMPLATE_FALLBACK,
+        "template": {"multi_modality", "llamagen"} <= templates._MODEL_TYPE_TO_CHAT_TEMPLATE_FALLBACK.keys(),
         "tokenizer": "multi_modality" in TOKENIZER_MAPPING_NAMES,
         "backend": "KVCOMPRESS" in AttentionBackendEnum.__members__,
         "custom": _ATTN_OVERRIDES.get(AttentionBackendEnum.CUSTOM),
@@ -52,8 +52,8 @@ def state():
         "route": hasattr(vllm.plugins.load_endpoint_plugins, "_kvcompress"),
     }
 """  # noqa: E501
-MODELS = ["MultiModalityCausalLM", "JanusForConditionalGeneration"]
-LAYOUTS = ["multi_modality", "janus"]
+MODELS = ["MultiModalityCausalLM", "JanusForConditionalGeneration", "LlamaGenForImageGeneration"]
+LAYOUTS = ["multi_modality", "janus", "llamagen"]
 NOTHING: dict[str, Any] = {
     "architectures": [], "checks": [], "config": False, "convertors": [], "template": False,
     "tokenizer": False, "backend": False, "custom": None, "methods": [], "admission": False, "route": False,

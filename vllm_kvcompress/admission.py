@@ -40,6 +40,12 @@ def drawn_in_prompt(prompt_ids: list[int], model: ImageModel) -> int | None:
     """
     end, start = len(prompt_ids), model.prefix_length(prompt_ids)
     begun = model.is_begun(prompt_ids, start)
+    if model.classes and not begun:
+        raise _refuse(
+            "prompt",
+            "this model draws pictures of classes and writes no text: the prompt must be one class, by exact "
+            f"name or by its id, 0 to {model.classes - 1}",
+        )
     if (start < end and not begun) or any(i >= model.text_vocab for i in prompt_ids[:start]):
         raise _refuse(
             "prompt",
@@ -205,7 +211,8 @@ def admit_request(
     ids, params = request.prompt_token_ids, request.sampling_params
     if params is None or ids is None or request.prompt_embeds is not None:
         raise _refuse("prompt", "this model takes token prompts and generates only")
-    if request.resumable and ((ids and model.prefix_length(ids) < len(ids)) or model.boi in ids):
+    drawn = (ids and model.prefix_length(ids) < len(ids)) or model.boi in ids or model.classes
+    if request.resumable and drawn:
         raise _refuse("prompt", "a picture's prompt must come whole, not in parts")
     if request.resumable and room is not None:
         raise _refuse("prompt", "with a compressed cache a prompt must come whole, not in parts")

@@ -264,6 +264,29 @@ app.command("eval")(_evaluate)
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="LlamaGen's c2i_*.pt, or a folder with one.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write, for vllm serve.")],
+    vq: Annotated[
+        Path | None, typer.Option(help="Its VQ model; by default vq_ds16_c2i.pt beside the source.")
+    ] = None,
+    grid: Annotated[
+        int | None, typer.Option(min=1, max=128, help="Tokens a line, if no name tells: 16, 24 or 32.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, of an unpublished size.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
+) -> None:
+    """Turn LlamaGen's class-conditional .pt files into one folder that vllm serve takes."""
+    from vllm_kvcompress.models.llamagen.convert import convert as convert_files
+
+    try:
+        written = convert_files(source, output, vq=vq, grid=grid, heads=heads, overwrite=overwrite)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    typer.echo(f"{output}: vllm serve {output}" if written else f"{output} is there already: left as it is")
+
+
+@app.command()
 def doctor() -> None:
     """Say what would run on this machine, and what would not. Put it into a bug report."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

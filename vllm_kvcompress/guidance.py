@@ -275,7 +275,8 @@ def unconditional_ids(input_ids: Tensor, positions: Tensor, model: ImageModel) -
     """Token ids of the unconditional branch.
 
     Every text id becomes the pad id, except the first token and begin-of-image; image tokens are
-    shared by the branches (deepseek-ai/Janus generation_inference.py:70-73).
+    shared by the branches (deepseek-ai/Janus generation_inference.py:70-73). A class becomes the null class
+    (LlamaGen, autoregressive/models/generate.py).
 
     Parameters
     ----------
@@ -287,7 +288,9 @@ def unconditional_ids(input_ids: Tensor, positions: Tensor, model: ImageModel) -
     Tensor
         ``[tokens]`` of input_ids' dtype.
     """
-    kept = (positions == 0) | (input_ids == model.boi) | (input_ids >= model.text_vocab)
+    kept = input_ids >= model.text_vocab
+    if not model.classes:
+        kept |= (positions == 0) | (input_ids == model.boi)
     return torch.where(kept, input_ids, model.pad)
 
 

@@ -117,21 +117,20 @@ def _models() -> list[Change]:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
-    from vllm_kvcompress.models.config import ORIGINAL_LAYOUT, TRANSFORMERS_LAYOUT, MultiModalityConfig
-    from vllm_kvcompress.models.registry import ARCHITECTURES, CHAT_TEMPLATE
+    from vllm_kvcompress.models.config import ORIGINAL_LAYOUT, MultiModalityConfig
+    from vllm_kvcompress.models.llamagen.config import MODEL_TYPE, LlamaGenConfig
+    from vllm_kvcompress.models.registry import ARCHITECTURES, CHAT_TEMPLATES, FAMILIES
     from vllm_kvcompress.models.vllm_config import JanusArchConvertor, JanusConfigCheck
 
     set_item = operator.setitem
     return [
         # The calls come first: they could fail, entries of a table can't.
-        partial(register_chat_template_fallback_path, ORIGINAL_LAYOUT, CHAT_TEMPLATE),
+        *(partial(register_chat_template_fallback_path, kind, path) for kind, path in CHAT_TEMPLATES.items()),
         *(partial(ModelRegistry.register_model, name, path) for name, path in ARCHITECTURES.items()),
         *(partial(set_item, MODELS_CONFIG_MAP, name, JanusConfigCheck) for name in ARCHITECTURES),
         partial(set_item, _CONFIG_REGISTRY, ORIGINAL_LAYOUT, MultiModalityConfig),
-        *(
-            partial(set_item, MODEL_ARCH_CONFIG_CONVERTORS, layout, JanusArchConvertor)
-            for layout in (ORIGINAL_LAYOUT, TRANSFORMERS_LAYOUT)
-        ),
+        partial(set_item, _CONFIG_REGISTRY, MODEL_TYPE, LlamaGenConfig),
+        *(partial(set_item, MODEL_ARCH_CONFIG_CONVERTORS, kind, JanusArchConvertor) for kind in FAMILIES),
     ]
 
 

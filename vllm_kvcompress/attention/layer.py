@@ -40,19 +40,24 @@ class CompressedAttention(nn.Module):
     The cache itself belongs to the engine (``CompressedCache``); a layer is its index in it.
     """
 
-    def __init__(self, head_size: int, layer: int) -> None:
+    def __init__(self, head_size: int, layer: int, scale: float) -> None:
         super().__init__()
-        self.head_size, self.layer = head_size, layer
+        self.head_size, self.layer, self.scale = head_size, layer, scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """``[tokens, heads * head_size]`` and twice ``[tokens, kv_heads * head_size]``; like query out."""
-        return torch.ops.vllm.kvcompress_attend(
-            query, key, value, self.layer, self.head_size, self.head_size**-0.5
-        )
+        return torch.ops.vllm.kvcompress_attend(query, key, value, self.layer, self.head_size, self.scale)
 
 
 def attention_layer(
-    *, heads: int, kv_heads: int, head_size: int, cache_config: Any, quant_config: Any, prefix: str
+    *,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    scale: float,
+    cache_config: Any,
+    quant_config: Any,
+    prefix: str,
 ) -> nn.Module:
     """The layer that the served configuration asks for.
 
@@ -60,13 +65,17 @@ def attention_layer(
     ----------
     heads, kv_heads : int
         Query and KV heads of one row, both branches counted.
+    head_size : int
+        Channels of a head in the cache.
+    scale : float
+        Of the products of queries and keys.
     """
     if is_compressed(get_current_vllm_config()):
-        return CompressedAttention(head_size, extract_layer_index(prefix))
+        return CompressedAttention(head_size, extract_layer_index(prefix), scale)
     return Attention(
         heads,
         head_size,
-        head_size**-0.5,
+        scale,
         num_kv_heads=kv_heads,
         cache_config=cache_config,
         quant_config=quant_config,

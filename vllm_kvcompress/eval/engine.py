@@ -69,12 +69,13 @@ def _sizes(model: str) -> tuple[int, int]:
     from vllm.transformers_utils.config import get_config
 
     from vllm_kvcompress.cache.layout import BRANCHES
-    from vllm_kvcompress.models.config import raster_of
+    from vllm_kvcompress.models.config import cached_head_size, raster_of
     from vllm_kvcompress.plugin import register
 
     register()
     config = get_config(model, trust_remote_code=False)
     text = config.get_text_config()
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     length = min(PROMPT_ROOM + raster_of(config).tokens, text.max_position_embeddings)
-    return length, text.num_hidden_layers * BRANCHES * text.num_key_value_heads * 2 * head_size * 4
+    return length, text.num_hidden_layers * BRANCHES * text.num_key_value_heads * 2 * cached_head_size(
+        text
+    ) * 4

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from vllm_kvcompress.models.config import raster_of
+from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.models.vq import VQDecoder
-from vllm_kvcompress.models.weights import CheckpointError, Ledger, expected_shapes
+from vllm_kvcompress.models.weights import CheckpointError, Ledger
 
 INDEX = "model.safetensors.index.json"
 READ = ("auto", "hf", "safetensors")  # load formats that read the checkpoint's own files
@@ -93,7 +94,7 @@ def check_files(folder: Path, hf_config: Any, load_format: str) -> None:
 def _check_pickles(folder: Path, hf_config: Any) -> None:
     """Of pickled weights, which must not be opened before they are loaded, the size alone."""
     stored = sum(file.stat().st_size for file in folder.glob("*.bin"))
-    wanted = sum(prod(shape) for shape in expected_shapes(hf_config).values())
+    wanted = sum(prod(shape) for shape in family_of(hf_config).shapes(hf_config).values())
     if stored and wanted > stored:
         raise CheckpointError(
             f"config.json describes {wanted / 1e9:.1f} billion weights, in {stored / 1e9:.1f} GB of files: "

@@ -28,13 +28,15 @@ from vllm_kvcompress.heads.paged import Pages
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.heads.provide import ModelMark, provide_profile
 from vllm_kvcompress.log import logger_for
+from vllm_kvcompress.models.config import cached_head_size
 from vllm_kvcompress.models.ranks import Ranks
+from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.policy import AUTO, Raster
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_kvcompress.models.janus import JanusForImageGeneration
+    from vllm_kvcompress.models.janus import BranchedImageModel
 
 logger = logger_for(__name__)
 
@@ -44,7 +46,7 @@ SPATIAL_SHARE = 1 / 4  # docs/quality.md: with a third or half of the heads spat
 
 
 @last_word.heard()
-def plan_cache(vllm_config: "VllmConfig", model: "JanusForImageGeneration") -> tuple[CacheLayout, Kernels]:
+def plan_cache(vllm_config: "VllmConfig", model: "BranchedImageModel") -> tuple[CacheLayout, Kernels]:
     """Decide head types, rules, pages and kernels of this rank's heads. Raises ValueError, one line."""
     config, ranks = parse_config(vllm_config.additional_config), Ranks.of_engine()
     shape = shape_of(model)
@@ -65,11 +67,10 @@ def plan_cache(vllm_config: "VllmConfig", model: "JanusForImageGeneration") -> t
     return layout, kernels
 
 
-def shape_of(model: "JanusForImageGeneration") -> ModelShape:
+def shape_of(model: "BranchedImageModel") -> ModelShape:
     """The model's geometry."""
     text = model.config.get_text_config()
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return ModelShape(text.num_hidden_layers, text.num_key_value_heads, head_size)
+    return ModelShape(text.num_hidden_layers, text.num_key_value_heads, cached_head_size(text))
 
 
 def assign(
@@ -111,7 +112,7 @@ def _check_grid(curves: LossCurves, raster: Raster) -> None:
 
 
 def profile_of(
-    config: CompressionConfig, vllm_config: "VllmConfig", model: "JanusForImageGeneration"
+    config: CompressionConfig, vllm_config: "VllmConfig", model: "BranchedImageModel"
 ) -> HeadProfile:
     """The head profile that the configuration names."""
     shape = shape_of(model)
@@ -145,20 +146,19 @@ def _prompts_hash() -> str:
 
 
 def calibrate(
-    vllm_config: "VllmConfig", model: "JanusForImageGeneration", lines: int = NEIGHBOURHOOD_LINES
+    vllm_config: "VllmConfig", model: "BranchedImageModel", lines: int = NEIGHBOURHOOD_LINES
 ) -> HeadProfile:
     """Draw the built-in prompts with a full cache and measure the heads; near is ``lines`` lines."""
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    from vllm_kvcompress.models.prompt import image_prompt_ids
-
     tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    family = family_of(model.config)
     raster, shape, ranks = model.image.raster, shape_of(model), Ranks.of_engine()
     candidates = candidate_types(raster)
     with _Bar(ranks.first) as bar:
         scores, losses = measure(
             subject_of(vllm_config, model),
-            lambda text: image_prompt_ids(tokenizer, model.image, text),
+            lambda text: family.calibration_ids(tokenizer, model.image, PROMPTS.index(text)),
             lines,
             candidates,
             bar,
@@ -211,7 +211,7 @@ class _Bar:
         self._bar.update(done - self._bar.n)
 
 
-def subject_of(vllm_config: "VllmConfig", model: "JanusForImageGeneration") -> Subject:
+def subject_of(vllm_config: "VllmConfig", model: "BranchedImageModel") -> Subject:
     """The model as calibration sees it; its forward runs as written, not compiled."""
     from vllm.forward_context import set_forward_context
 
@@ -255,9 +255,15 @@ def subject_of(vllm_config: "VllmConfig", model: "JanusForImageGeneration") -> S
         step=lambda ids, positions: model.compute_logits(run(ids, positions)),
         forward=forward,
         recording=recording,
-        output_weight=lambda layer: _weight_of(layers[layer].self_attn.o_proj, model.dtype, device),
+        output_weight=lambda layer: _output_weight(layers[layer].self_attn, model.dtype, device),
         agree=ranks.agree_on,
     )
+
+
+def _output_weight(attention: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[hidden, query heads * head size of the cache]``: what comes of a head's channels in the cache."""
+    weight = _weight_of(attention.o_proj, dtype, device).unflatten(-1, (-1, attention.head_size))
+    return torch.nn.functional.pad(weight, (0, attention.padding)).flatten(1)
 
 
 def _weight_of(linear: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
 from transformers import JanusVQVAEConfig, LlamaConfig, PreTrainedConfig
 
 from vllm_kvcompress import last_word
@@ -115,10 +117,15 @@ class ImageModel:
         Sizes of the text vocabulary and of the image codebook.
     bos, pad, boi : int
         Text ids of begin-of-sentence, padding and begin-of-image. Families differ, so they come
-        from the checkpoint's tokenizer.
+        from the checkpoint's tokenizer. -1 where there is no such id.
     guidance_scale : float
         Default classifier-free guidance scale: the checkpoint's generation_config.json's, or
         Janus-Pro's 5.
+    top_k : int
+        Default of the images route: generation_config.json's, or 0, all codes.
+    classes : int
+        Of a class-conditional model, whose prompts are one class id below this (and whose ``pad``, for the
+        unconditional branch, is the null class); 0 in others, whose prompts end in begin-of-image.
     """
 
     raster: Raster
@@ -128,6 +135,8 @@ class ImageModel:
     pad: int
     boi: int
     guidance_scale: float = 5.0
+    top_k: int = 0
+    classes: int = 0
 
     @property
     def vocab(self) -> int:
@@ -135,7 +144,9 @@ class ImageModel:
         return self.text_vocab + self.codes
 
     def is_begun(self, ids: Sequence[int], prefix: int) -> bool:
-        """Whether a prompt asks for a picture: its text, ``prefix`` tokens, ends in begin-of-image."""
+        """Whether a prompt asks for a picture: its ``prefix`` ends in begin-of-image, or is a class."""
+        if self.classes:
+            return prefix == 1 and 0 <= ids[0] < self.classes
         return prefix > 0 and ids[prefix - 1] == self.boi
 
     def prefix_length(self, prompt_ids: Sequence[int]) -> int:
@@ -144,6 +155,12 @@ class ImageModel:
         while end and prompt_ids[end - 1] >= self.text_vocab:
             end -= 1
         return end
+
+    def draws(self, ids: Tensor) -> Tensor:
+        """``[tokens]`` ids -> bool: after which of them a code comes, if the prompt asks for a picture."""
+        if self.classes:
+            return ids.new_ones(ids.shape, dtype=torch.bool)
+        return (ids == self.boi) | (ids >= self.text_vocab)
 
     def code(self, token_id: int) -> int:
         """Codebook index of an image token id."""
@@ -159,3 +176,13 @@ def raster_of(hf_config: PreTrainedConfig) -> Raster:
     """The token grid of the pictures of a JanusConfig or MultiModalityConfig."""
     vq = hf_config.vq_config
     return Raster(vq.num_patches, vq.num_patches, patch=2 ** (len(vq.channel_multiplier) - 1))
+
+
+def head_size(text: PreTrainedConfig) -> int:
+    """Channels of an attention head, of a decoder's configuration."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def cached_head_size(text: PreTrainedConfig) -> int:
+    """The same as the KV cache holds it: more where attention kernels do not take the head's own size."""
+    return getattr(text, "cached_head_size", None) or head_size(text)

@@ -9,7 +9,7 @@ generation_inference.py; transformers models/janus.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from vllm_kvcompress.guidance import (
 )
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.compression import plan_cache
+from vllm_kvcompress.models.config import cached_head_size
 from vllm_kvcompress.models.registry import image_model_of
 from vllm_kvcompress.models.vq import VQDecoder
 from vllm_kvcompress.models.weights import load_weights
@@ -84,18 +85,16 @@ class BranchedAttention(nn.Module):
             num_heads * head_dim, hidden_size, bias=bias_o_proj, quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )  # fmt: skip
-        self.rotary_emb = get_rope(
-            head_dim,
-            max_position=max_position_embeddings,
-            rope_parameters=getattr(config, "rope_parameters", None),
-        )
+        self.rotary_emb = self.make_rope(config, head_dim, max_position_embeddings)
         heads = num_heads // tensor_parallel
         kv_heads = max(1, num_kv_heads // tensor_parallel)
         self.q_size, self.kv_size = heads * head_dim, kv_heads * head_dim
+        self.head_size, self.padding = head_dim, cached_head_size(config) - head_dim
         self.attn = attention_layer(
             heads=BRANCHES * heads,
             kv_heads=BRANCHES * kv_heads,
-            head_size=head_dim,
+            head_size=head_dim + self.padding,
+            scale=head_dim**-0.5,
             cache_config=cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
@@ -105,20 +104,33 @@ class BranchedAttention(nn.Module):
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
-        out = self.attn(
-            q.reshape(-1, BRANCHES * self.q_size),
-            k.reshape(-1, BRANCHES * self.kv_size),
-            v.reshape(-1, BRANCHES * self.kv_size),
-        )
+        out = self.attn(self._rows(q, self.q_size), self._rows(k, self.kv_size), self._rows(v, self.kv_size))
+        if self.padding:
+            out = out.unflatten(-1, (-1, self.head_size + self.padding))[..., : self.head_size]
         output, _ = self.o_proj(out.reshape(-1, self.q_size))
         return output
+
+    def _rows(self, x: Tensor, size: int) -> Tensor:
+        """``[2 * tokens, size]`` -> ``[tokens, 2 * size]``, heads filled up with zeros for the cache."""
+        if self.padding:
+            padded = nn.functional.pad(x.unflatten(-1, (-1, self.head_size)), (0, self.padding))
+            return padded.reshape(len(x) // BRANCHES, -1)
+        return x.reshape(-1, BRANCHES * size)
+
+    def make_rope(self, config: Any, head_size: int, positions: int) -> nn.Module:
+        """``(positions, q, k) -> (q, k)``, rotated."""
+        return get_rope(
+            head_size, max_position=positions, rope_parameters=getattr(config, "rope_parameters", None)
+        )
 
 
 class BranchedLayer(LlamaDecoderLayer):
     """LlamaDecoderLayer with ``BranchedAttention``."""
 
+    attention: type[BranchedAttention] = BranchedAttention
+
     def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config, prefix=prefix, attn_layer_type=BranchedAttention)
+        super().__init__(vllm_config, prefix=prefix, attn_layer_type=self.attention)
 
 
 class BranchedLlama(LlamaModel):
@@ -128,8 +140,10 @@ class BranchedLlama(LlamaModel):
     which count tokens, are right as they are.
     """
 
+    layer: type[BranchedLayer] = BranchedLayer
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=BranchedLayer)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=self.layer)
 
     def forward(
         self,
@@ -147,15 +161,17 @@ class BranchedLlama(LlamaModel):
         return hidden.view(positions.shape[0], -1)
 
 
-class JanusForImageGeneration(nn.Module):
-    """Text in, image tokens (or text) out; both published layouts.
+class BranchedImageModel(nn.Module):
+    """A prompt in, image tokens (or text) out: what families of models have in common.
 
-    ``forward`` returns ``[tokens, 2 * hidden + 2]``: the branches' hidden states, and the row's
-    guidance scale in two columns (``TEXT_ROW`` where the next token is text), which is how
-    ``compute_logits``, which sees nothing but hidden rows, knows what to do with each of them.
+    A family's class says which decoder it has, and makes what is around it. ``forward`` returns
+    ``[tokens, 2 * hidden + 2]``: the branches' hidden states, and the row's guidance scale in two columns
+    (``TEXT_ROW`` where the next token is text), which is how ``compute_logits``, which sees nothing but
+    hidden rows, knows what to do with each of them.
     """
 
     packed_modules_mapping = LlamaForCausalLM.packed_modules_mapping  # what quantisers name apart
+    decoder: ClassVar[type[BranchedLlama]] = BranchedLlama
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -180,20 +196,12 @@ class JanusForImageGeneration(nn.Module):
         if self.compressed is not None:
             self.rows.on_accept = self.compressed.commit
 
-        self.language_model = BranchedLlama(
+        self.language_model = self.decoder(
             vllm_config=vllm_config.with_hf_config(text, architectures=["LlamaForCausalLM"]),
             prefix=maybe_prefix(prefix, "language_model"),
         )
-        self.lm_head = ParallelLMHead(
-            text.vocab_size, text.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
-        )
-        # gen_aligner(gen_embed(code)) for every code: one look-up instead of two matrix products.
         self.image_embedding = VocabParallelEmbedding(self.image.codes, text.hidden_size)
-        self.gen_head_proj = ReplicatedLinear(text.hidden_size, text.hidden_size, return_bias=False)
-        self.gen_head = ParallelLMHead(
-            self.image.codes, text.hidden_size, bias=True, prefix=maybe_prefix(prefix, "gen_head")
-        )
-        self.text_logits = LogitsProcessor(text.vocab_size)
+        self._make_heads(text, prefix)
         self.image_logits = LogitsProcessor(self.image.codes)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._full_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
@@ -210,6 +218,18 @@ class JanusForImageGeneration(nn.Module):
             for layer in self.modules():
                 if isinstance(layer, Attention):
                     hear_token_rows(layer, self.rows)
+
+    def _make_heads(self, text: Any, prefix: str) -> None:
+        """``gen_head`` and what else makes logits. ``text`` is the decoder's configuration."""
+        raise NotImplementedError
+
+    def _code_logits(self, hidden: Tensor) -> Tensor:
+        """``[n, hidden]`` -> ``[n, codes]``."""
+        raise NotImplementedError
+
+    def _text_logits(self, hidden: Tensor) -> Tensor:
+        """``[n, hidden]`` of rows that want text -> ``[n, text_vocab]``; not asked in a model of pictures."""
+        raise NotImplementedError
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -246,7 +266,7 @@ class JanusForImageGeneration(nn.Module):
         embeds = self.embed_input_ids(torch.stack([input_ids, uncond], 1).flatten())
         embeds = self._in_place(embeds.view(input_ids.shape[0], -1))
         hidden = self.language_model(None, positions, None, embeds)
-        draws = (input_ids == self.image.boi) | (input_ids >= self.image.text_vocab)
+        draws = self.image.draws(input_ids)
         scale = torch.where(draws, self.rows.scale[token_rows], TEXT_ROW)
         return torch.cat([hidden, pack_scale(scale, hidden.dtype)], dim=-1)
 
@@ -289,19 +309,39 @@ class JanusForImageGeneration(nn.Module):
             logits[rows, self.image.text_vocab :] = self._guided(branches[rows], scale[rows])
         rows = torch.nonzero(is_text).flatten()
         if len(rows):
-            text = self.text_logits(self.lm_head, branches[rows, 0]).float()
+            text = self._text_logits(branches[rows, 0]).float()
             text[:, self.image.boi] = -torch.inf
             logits[rows, : self.image.text_vocab] = text
         return mark(logits, self.rows)
 
     def _guided(self, branches: Tensor, scale: Tensor) -> Tensor:
         """``[rows, 2, hidden]`` -> guided image logits, float32 ``[rows, codes]``."""
-        x = nn.functional.gelu(self.gen_head_proj(branches.flatten(0, 1)))
-        logits = self.image_logits(self.gen_head, x, self.gen_head.bias)
+        logits = self._code_logits(branches.flatten(0, 1))
         logits = logits.view(-1, BRANCHES, self.image.codes)
         return blend(logits[:, 0], logits[:, 1], scale)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load either layout; see ``vllm_kvcompress.models.weights``."""
+        """See ``vllm_kvcompress.models.weights``."""
         with last_word.heard():
             return load_weights(self, weights)
+
+
+class JanusForImageGeneration(BranchedImageModel):
+    """Janus and Janus-Pro, both published layouts."""
+
+    def _make_heads(self, text: Any, prefix: str) -> None:
+        self.lm_head = ParallelLMHead(
+            text.vocab_size, text.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+        )
+        self.gen_head_proj = ReplicatedLinear(text.hidden_size, text.hidden_size, return_bias=False)
+        self.gen_head = ParallelLMHead(
+            self.image.codes, text.hidden_size, bias=True, prefix=maybe_prefix(prefix, "gen_head")
+        )
+        self.text_logits = LogitsProcessor(text.vocab_size)
+
+    def _code_logits(self, hidden: Tensor) -> Tensor:
+        x = nn.functional.gelu(self.gen_head_proj(hidden))
+        return self.image_logits(self.gen_head, x, self.gen_head.bias)
+
+    def _text_logits(self, hidden: Tensor) -> Tensor:
+        return self.text_logits(self.lm_head, hidden)

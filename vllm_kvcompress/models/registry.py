@@ -1,25 +1,38 @@
 """Which models this plugin serves, and where the rest of the package finds their description."""
 
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vllm_kvcompress.models.config import ImageModel, raster_of, text_vocab_size
+from vllm_kvcompress.models.config import ORIGINAL_LAYOUT, TRANSFORMERS_LAYOUT, ImageModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from vllm.config import ModelConfig
 
+    from vllm_kvcompress.models.family import Family
+
 # architecture name in config.json -> our model class, as vLLM's registry wants it (imported lazily)
 ARCHITECTURES = {
     "MultiModalityCausalLM": "vllm_kvcompress.models.janus:JanusForImageGeneration",
     "JanusForConditionalGeneration": "vllm_kvcompress.models.janus:JanusForImageGeneration",
+    "LlamaGenForImageGeneration": "vllm_kvcompress.models.llamagen.model:LlamaGenForImageGeneration",
+}
+# model_type in config.json -> the module that holds its ``FAMILY``
+FAMILIES = {
+    ORIGINAL_LAYOUT: "vllm_kvcompress.models.janus_family",
+    TRANSFORMERS_LAYOUT: "vllm_kvcompress.models.janus_family",
+    "llamagen": "vllm_kvcompress.models.llamagen.family",
 }
 
-# Janus-Pro's roles; the original layout's files hold no chat template.
-CHAT_TEMPLATE = Path(__file__).parent / "templates" / "janus_pro.jinja"
+_TEMPLATES = Path(__file__).parent / "templates"
+# model_type -> chat template of checkpoints that have none
+CHAT_TEMPLATES = {
+    ORIGINAL_LAYOUT: _TEMPLATES / "janus_pro.jinja",  # Janus-Pro's roles
+    "llamagen": _TEMPLATES / "no_chat.jinja",  # an error that says so
+}
 
-_SPECIAL_IDS = "kvcompress_special_ids"
-_GUIDANCE_SCALE = "kvcompress_guidance_scale"
+_DEFAULTS = "kvcompress_defaults"
 
 
 def serves(model_config: "ModelConfig") -> bool:
@@ -27,33 +40,22 @@ def serves(model_config: "ModelConfig") -> bool:
     return any(arch in ARCHITECTURES for arch in getattr(model_config.hf_config, "architectures", None) or ())
 
 
-def store_special_ids(hf_config: "PreTrainedConfig", bos: int, pad: int, boi: int) -> None:
-    """Keep the tokenizer's ids with the configuration, so that every process has them."""
-    setattr(hf_config, _SPECIAL_IDS, (bos, pad, boi))
+def family_of(hf_config: "PreTrainedConfig") -> "Family":
+    """The family of a checkpoint's configuration. RuntimeError if it is none of ours."""
+    module = FAMILIES.get(hf_config.model_type)
+    if module is None:
+        raise RuntimeError(f"vllm-kvcompress serves no model of type {hf_config.model_type!r}")
+    return import_module(module).FAMILY
 
 
-def store_guidance_scale(hf_config: "PreTrainedConfig", scale: float) -> None:
-    """Keep the checkpoint's default guidance scale with the configuration."""
-    setattr(hf_config, _GUIDANCE_SCALE, scale)
+def store_defaults(hf_config: "PreTrainedConfig", defaults: dict[str, Any]) -> None:
+    """Keep what generation_config.json says with the configuration, so that every process has it."""
+    setattr(hf_config, _DEFAULTS, defaults)
 
 
 def image_model_of(hf_config: "PreTrainedConfig") -> ImageModel:
-    """The description of a configuration that ``store_special_ids`` has completed."""
-    ids = getattr(hf_config, _SPECIAL_IDS, None)
-    if ids is None:
-        raise RuntimeError(
-            "the model's special token ids were never resolved: is the kvcompress plugin loaded?"
-        )
-    bos, pad, boi = ids
-    return ImageModel(
-        raster=raster_of(hf_config),
-        text_vocab=text_vocab_size(hf_config),
-        codes=hf_config.vq_config.num_embeddings,
-        bos=bos,
-        pad=pad,
-        boi=boi,
-        guidance_scale=getattr(hf_config, _GUIDANCE_SCALE, ImageModel.guidance_scale),
-    )
+    """The description of a configuration that its family has resolved."""
+    return family_of(hf_config).describe(hf_config, getattr(hf_config, _DEFAULTS, {}))
 
 
 def image_model(model_config: "ModelConfig") -> ImageModel:

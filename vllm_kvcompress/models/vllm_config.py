@@ -12,13 +12,8 @@ from vllm_kvcompress import last_word, patches, plugin
 from vllm_kvcompress.config import FP8, KEY, is_compressed, parse_config
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.checkpoint import check_files, check_sizes
-from vllm_kvcompress.models.config import raster_of
-from vllm_kvcompress.models.registry import (
-    image_model,
-    store_guidance_scale,
-    store_special_ids,
-    text_vocab_size,
-)
+from vllm_kvcompress.models.config import raster_of, text_vocab_size
+from vllm_kvcompress.models.registry import family_of, image_model, store_defaults
 from vllm_kvcompress.policy import AUTO
 from vllm_kvcompress.windows.settings import reserve_places
 
@@ -163,12 +158,10 @@ def check_conflicts(vllm_config: "VllmConfig") -> None:
 
 
 def resolve_tokens(model_config: "ModelConfig") -> None:
-    """Find begin-of-sentence, padding and begin-of-image by name in the checkpoint's tokenizer."""
+    """Have the family look at the checkpoint's tokenizer, and read generation_config.json's defaults."""
     from vllm.tokenizers import get_tokenizer
 
     from vllm_kvcompress.guidance import MAX_SCALE
-    from vllm_kvcompress.models.prompt import resolve_special_ids
-    from vllm_kvcompress.models.tokenizer import check_tokenizer
 
     tokenizer = get_tokenizer(
         model_config.tokenizer or model_config.model,
@@ -176,13 +169,21 @@ def resolve_tokens(model_config: "ModelConfig") -> None:
         trust_remote_code=model_config.trust_remote_code,
         revision=model_config.tokenizer_revision,
     )
-    check_tokenizer(tokenizer)
-    store_special_ids(model_config.hf_config, *resolve_special_ids(tokenizer))
-    # transformers' own field; small models are at their best well below Janus-Pro's 5.
-    scale = model_config.try_get_generation_config().get("guidance_scale")
+    family_of(model_config.hf_config).resolve(model_config.hf_config, tokenizer)
+    defaults: dict[str, Any] = {}
+    generation = model_config.try_get_generation_config()
+    # transformers' own fields; small models are at their best well below Janus-Pro's guidance of 5.
+    scale, top_k = generation.get("guidance_scale"), generation.get("top_k")
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= MAX_SCALE:
             raise ValueError(
                 f"generation_config.json: guidance_scale {scale!r} is not a number from 0 to {MAX_SCALE:g}"
             )
-        store_guidance_scale(model_config.hf_config, float(scale))
+        defaults["guidance_scale"] = float(scale)
+    if top_k is not None:
+        if type(top_k) is not int or not -1 <= top_k < 2**31:
+            raise ValueError(
+                f"generation_config.json: top_k {top_k!r:.40} is not a number from -1 to 2**31 - 1"
+            )
+        defaults["top_k"] = max(top_k, 0)
+    store_defaults(model_config.hf_config, defaults)

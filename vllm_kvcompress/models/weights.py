@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from vllm_kvcompress.models.config import head_size
+from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.models.vq import VQDecoder, vq_name
 
 if TYPE_CHECKING:
-    from vllm_kvcompress.models.janus import JanusForImageGeneration
+    from vllm_kvcompress.models.janus import BranchedImageModel
 
 _RENAME = (
     (r"^(?:model\.language_model|language_model\.model)\.", "language_model."),
@@ -69,11 +71,7 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """
     text, vq = config.get_text_config(), config.vq_config
     hidden, embed_dim, codes = text.hidden_size, vq.embed_dim, vq.num_embeddings
-    head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
-    q, kv = text.num_attention_heads * head, text.num_key_value_heads * head
-    shapes: dict[str, tuple[int, ...]] = {
-        "language_model.embed_tokens.weight": (text.vocab_size, hidden),
-        "language_model.norm.weight": (hidden,),
+    return decoder_shapes(text) | {
         "lm_head.weight": (text.vocab_size, hidden),
         "gen_embed.weight": (codes, embed_dim),
         "gen_aligner.0.weight": (hidden, embed_dim),
@@ -84,6 +82,16 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
         "gen_head_proj.bias": (hidden,),
         "gen_head.weight": (codes, hidden),
         "gen_head.bias": (codes,),
+    }
+
+
+def decoder_shapes(text: Any) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of the tensors of a Llama without its head; ``text`` is its configuration."""
+    hidden, head = text.hidden_size, head_size(text)
+    q, kv = text.num_attention_heads * head, text.num_key_value_heads * head
+    shapes: dict[str, tuple[int, ...]] = {
+        "language_model.embed_tokens.weight": (text.vocab_size, hidden),
+        "language_model.norm.weight": (hidden,),
     }
     layer = {
         "input_layernorm.weight": (hidden,),
@@ -121,7 +129,8 @@ class Ledger:
     def __init__(
         self, config: Any, vq: VQDecoder | None = None, packed: Mapping[str, set[str]] | None = None
     ) -> None:
-        self._shapes, self._vq = expected_shapes(config), vq
+        self._family = family_of(config)
+        self._shapes, self._vq = self._family.shapes(config), vq
         self._loose = packed is None and bool(getattr(config, "quantization_config", None))
         self._theirs: set[str] = set().union(*(packed or {}).values())
         linear = packed or ([name for name in self._shapes if _LINEAR.match(name)] if self._loose else ())
@@ -154,7 +163,7 @@ class Ledger:
         if name not in self._shapes:
             quantised = ", as config.json says it is quantised" if self._theirs else ""
             raise CheckpointError(
-                f"unknown tensor {original}: not part of a Janus or Janus-Pro checkpoint{quantised}"
+                f"unknown tensor {original}: not part of a {self._family.name} checkpoint{quantised}"
             )
         if shape != self._shapes[name]:
             raise CheckpointError(
@@ -179,7 +188,7 @@ class Ledger:
             self._vq.check_missing(self._seen_vq)
 
 
-def quantised_tensors(model: "JanusForImageGeneration") -> dict[str, set[str]]:
+def quantised_tensors(model: "BranchedImageModel") -> dict[str, set[str]]:
     """Canonical name of a weight that the served layers hold quantised -> its tensors' names instead.
 
     What they are called and how they are shaped is vLLM's matter: its own loaders check them.
@@ -213,8 +222,8 @@ def fold_image_embedding(tensors: dict[str, Tensor]) -> Tensor:
     )
 
 
-def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-    """Fill ``model`` from checkpoint tensors of either layout.
+def load_weights(model: "BranchedImageModel", weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Fill ``model`` from checkpoint tensors, of either layout of Janus or as another family has them.
 
     Returns
     -------
@@ -247,18 +256,21 @@ def load_weights(model: "JanusForImageGeneration", weights: Iterable[tuple[str, 
 
     loaded = {f"language_model.{name}" for name in model.language_model.load_weights(language())}
     if ledger.ties:
-        model.lm_head.tie_weights(model.language_model.embed_tokens)
+        lm_head: Any = model.lm_head
+        lm_head.tie_weights(model.language_model.embed_tokens)
     ledger.close()
 
-    small["image_embedding.weight"] = fold_image_embedding(small).to(model.dtype)
+    if "gen_embed.weight" in small:
+        # gen_aligner(gen_embed(code)) for every code: one look-up instead of two matrix products.
+        small["image_embedding.weight"] = fold_image_embedding(small).to(model.dtype)
     parameters = dict(model.named_parameters())
-    for name in ("lm_head.weight", "image_embedding.weight", "gen_head_proj.weight", "gen_head_proj.bias",
-                 "gen_head.weight", "gen_head.bias"):  # fmt: skip
-        if name in small:
-            parameter = parameters[name]
-            loader = getattr(parameter, "weight_loader", _copy)
-            loader(parameter, small[name])
-        loaded.add(name)
+    for name, tensor in small.items():
+        if name in parameters:
+            loader = getattr(parameters[name], "weight_loader", _copy)
+            loader(parameters[name], tensor)
+            loaded.add(name)
+    if ledger.ties:
+        loaded.add("lm_head.weight")
     loaded |= {f"vq.{name}" for name in model.vq.load_weights(vq)}
     model.fingerprint = _fingerprint(digests)
     return loaded

@@ -126,10 +126,11 @@ class ImagesEndpoint:
 
             self._image_model = image_model(engine_client.model_config)
         if self._prompt_ids is None or self._negative_ids is None:
-            from vllm_kvcompress.models.prompt import image_prompt_ids, negative_ids
+            from vllm_kvcompress.models.registry import family_of
 
-            self._prompt_ids = self._prompt_ids or image_prompt_ids
-            self._negative_ids = self._negative_ids or negative_ids
+            family = family_of(engine_client.model_config.hf_config)
+            self._prompt_ids = self._prompt_ids or family.prompt_ids
+            self._negative_ids = self._negative_ids or family.negative_ids
         if self._make_usage_extra is not None:
             self._usage_extra = self._make_usage_extra(engine_client)
         config = parse_config(engine_client.vllm_config.additional_config)

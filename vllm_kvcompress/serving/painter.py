@@ -222,12 +222,13 @@ class Painter:
 
     def _sampling(self, job: Job, index: int, streaming: bool) -> SamplingParams:
         request, raster = job.request, self.model.raster
+        top_k = self.model.top_k if request.top_k is None else request.top_k
         seed = None if request.seed is None else (request.seed + index) % (MAX_SEED + 1)
         return SamplingParams(
             temperature=request.temperature,
             top_p=request.top_p,
             # All codes is no restriction; and the engine keeps k in 32 bits.
-            top_k=request.top_k if 0 < request.top_k < self.model.codes else 0,
+            top_k=top_k if 0 < top_k < self.model.codes else 0,
             seed=seed,
             max_tokens=raster.tokens,
             ignore_eos=True,

@@ -85,7 +85,9 @@ class ImageRequest(BaseModel):
         None, ge=0, le=MAX_SCALE, description="Classifier-free guidance; 1 is none. Default: the model's."
     )
     temperature: FiniteFloat = Field(1.0, ge=0, le=2, description="0 is greedy.")
-    top_k: int = Field(0, ge=-1, description="Draw among the k likeliest codes; 0 or -1: among all.")
+    top_k: int | None = Field(
+        None, ge=-1, description="Draw among the k likeliest codes; 0 or -1: among all. Default: the model's."
+    )
     top_p: FiniteFloat = Field(1.0, gt=0, le=1)
     negative_prompt: str | None = Field(
         None,

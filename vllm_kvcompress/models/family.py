@@ -1,0 +1,47 @@
+"""A family of image models: what the rest of the package asks of it, and nothing else.
+
+One object per family, found by ``model_type`` (`vllm_kvcompress.models.registry.family_of`). What a family is
+to the engine once it runs is data, an `ImageModel`. docs/models.md says in one page how to add one.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from vllm_kvcompress.models.config import ImageModel
+
+
+class Family(Protocol):
+    """See the module. ``tokenizer`` is always what ``vllm.tokenizers.get_tokenizer`` gives."""
+
+    name: ClassVar[str]
+    """As messages call its checkpoints."""
+
+    def shapes(self, hf_config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor that a checkpoint must hold, the VQ decoder's aside."""
+
+    def resolve(self, hf_config: "PreTrainedConfig", tokenizer: Any) -> None:
+        """At start-up: check the tokenizer, and keep with the configuration what ``describe`` needs of it.
+
+        Raises ValueError, one line.
+        """
+
+    def describe(self, hf_config: "PreTrainedConfig", defaults: Mapping[str, Any]) -> "ImageModel":
+        """What serving needs to know, in every process.
+
+        ``defaults`` has ``guidance_scale`` and ``top_k`` where generation_config.json says them.
+        """
+
+    def prompt_ids(self, tokenizer: Any, model: "ImageModel", text: str) -> list[int]:
+        """Prompt ids for drawing ``text``. Raises ValueError, one line, if there are none."""
+
+    def negative_ids(self, tokenizer: Any, model: "ImageModel", text: str, length: int) -> list[int]:
+        """The unconditional branch's prompt, of exactly ``length`` ids, for what the user does not want.
+
+        Raises ValueError, one line, if it does not fit.
+        """
+
+    def calibration_ids(self, tokenizer: Any, model: "ImageModel", number: int) -> list[int]:
+        """The prompt of the ``number``-th picture that heads are measured on, from 0."""

@@ -1,0 +1,234 @@
+"""LlamaGen's ``.pt`` files -> one folder that ``vllm serve`` takes: config, weights, tokenizer, defaults."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vllm_kvcompress.models.llamagen.config import ARCHITECTURE, CLASS_CONDITIONAL, MODEL_TYPE, LlamaGenConfig
+from vllm_kvcompress.models.llamagen.family import GUIDANCE_SCALE, TOP_K
+from vllm_kvcompress.models.llamagen.source import ROPE_TABLE, DecoderSizes, VQSizes, load_state
+from vllm_kvcompress.models.llamagen.tokenizer import NULL_CLASS, build_tokenizer, class_names
+from vllm_kvcompress.models.vq import VQDecoder, vq_name
+from vllm_kvcompress.models.weights import CheckpointError
+from vllm_kvcompress.policy.raster import Raster
+
+DECODER, VQ = "model.safetensors", "vq.safetensors"
+VQ_PREFIX = "gen_vision_model."
+VQ_FILE = "vq_ds16_c2i.pt"  # the published one, looked for beside the decoder
+_MARK = "sources.json"
+_CHUNK = 1 << 24  # bytes written at a time
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_OUTSIDE = {
+    "cls_embedding.embedding_table.weight": "language_model.embed_tokens.weight",
+    "tok_embeddings.weight": "image_embedding.weight",
+    "norm.weight": "language_model.norm.weight",
+    "output.weight": "gen_head.weight",
+}
+_OF_LAYER = {
+    "attention.wo": ("self_attn.o_proj",),
+    "attention.wqkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),  # stacked in this order
+    "feed_forward.w1": ("mlp.gate_proj",),
+    "feed_forward.w2": ("mlp.down_proj",),
+    "feed_forward.w3": ("mlp.up_proj",),
+    "attention_norm": ("input_layernorm",),
+    "ffn_norm": ("post_attention_layernorm",),
+}
+
+
+def convert(
+    source: Path,
+    folder: Path,
+    *,
+    vq: Path | None = None,
+    grid: int | None = None,
+    heads: int | None = None,
+    overwrite: bool = False,
+) -> bool:
+    """Write ``folder`` from a decoder's and a VQ model's ``.pt``.
+
+    It appears when it is whole. What an interrupted run has finished is taken over by the next one from the
+    same files. Tensors keep their dtype; every tensor is used, knowingly skipped (the VQ model's encoder, a
+    stray RoPE table) or named in the error.
+
+    Parameters
+    ----------
+    source : Path
+        ``c2i_*.pt``, or a folder with one such file.
+    vq : Path, optional
+        By default ``vq_ds16_c2i.pt`` beside the decoder.
+    grid, heads : int, optional
+        Tokens a line, and attention heads, where names and sizes do not tell.
+    overwrite : bool
+        Whether to replace a folder that is there.
+
+    Returns
+    -------
+    bool
+        False if the folder was there and was left alone.
+
+    Raises
+    ------
+    CheckpointError
+        One line that says what is missing, unknown or contradictory.
+    """
+    if folder.exists() and not overwrite:
+        if (folder / "config.json").is_file():
+            return False
+        raise CheckpointError(f"{folder} exists and is no converted model: name another, or give --overwrite")
+    source = _decoder_file(source)
+    vq = vq or source.with_name(VQ_FILE)
+    if not vq.is_file():
+        raise CheckpointError(
+            f"--vq: {vq} is not there; give LlamaGen's {VQ_FILE}, which turns codes into pixels"
+        )
+    state, vq_state = load_state(source), load_state(vq, vq=True)
+    sizes, vq_sizes = DecoderSizes.of(state, source.name, grid, heads), VQSizes.of(vq_state, vq.name)
+    sizes.check(state, source.name)
+    if vq_sizes.codes != sizes.codes:
+        raise CheckpointError(
+            f"{vq.name} has {vq_sizes.codes} codes, {source.name} {sizes.codes}: not of one model"
+        )
+    config = _config(sizes, vq_sizes, next(iter(state.values())).dtype)
+    parts = {VQ: _vq_tensors(vq_state, config, vq.name), DECODER: dict(_decoder_tensors(state))}
+
+    part = folder.with_name(f"{folder.name}.part")
+    mark = {
+        str(n): [str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for n, f in enumerate((source, vq))
+    }
+    _continue(part, {"files": mark, "config": config})
+    todo = {name: tensors for name, tensors in parts.items() if not (part / name).is_file()}
+    total = sum(tensor.nbytes for tensors in todo.values() for tensor in tensors.values())
+    with tqdm(desc="Converting", total=total, unit="B", unit_scale=True, leave=False) as bar:
+        for name, tensors in todo.items():
+            _write(part / name, tensors, bar)
+    for name, content in _files(sizes, config).items():
+        (part / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    build_tokenizer(class_names(sizes.classes), sizes.codes).save(str(part / "tokenizer.json"))
+    _put(part, folder)
+    return True
+
+
+def _decoder_file(source: Path) -> Path:
+    if not source.is_dir():
+        return source
+    found = sorted(source.glob("c2i_*.pt"))
+    if len(found) != 1:
+        shown = ", ".join(file.name for file in found) or "none"
+        raise CheckpointError(f"{source} must hold one c2i_*.pt, or name the file itself; there: {shown}")
+    return found[0]
+
+
+def _config(sizes: DecoderSizes, vq: VQSizes, dtype: torch.dtype) -> dict[str, Any]:
+    config = {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "dtype": str(dtype).removeprefix("torch."),
+        "condition": CLASS_CONDITIONAL,
+        "num_classes": sizes.classes,
+        "grid": sizes.grid,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.intermediate,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "vq": asdict(vq),
+    }
+    try:
+        LlamaGenConfig(**config)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    return config
+
+
+def _files(sizes: DecoderSizes, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "config.json": config,
+        "generation_config.json": {"do_sample": True, "guidance_scale": GUIDANCE_SCALE, "top_k": TOP_K},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "unk_token": NULL_CLASS,
+            "clean_up_tokenization_spaces": False,
+        },
+    }
+
+
+def _decoder_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Published names -> the served model's; wqkv in its three parts, views of the stored tensor."""
+    for name, tensor in state.items():
+        if name == ROPE_TABLE:
+            continue
+        if name in _OUTSIDE:
+            yield _OUTSIDE[name], tensor
+            continue
+        _, layer, rest = name.split(".", 2)
+        targets = _OF_LAYER[rest.removesuffix(".weight")]
+        for target, part in zip(targets, tensor.chunk(len(targets)), strict=True):
+            yield f"language_model.layers.{layer}.{target}.weight", part
+
+
+def _vq_tensors(state: Mapping[str, Tensor], config: dict[str, Any], file: str) -> dict[str, Tensor]:
+    """The decoder half, under the names that Janus's files have."""
+    served = LlamaGenConfig(**config)
+    with torch.device("meta"):
+        vq = VQDecoder(served.vq_config, Raster(1, 1), torch.float32)
+    try:
+        used = {name: known for name, x in state.items() if (known := vq.checked_name(name, tuple(x.shape)))}
+        vq.check_missing(set(used.values()))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return {VQ_PREFIX + name: state[name] for name in used if vq_name(name)}
+
+
+def _continue(part: Path, mark: dict[str, Any]) -> None:
+    """Keep what an interrupted run from the same files has left; else begin anew."""
+    path = part / _MARK
+    if path.is_file() and path.read_text() == json.dumps(mark):
+        return
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    path.write_text(json.dumps(mark))
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], bar: tqdm) -> None:
+    """A safetensors file, a piece of a tensor at a time: sources are larger than memory may be.
+
+    Format: https://huggingface.co/docs/safetensors (header size as u64, JSON header, data).
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            flat = tensor.detach().reshape(-1) if prod(tensor.shape) else tensor.new_empty(0)
+            for piece in flat.split(_CHUNK // tensor.element_size()):
+                file.write(piece.contiguous().view(torch.uint8).numpy().data)
+                bar.update(piece.nbytes)
+    unfinished.replace(path)
+
+
+def _put(part: Path, folder: Path) -> None:
+    """The finished folder in its place; one that was there goes only when the new one can come."""
+    (part / _MARK).unlink()
+    old = folder.with_name(f"{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.replace(old)
+    part.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
