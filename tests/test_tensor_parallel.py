@@ -62,7 +62,7 @@ def drawn(
     checkpoints: dict[str, Path], profile: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Drawn]:
     folder, found = tmp_path_factory.mktemp("ranks"), {}
-    # A cache of this module alone, where nobody has measured these heads; the second start finds the first one's.
+    # A cache of its own: nobody has measured these heads yet, and the second start finds the first one's.
     env = {**V1, "VLLM_CACHE_ROOT": str(folder / "cache")}
     for ranks in (RANKS, 1):
         process = EngineProcess(folder / str(ranks), env, jobs(checkpoints, profile, ranks))
