@@ -1,8 +1,8 @@
 """Engines in a process of their own, for tests that compare engines started differently.
 
 ``python tests/engine_process.py JOB.json`` reads a job and writes what was drawn to the job's ``out``;
-``EngineProcess`` does that from a test, and ``run_here`` runs a job in the test's own process. Requests enter at given steps of the engine, so that
-batches are the same in every run.
+``EngineProcess`` does that from a test, and ``run_here`` runs a job in the test's own process. Requests enter
+at given steps of the engine, so that batches are the same in every run.
 """
 
 import json
