@@ -1,8 +1,8 @@
 """Engines in a process of their own, for tests that compare engines started differently.
 
 ``python tests/engine_process.py JOB.json`` reads a job and writes what was drawn to the job's ``out``;
-``start`` and ``finish`` do that from a test. Requests enter at given steps of the engine, so that
-batches are the same in every run.
+``EngineProcess`` does that from a test, and ``run_here`` runs a job in the test's own process. Requests enter
+at given steps of the engine, so that batches are the same in every run.
 """
 
 import json
@@ -149,6 +149,15 @@ def run(engines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         del engine, scheduler
         cleanup_dist_env_and_memory()
     return answers
+
+
+def run_here(engines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same on the V1 runner, in the tests' own process, which has imported vLLM already.
+
+    Modules that use it import ``inprocess.in_process``.
+    """
+    with mock.patch.dict(os.environ, V1), mock.patch("gc.collect", return_value=0):
+        return run(engines)
 
 
 def _planned_for(ranks: int | None) -> Any:

@@ -29,7 +29,7 @@ TOKENS = 64
 @pytest.fixture(scope="module")
 def server(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("compressed")
-    env = {"VLLM_CACHE_ROOT": str(folder / "cache")}
+    env = {"VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     with Server(checkpoints["gqa-hf"], folder / "server.log", ARGS, env=env) as running:
         yield running
 

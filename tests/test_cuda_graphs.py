@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_process import V1, V2, EngineProcess
+from engine_process import V2, EngineProcess, run_here
 from graph_process import SIZE, NoWaiting
+from inprocess import in_process  # noqa: F401
 from test_v2_runner import SETTINGS, Prompts, mixed_requests
 from vllm.v1.attention.backend import AttentionCGSupport
 
@@ -32,8 +33,7 @@ def jobs(model: Path, kernels: str) -> list[dict[str, Any]]:
 def drawn(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder, model = tmp_path_factory.mktemp("graphs"), checkpoints["five-hf"]
     graph = EngineProcess(folder / "graph", V2, jobs(model, "triton"), script="graph_process.py")
-    eager = EngineProcess(folder / "eager", V1, jobs(model, "torch"))
-    return {name: process.finish()["fitted"] for name, process in (("eager", eager), ("graph", graph))}
+    return {"eager": run_here(jobs(model, "torch"))["fitted"], "graph": graph.finish()["fitted"]}
 
 
 def test_replayed_steps_draw_the_reference_tokens(drawn: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Guidance without an engine: rows in step with the batch, the unconditional prompt, the blend."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
+from vllm_kvcompress import guidance
 from vllm_kvcompress.guidance import (
     NO_IMAGE,
     GuidanceParams,
@@ -16,6 +18,7 @@ from vllm_kvcompress.guidance import (
     RequestRows,
     blend,
     pack_scale,
+    request_rows,
     splice_negatives,
     unconditional_ids,
     unpack_scale,
@@ -39,6 +42,24 @@ def facts(scale=5.0, prefix=4, negative=None):
 
 def ids(*values):
     return torch.tensor(values)
+
+
+def test_rows_belong_to_an_engine_not_to_a_model(monkeypatch):
+    """Two engines of one configuration object, as in a notebook: each has its own rows."""
+    monkeypatch.setattr(guidance, "image_model", lambda model: MODEL)
+    model = SimpleNamespace(hf_config=object(), max_model_len=32)
+
+    def engine(rows):
+        return SimpleNamespace(
+            model_config=model,
+            scheduler_config=SimpleNamespace(max_num_seqs=rows, max_num_batched_tokens=64),
+            compilation_config=SimpleNamespace(static_forward_context={}),
+        )
+
+    small, large = engine(2), engine(5)
+    assert len(request_rows(small).scale) == 2
+    assert len(request_rows(large).scale) == 5
+    assert request_rows(small) is request_rows(small) is not request_rows(large)
 
 
 # ---- what is known of a request

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_process import V1, V2, EngineProcess
+from engine_process import V2, EngineProcess, run_here
+from inprocess import in_process  # noqa: F401
 from tokenizers import Tokenizer
 
 from vllm_kvcompress.testing.checkpoints import TINY
@@ -126,11 +127,10 @@ def jobs(model: Path) -> list[dict[str, Any]]:
 def drawn(
     checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """By runner, then by engine; the runners' processes run at once."""
-    folder = tmp_path_factory.mktemp("runners")
+    """By runner, then by engine; both run at once."""
     engines = jobs(checkpoints["six-hf"])
-    processes = {name: EngineProcess(folder / name, env, engines) for name, env in (("v1", V1), ("v2", V2))}
-    return {name: process.finish() for name, process in processes.items()}
+    v2 = EngineProcess(tmp_path_factory.mktemp("v2"), V2, engines)
+    return {"v1": run_here(engines), "v2": v2.finish()}
 
 
 Drawn = dict[str, dict[str, dict[str, Any]]]

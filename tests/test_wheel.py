@@ -158,7 +158,7 @@ def test_wheel_serves_the_original_layout(
     model = make_checkpoint(tmp_path / "model", layout="deepseek", geometry=TINY)
     assert not [path for path in model.iterdir() if "template" in path.name]
     monkeypatch.chdir(tmp_path)  # `python -m` looks for packages in the working directory first
-    server = Server(model, tmp_path / "server.log", SERVER)
+    server = Server(model, tmp_path / "server.log", SERVER, env={"VLLM_WORKER_MULTIPROC_METHOD": "spawn"})
     server.command[:1] = [str(python), "-m", "vllm.entrypoints.cli.main"]
     with server, httpx.Client(base_url=server.url, timeout=120) as http:
         counted = 'vllm:image_pictures_total{engine="0",model_name="janus"} '

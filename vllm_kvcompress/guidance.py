@@ -10,7 +10,6 @@ about requests through a logits processor (V1 runner) or the model state (V2 run
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -251,23 +250,22 @@ class RequestRows:
         return any(facts.guidance.negative_ids for facts in self._rows.values())
 
 
-_ROWS: "WeakValueDictionary[int, RequestRows]" = WeakValueDictionary()
+_ROWS = "kvcompress.rows"
 
 
 def request_rows(vllm_config: "VllmConfig") -> RequestRows:
     """The one ``RequestRows`` of an engine's worker.
 
-    The runner makes its logits processors before the model, and neither knows the other: they meet
-    here, by the configuration that both were given.
+    The runner makes its logits processors before the model, and neither knows the other: they meet where
+    the engine's layers do, in vLLM's ``static_forward_context``.
     """
-    key = id(vllm_config.model_config.hf_config)
-    rows = _ROWS.get(key)
-    if rows is None:
+    shared: dict[str, Any] = vllm_config.compilation_config.static_forward_context
+    if _ROWS not in shared:
         model, limits = vllm_config.model_config, vllm_config.scheduler_config
-        rows = RequestRows(
+        shared[_ROWS] = RequestRows(
             limits.max_num_seqs, image_model(model), model.max_model_len, limits.max_num_batched_tokens
         )
-        _ROWS[key] = rows
+    rows: RequestRows = shared[_ROWS]
     return rows
 
 

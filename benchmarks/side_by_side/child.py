@@ -95,7 +95,8 @@ class Child:
 
     def __init__(self, contender: Contender, workload: Workload, batch: int, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        context = get_context("spawn")
+        context = get_context("forkserver")  # vLLM is imported once for all of them
+        context.set_forkserver_preload(["vllm.entrypoints.llm"])
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(theirs, contender, workload, batch, str(log)), daemon=False
