@@ -51,7 +51,9 @@ class FakeEngine:
     def __init__(self):
         self.renderer = SimpleNamespace(get_tokenizer=lambda: "tokenizer")
         self.model_config = SimpleNamespace(max_model_len=100)
-        self.vllm_config = SimpleNamespace(shutdown_timeout=0, additional_config={})
+        self.vllm_config = SimpleNamespace(
+            shutdown_timeout=0, additional_config={}, attention_config=SimpleNamespace(backend=None)
+        )
         self.input_processor = None
         self.errored = self.is_running = self.should_keep_api_server_alive = False
         self.dead_error = EngineDeadError()

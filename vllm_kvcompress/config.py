@@ -16,7 +16,7 @@ Choice = Literal["auto", "torch", "cpu", "triton"]  # of kernels
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of an 8-bit cache of e4m3 numbers
 MAX_WINDOW = 16  # places of a row in one step: lanes of a GPU kernel's matrix unit
 WITH_ANY_CACHE = frozenset(
-    {"window", "window_rows", "limits", "strict"}
+    {"window", "window_rows", "limits", "strict", "playground"}
 )  # settings that do not need the backend
 _POLICY_FIELDS = frozenset(Policy.__dataclass_fields__)
 
@@ -73,6 +73,8 @@ class CompressionConfig(BaseModel):
         What a request may ask for; also without ``--attention-backend kvcompress``.
     strict : bool
         Whether the images route refuses what it can't give (another size, a quality) instead of noting it.
+    playground : bool
+        Whether ``/playground`` is a page to draw with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -97,6 +99,7 @@ class CompressionConfig(BaseModel):
     kernels: Choice = "auto"
     limits: Limits = Limits()
     strict: bool = False
+    playground: bool = False
 
     @property
     def compresses(self) -> bool:

@@ -66,6 +66,15 @@ def kvcompress_head_profile(self: Any) -> str | None:
     return profile_of(config, self.vllm_config, self.model_runner.get_model()).model_dump_json()
 
 
+def kvcompress_kept(self: Any, request_id: str) -> tuple[int, list[tuple[str, int, list[int]]]] | None:
+    """What the cache holds of a running picture: `cache.kept.kept_tokens`, as plain tuples, on each rank."""
+    from vllm_kvcompress.cache.kept import kept_tokens
+
+    found = kept_tokens(self.model_runner, request_id)
+    return None if found is None else (found[0], [tuple(kept) for kept in found[1]])
+
+
 METHODS = (
-    kvcompress_decode_image, kvcompress_decode_images, kvcompress_decoder_weights, kvcompress_head_profile
+    kvcompress_decode_image, kvcompress_decode_images, kvcompress_decoder_weights, kvcompress_head_profile,
+    kvcompress_kept,
 )  # fmt: skip

@@ -140,6 +140,10 @@ class CompressedCache(nn.Module):
             if kv_cache.device.type != "cuda":
                 self._say()
 
+    def whole(self, kind: int) -> HeadType:
+        """A head type's pages of all layers."""
+        return self._all_layers[kind]
+
     def unbind(self, kind: int) -> None:
         """Forget a head type's pages, so that their memory can go."""
         self._types.pop(kind, None)

@@ -23,7 +23,8 @@ from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.tracing import contains_trace_headers, extract_trace_headers
 from vllm.utils import random_uuid
 
-from vllm_kvcompress.config import Limits, parse_config
+from vllm_kvcompress.config import Limits, is_compressed, parse_config
+from vllm_kvcompress.serving import playground
 from vllm_kvcompress.serving.alive import EngineWatch
 from vllm_kvcompress.serving.painter import Job, NegativeIds, Painter, Picture, PromptIds
 from vllm_kvcompress.serving.protocol import (
@@ -85,7 +86,7 @@ class ImagesEndpoint:
         self._usage_extra: UsageExtra | None = None
         self._painter: Painter | None = None
         self._limits = Limits()
-        self._strict = False
+        self._strict = self._playground = False
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the route. The body is described by hand: see ``parse_request`` for why it is parsed here."""
@@ -114,6 +115,7 @@ class ImagesEndpoint:
                 HTTPStatus.SERVICE_UNAVAILABLE.value: error,
             },
         )
+        app.add_api_route(playground.PATH, self.show_page, methods=["GET"], include_in_schema=False)
         for path in TAKE_PICTURES:
             app.add_api_route(path, no_pictures_in, methods=["POST"], include_in_schema=False)
 
@@ -134,12 +136,30 @@ class ImagesEndpoint:
         if self._make_usage_extra is not None:
             self._usage_extra = self._make_usage_extra(engine_client)
         config = parse_config(engine_client.vllm_config.additional_config)
-        self._limits, self._strict = config.limits, config.strict
+        self._limits, self._strict, self._playground = config.limits, config.strict, config.playground
+        self._cache = "full cache"
+        if is_compressed(engine_client.vllm_config):
+            self._cache = f"compressed cache, preset {config.preset}, budget {config.budget}"
         self._models = state.openai_serving_models
         self._keep_alive = float(getattr(args, "sse_keep_alive_interval", 0))
         spare = await SpareDecoder.of(engine_client)
         self._painter = Painter(engine_client, self._image_model, self._prompt_ids, self._negative_ids, spare)
         self._watch = EngineWatch(engine_client, state)
+
+    async def show_page(self, compare: str = "") -> Response:
+        """The page to draw with, where the operator wants one; else as if there were none."""
+        if self._painter is None or not self._playground:
+            return JSONResponse({"detail": "Not Found"}, status_code=HTTPStatus.NOT_FOUND)
+        model, painter = self._models.base_model_paths[0].name, self._painter
+        return playground.page({"model": model, "size": painter.size, **self._facts(painter)}, compare)
+
+    def _facts(self, painter: Painter) -> dict[str, Any]:
+        return {
+            "lines": painter.model.raster.lines,
+            "columns": painter.model.raster.width,
+            "guidance_scale": painter.model.guidance_scale,
+            "cache": self._cache,
+        }
 
     async def create_images(self, raw_request: Request) -> Response:
         """Draw pictures from a prompt.
@@ -166,6 +186,8 @@ class ImagesEndpoint:
                 return _error(HTTPStatus.NOT_FOUND, "NotFoundError", "model", message)
             drew = self._models.base_model_paths[0].name
             notes.append(f"model {shown(request.model)} is not served here: {drew} drew this")
+        if request.kept and not self._painter.compressed:
+            notes.append("kept: this server has a full cache, which keeps every token")
         response = await until_disconnect(
             raw_request.receive, self._respond(self._painter, request, notes, raw_request)
         )

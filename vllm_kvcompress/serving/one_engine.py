@@ -22,6 +22,12 @@ class OneEngine:
         self._client = client
         self._calls = 0
 
+    @property
+    def engines(self) -> int:
+        """How many there are."""
+        core: Any = getattr(self._client, "engine_core", None)
+        return max(1, len(getattr(core, "core_engines", ())))
+
     def call(self, method: str, args: tuple[Any, ...]) -> Awaitable[list[Any]]:
         """What that engine's workers answer, one value a rank."""
         core: Any = getattr(self._client, "engine_core", None)

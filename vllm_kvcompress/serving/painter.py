@@ -24,7 +24,8 @@ from vllm_kvcompress.models.prompt import lengthened
 from vllm_kvcompress.serving.alive import unless_dead
 from vllm_kvcompress.serving.decoder import Decoder
 from vllm_kvcompress.serving.encode import encode_base64
-from vllm_kvcompress.serving.protocol import MAX_SEED, BadParameter, ImageRequest
+from vllm_kvcompress.serving.kept import KeptReader
+from vllm_kvcompress.serving.protocol import MAX_SEED, BadParameter, ImageRequest, Kept
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -59,6 +60,7 @@ class Picture:
 
     b64_json: str
     output: "RequestOutput | None" = None
+    kept: Kept | None = None
 
 
 def partial_lines(lines: int, partials: int) -> list[int]:
@@ -102,11 +104,17 @@ class Painter:
         # vLLM's own, which is safe to use from several threads.
         self._tokenizer = engine.renderer.get_tokenizer()
         self._decoder = Decoder(engine, spare)
+        self._kept = KeptReader(engine, model.raster)
 
     @property
     def size(self) -> str:
         """The model's picture size as the API spells it."""
         return "{}x{}".format(*self.model.raster.pixel_size)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the engine has a compressed cache."""
+        return self._kept.compressed
 
     async def prepare(
         self,
@@ -182,6 +190,8 @@ class Painter:
         """
         raster = self.model.raster
         due = partial_lines(raster.lines, job.request.partial_images)
+        if every := job.request.partial_lines:
+            due = list(range(every, raster.lines, every))
         codes: list[int] = []
         output: RequestOutput | None = None
         async with contextlib.aclosing(self._outputs(job, index, streaming=bool(due))) as outputs:
@@ -191,7 +201,8 @@ class Painter:
                 if output.finished or not due or lines < due[0] or self._decoder.busy:
                     continue
                 due = [line for line in due if line > lines]
-                yield Picture(await self._picture(codes[: lines * raster.width], job.request))
+                kept = await self._kept(f"{job.request_id}-{index}") if job.request.kept else None
+                yield Picture(await self._picture(codes[: lines * raster.width], job.request), kept=kept)
         if output is None or not output.finished or len(codes) != raster.tokens:
             reason = output.outputs[0].finish_reason if output is not None else None
             if reason == "abort":  # nobody else than the engine itself aborts what is still waited for

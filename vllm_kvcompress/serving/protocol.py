@@ -64,6 +64,16 @@ class ImageRequest(BaseModel):
         description="Unfinished pictures to send while streaming: the lines drawn so far, the rest grey. "
         "A busy server may send fewer.",
     )
+    partial_lines: int | None = Field(
+        None,
+        ge=1,
+        description="Instead of `partial_images`: an unfinished picture every so many lines. Not OpenAI's.",
+    )
+    kept: bool = Field(
+        False,
+        description="With a compressed cache, unfinished pictures come with what each head type keeps then. "
+        "Needs `partial_images` or `partial_lines`. Not OpenAI's.",
+    )
     user: str | None = Field(None, description="A label; no effect.")
     safety_identifier: str | None = Field(None, description="A label; no effect.")
     moderation: str = Field("auto", description="No effect: there is no filter. A wish.")
@@ -104,6 +114,12 @@ class ImageRequest(BaseModel):
             raise BadParameter("n", f"n must be 1 when streaming, got {self.n}: events name no picture")
         if self.partial_images and not self.stream:
             raise BadParameter("partial_images", "partial_images needs stream=true")
+        if self.partial_lines and not self.stream:
+            raise BadParameter("partial_lines", "partial_lines needs stream=true")
+        if self.partial_lines and self.partial_images:
+            raise BadParameter("partial_lines", "partial_lines and partial_images say the same: send one")
+        if self.kept and not (self.partial_lines or self.partial_images):
+            raise BadParameter("kept", "kept comes with unfinished pictures: send partial_lines, stream=true")
         if self.negative_prompt and self.guidance_scale == 1:
             raise BadParameter(
                 "negative_prompt", "negative_prompt has no effect with guidance_scale 1 (none)"
@@ -246,11 +262,29 @@ class _Event(BaseModel):
     size: str
 
 
+class KeptOfType(BaseModel):
+    """What the heads of one type keep of an unfinished picture."""
+
+    name: str = Field(description="The rule: `full`, `ring N` or `scored N`, N slots a head.")
+    heads: int = Field(description="Cache heads of this type, over layers and branches.")
+    percent: list[int] = Field(description="Heads that hold each image token, in raster order, 0-100.")
+
+
+class Kept(BaseModel):
+    """What the compressed cache keeps of an unfinished picture."""
+
+    lines: int
+    columns: int
+    drawn: int = Field(description="Image tokens written when this was read: the picture may be ahead.")
+    types: list[KeptOfType]
+
+
 class PartialImageEvent(_Event):
-    """An unfinished picture of the full size."""
+    """An unfinished picture of the full size; ``kept`` where the request asked for it."""
 
     type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     partial_image_index: int
+    kept: Kept | None = None
 
 
 class CompletedEvent(_Event):

@@ -43,7 +43,7 @@ async def picture_events(
                 }
                 event: PartialImageEvent | CompletedEvent
                 if picture.output is None:
-                    event = PartialImageEvent(partial_image_index=partials, **common)
+                    event = PartialImageEvent(partial_image_index=partials, kept=picture.kept, **common)
                     partials += 1
                 else:
                     event = CompletedEvent(

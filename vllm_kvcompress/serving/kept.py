@@ -1,0 +1,63 @@
+"""What the compressed cache keeps of a picture that is being drawn, asked of the engine's workers."""
+
+from typing import TYPE_CHECKING
+
+from vllm_kvcompress.config import is_compressed
+from vllm_kvcompress.log import logger_for
+from vllm_kvcompress.serving.one_engine import OneEngine
+from vllm_kvcompress.serving.protocol import Kept, KeptOfType
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+    from vllm_kvcompress.policy.raster import Raster
+
+KEPT_METHOD = "kvcompress_kept"
+
+logger = logger_for(__name__)
+
+
+class KeptReader:
+    """Asks for pictures of one server.
+
+    Parameters
+    ----------
+    engine : EngineClient
+        The server's.
+    raster : Raster
+        Of the pictures.
+    """
+
+    def __init__(self, engine: "EngineClient", raster: "Raster") -> None:
+        self._compressed = is_compressed(engine.vllm_config)
+        self._workers = OneEngine(engine)
+        self._raster = raster
+
+    @property
+    def compressed(self) -> bool:
+        """Whether there is anything to say: a full cache keeps every token."""
+        return self._compressed
+
+    async def __call__(self, request_id: str) -> Kept | None:
+        """What is kept of a picture now; None if it is not being drawn, or the engine does not say."""
+        if not self._compressed:
+            return None
+        try:
+            for _ in range(self._workers.engines):
+                answers = await self._workers.call(KEPT_METHOD, (request_id,))
+                if ranks := [answer for answer in answers if answer is not None]:
+                    return self._over_ranks(ranks)
+        except Exception as error:  # an engine that drains answers no calls; the picture goes on
+            logger.debug("No word of what is kept: %s", error)
+        return None
+
+    def _over_ranks(self, ranks: list[tuple[int, list[tuple[str, int, list[int]]]]]) -> Kept:
+        """One answer of those of an engine's ranks, each of which has some of the heads."""
+        types = []
+        for parts in zip(*(types for _, types in ranks), strict=True):
+            heads = sum(part[1] for part in parts)
+            counts = [sum(held) for held in zip(*(part[2] for part in parts), strict=True)]
+            percent = [round(100 * held / heads) for held in counts]
+            types.append(KeptOfType(name=parts[0][0], heads=heads, percent=percent))
+        raster = self._raster
+        return Kept(lines=raster.lines, columns=raster.width, drawn=ranks[0][0], types=types)

@@ -1,0 +1,234 @@
+"use strict";
+const $ = (id) => document.getElementById(id);
+const facts = JSON.parse($("facts").textContent);
+const ROUTE = "/v1/images/generations";
+const HISTORY = "kvcompress.history", DRAFT = "kvcompress.draft", KEYS = ["key", "otherkey"];
+const MOST = 30; // entries of the history
+
+const make = (tag, props = {}, ...children) => {
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...children);
+  return node;
+};
+const stored = (area, name, otherwise) => {
+  try { return JSON.parse(area.getItem(name)) ?? otherwise; } catch { return otherwise; }
+};
+const keep = (area, name, value) => {
+  try { area.setItem(name, JSON.stringify(value)); } catch { /* a full or forbidden store: nothing is kept */ }
+};
+const bytes = (count) => count >= 2 ** 20 ? `${(count / 2 ** 20).toFixed(1)} MiB` : `${(count / 1024).toFixed(0)} KiB`;
+
+const servers = [{ name: "this server", url: "", key: "key" }];
+if (facts.compare) servers.push({ name: facts.compare, url: facts.compare, key: "otherkey" });
+let running = null; // the AbortController of what is being drawn
+
+$("about").textContent = `${facts.model}, ${facts.size}, ${facts.cache}`;
+$("size").append(make("option", { value: facts.size, textContent: facts.size }));
+$("guidance").placeholder = facts.guidance_scale;
+$("compare").value = facts.compare ?? "";
+KEYS.forEach((id) => {
+  $(id).value = stored(sessionStorage, id, "");
+  $(id).addEventListener("change", () => keep(sessionStorage, id, $(id).value));
+});
+if (facts.compare) $("more").open = true;
+fill(stored(sessionStorage, DRAFT, {}));
+
+function fill(fields) {
+  for (const id of ["prompt", "negative", "n", "seed", "guidance", "every"]) if (id in fields) $(id).value = fields[id];
+}
+function fields() {
+  return Object.fromEntries(["prompt", "negative", "n", "seed", "guidance", "every"].map((id) => [id, $(id).value]));
+}
+
+$("connect").addEventListener("click", () => {
+  keep(sessionStorage, DRAFT, fields());
+  const url = $("compare").value.trim();
+  location.href = location.pathname + (url ? `?compare=${encodeURIComponent(url)}` : "");
+});
+$("stop").addEventListener("click", () => running?.abort());
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
+});
+$("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
+
+async function draw() {
+  if (running) return;
+  const asked = fields(), count = Number(asked.n) || 1;
+  // An empty seed is chosen here, so that the history can draw the picture again.
+  const seed = asked.seed === "" ? Math.floor(Math.random() * 2 ** 31) : Number(asked.seed);
+  running = new AbortController();
+  $("draw").disabled = true; $("stop").disabled = false;
+  $("error").textContent = ""; $("status").textContent = "Drawing…";
+  $("results").replaceChildren();
+  const jobs = [];
+  for (let index = 0; index < count; index++) {
+    const pair = make("div", { className: "pair" });
+    $("results").append(pair);
+    for (const server of servers) {
+      const view = new View(server, seed + index);
+      pair.append(view.figure);
+      jobs.push(picture(server, body(asked, seed + index), view, running.signal));
+    }
+  }
+  const outcomes = await Promise.allSettled(jobs);
+  const stopped = running.signal.aborted;
+  running = null;
+  $("draw").disabled = false; $("stop").disabled = true;
+  const whole = outcomes.flatMap((outcome) => outcome.status === "fulfilled" ? [outcome.value] : []);
+  $("status").textContent = stopped ? "Stopped." : whole.length ? `Done: ${whole.length} of ${jobs.length}.` : "";
+  const failed = outcomes.find((outcome) => outcome.status === "rejected" && !stopped);
+  if (failed) {
+    $("error").textContent = failed.reason.message;
+    if (failed.reason.status === 401) { $("more").open = true; $("key").focus(); }
+    if (failed.reason.gone) waitFor(failed.reason.gone);
+  }
+  if (whole.length) remember({ ...asked, seed }, whole[0]);
+}
+
+function body(asked, seed) {
+  const sent = { prompt: asked.prompt, seed, size: facts.size, stream: true };
+  if (asked.negative.trim()) sent.negative_prompt = asked.negative;
+  if (asked.guidance !== "") sent.guidance_scale = Number(asked.guidance);
+  if (asked.every) Object.assign(sent, { partial_lines: Number(asked.every), kept: true });
+  return sent;
+}
+
+class Refused extends Error {
+  constructor(message, more = {}) { super(message); Object.assign(this, more); }
+}
+
+async function picture(server, sent, view, signal) {
+  const started = performance.now();
+  const said = (text) => servers.length > 1 ? `${server.name}: ${text}` : text;
+  const headers = { "Content-Type": "application/json" };
+  if ($(server.key).value) headers.Authorization = `Bearer ${$(server.key).value}`;
+  try {
+    const answer = await fetch(server.url + ROUTE, { method: "POST", headers, body: JSON.stringify(sent), signal });
+    if (!answer.ok) {
+      const told = await answer.json().catch(() => null);
+      const error = told?.error?.message ?? told?.error ?? `the server answered ${answer.status}`;
+      throw new Refused(said(error), { status: answer.status });
+    }
+    for await (const event of events(answer.body)) {
+      if (event.type === "error") throw new Refused(said(event.error?.message ?? event.message ?? "the picture failed"));
+      view.show(event);
+      if (event.type === "image_generation.completed") {
+        view.done(event, (performance.now() - started) / 1000);
+        return event.b64_json;
+      }
+    }
+    throw new Refused(said("the connection ended before the picture did"), { gone: server });
+  } catch (error) {
+    view.caption.textContent = signal.aborted ? "stopped" : "not drawn";
+    if (error instanceof TypeError) throw new Refused(said("the server can't be reached"), { gone: server });
+    throw error;
+  }
+}
+
+// Server-sent events of a response body: their data, as JSON.
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    const whole = text.split(/\r?\n\r?\n/);
+    text = whole.pop();
+    for (const block of whole) {
+      const data = block.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5)).join("\n");
+      if (data.trim()) yield JSON.parse(data);
+    }
+  }
+}
+
+class View {
+  constructor(server, seed) {
+    const [width, height] = facts.size.split("x");
+    this.seed = seed;
+    this.image = make("img", { alt: `picture of seed ${seed}, not begun`, width, height });
+    this.image.style.setProperty("--ratio", `${width} / ${height}`);
+    this.caption = make("figcaption", { textContent: "waiting" });
+    this.rasters = make("div", { className: "kept" });
+    const title = servers.length > 1 ? [make("h2", { textContent: server.name })] : [];
+    this.figure = make("figure", {}, ...title, this.image, this.caption, this.rasters);
+  }
+  show(event) {
+    this.image.src = `data:image/${event.output_format};base64,${event.b64_json}`;
+    this.image.alt = `picture of seed ${this.seed}, being drawn`;
+    if (event.kept) {
+      this.caption.textContent = `seed ${this.seed}: ${event.kept.drawn} of ${event.kept.lines * event.kept.columns} tokens`;
+      this.rasters.replaceChildren(...event.kept.types.map((type) => raster(type, event.kept)));
+    } else {
+      this.caption.textContent = `seed ${this.seed}: drawing`;
+    }
+  }
+  done(event, seconds) {
+    const usage = event.usage, cache = usage?.kv_cache;
+    const facts = [`seed ${this.seed}`, `${seconds.toFixed(1)} s`];
+    if (usage?.steps) facts.push(`${usage.steps} steps for ${usage.output_tokens} tokens`);
+    if (cache) {
+      const share = Math.round(100 * cache.resident_bytes / cache.full_bytes);
+      facts.push(`KV cache ${bytes(cache.resident_bytes)}, ${share}% of the full cache's ${bytes(cache.full_bytes)}`);
+    }
+    const link = make("a", { href: this.image.src, download: `seed-${this.seed}.${event.output_format}`, textContent: "download" });
+    this.image.alt = `picture of seed ${this.seed}`;
+    this.caption.replaceChildren(`${facts.join(", ")} – `, link);
+    for (const note of event.notes ?? []) this.caption.append(make("div", { textContent: note }));
+  }
+}
+
+// One head type: a cell a token, the brighter the more heads hold it; grey has not been drawn.
+function raster(type, kept) {
+  const canvas = make("canvas", { width: kept.columns, height: kept.lines });
+  const held = type.percent.slice(0, kept.drawn), mean = held.reduce((a, b) => a + b, 0) / 100;
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", `${type.name}, ${type.heads} heads: ${mean.toFixed(0)} of ${kept.drawn} tokens kept`);
+  const context = canvas.getContext("2d");
+  for (let token = 0; token < kept.lines * kept.columns; token++) {
+    const share = type.percent[token] / 100;
+    context.fillStyle = token < kept.drawn ? `hsl(212 75% ${6 + 62 * share}%)` : "#8885";
+    context.fillRect(token % kept.columns, Math.floor(token / kept.columns), 1, 1);
+  }
+  return make("div", {}, canvas, `${type.name}, ${type.heads} heads: ${mean.toFixed(0)} of ${kept.drawn} kept`);
+}
+
+// After a restart: say when the server is back.
+async function waitFor(server) {
+  const name = servers.length > 1 ? server.name : "The server";
+  for (;;) {
+    await new Promise((wake) => setTimeout(wake, 1000));
+    if (running) return;
+    const answer = await fetch(`${server.url}/health`).catch(() => null);
+    if (answer?.ok) break;
+  }
+  $("error").textContent = "";
+  $("status").textContent = `${name} is back.`;
+}
+
+function remember(asked, b64) {
+  const image = new Image();
+  image.onload = () => {
+    const canvas = make("canvas", { width: 96, height: 96 });
+    canvas.getContext("2d").drawImage(image, 0, 0, 96, 96);
+    const entry = { ...asked, thumb: canvas.toDataURL("image/jpeg", 0.8) };
+    keep(localStorage, HISTORY, [entry, ...stored(localStorage, HISTORY, [])].slice(0, MOST));
+    listHistory();
+  };
+  image.src = `data:image/png;base64,${b64}`;
+}
+
+function listHistory() {
+  const entries = stored(localStorage, HISTORY, []);
+  $("forget").hidden = !entries.length;
+  $("history").replaceChildren(...entries.map((entry) => {
+    const again = make("button", { type: "button", textContent: "Draw again" });
+    again.setAttribute("aria-label", `Draw again: ${entry.prompt}, seed ${entry.seed}`);
+    again.addEventListener("click", () => { fill(entry); draw(); scrollTo({ top: 0 }); });
+    const more = Number(entry.n) > 1 ? `, ${entry.n} pictures` : "";
+    return make("li", {}, make("img", { src: entry.thumb, alt: "" }),
+      make("span", {}, entry.prompt, make("div", { className: "soft", textContent: `seed ${entry.seed}${more}` })), again);
+  }));
+}
+$("forget").addEventListener("click", () => { localStorage.removeItem(HISTORY); listHistory(); });
+listHistory();
