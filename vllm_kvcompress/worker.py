@@ -71,7 +71,10 @@ def kvcompress_kept(self: Any, request_id: str) -> tuple[int, list[tuple[str, in
     from vllm_kvcompress.cache.kept import kept_tokens
 
     found = kept_tokens(self.model_runner, request_id)
-    return None if found is None else (found[0], [tuple(kept) for kept in found[1]])
+    if found is None:
+        return None
+    drawn, types = found
+    return drawn, [(kept.name, kept.heads, kept.counts) for kept in types]
 
 
 METHODS = (
