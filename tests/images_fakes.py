@@ -247,11 +247,14 @@ async def until(condition, seconds=5.0):
 
 
 @contextlib.asynccontextmanager
-async def served(app):
-    """The app behind a real socket; yields its URL."""
+async def served(app, port=0):
+    """The app behind a real socket; yields its URL. Leaving cuts what is being answered."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+    config = uvicorn.Config(
+        app, port=port, log_level="critical", lifespan="off", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext
     task = asyncio.create_task(server.serve())
     try:
