@@ -251,9 +251,7 @@ async def served(app, port=0):
     """The app behind a real socket; yields its URL. Leaving cuts what is being answered."""
     import uvicorn
 
-    config = uvicorn.Config(
-        app, port=port, log_level="critical", lifespan="off", timeout_graceful_shutdown=1
-    )
+    config = uvicorn.Config(app, port=port, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext
     task = asyncio.create_task(server.serve())

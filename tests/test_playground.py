@@ -138,8 +138,10 @@ async def test_draws_and_streams(browser):
         await ask(tab, prompt=PROMPT, seed="7", n="2")
         await tab.wait_for_selector("figure .kept canvas")
         assert "10 of 30 tokens" in await tab.inner_text("figcaption >> nth=0")
-        kept = await tab.locator("figure >> nth=0").locator(".kept canvas").evaluate_all(
-            "all => all.map(c => [c.width, c.height, c.getAttribute('aria-label')])"
+        kept = (
+            await tab.locator("figure >> nth=0")
+            .locator(".kept canvas")
+            .evaluate_all("all => all.map(c => [c.width, c.height, c.getAttribute('aria-label')])")
         )
         assert kept == [
             [5, 6, "ring 5, 8 heads: 5 of 10 tokens kept"], [5, 6, "scored 9, 2 heads: 5 of 10 tokens kept"]
