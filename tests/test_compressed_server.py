@@ -17,6 +17,7 @@ import torch
 from parity import load_reference
 from transformers import AutoTokenizer
 
+from vllm_kvcompress.testing.geometry import GQA
 from vllm_kvcompress.testing.server import Server
 
 ARGS = (
@@ -42,7 +43,10 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 def draw(client: openai.OpenAI, **fields: object) -> openai.types.ImagesResponse:
     seed = fields.pop("seed", 1)
-    return client.images.generate(model="janus", prompt="a red bird", extra_body={"seed": seed}, **fields)  # type: ignore[call-overload]
+    extra = {name: fields.pop(name) for name in ("partial_lines", "kept") if name in fields}
+    return client.images.generate(
+        model="janus", prompt="a red bird", extra_body={"seed": seed, **extra}, **fields
+    )  # type: ignore[call-overload]
 
 
 def metric(server: Server, name: str, **labels: str) -> float:
@@ -74,6 +78,24 @@ def test_answers_say_what_was_held(client: openai.OpenAI) -> None:
     evicted = held["evicted_tokens"]
     assert set(evicted) == {"spatial", "semantic"}
     assert max(evicted.values()) > 3 * TOKENS / 2
+
+
+def test_a_stream_says_what_each_head_type_keeps(server: Server, client: openai.OpenAI) -> None:
+    events = [*draw(client, stream=True, partial_lines=1, kept=True)]
+    *partial, whole = events
+    assert whole.type == "image_generation.completed"
+    kept = [event.kept for event in partial if event.kept]
+    assert len(kept) > 1
+    sizes = {name: int(name.split()[1]) for name in (one["name"] for one in kept[0]["types"])}
+    assert {name.split()[0] for name in sizes} == {"ring", "scored"}
+    for now in kept:
+        for one in now["types"]:
+            held = sum(one["percent"]) / 100
+            assert abs(held - min(now["drawn"], sizes[one["name"]])) <= 0.005 * now["drawn"]
+            assert not any(one["percent"][now["drawn"] :])
+    heads = sum(one["heads"] for one in kept[0]["types"])
+    assert heads == 2 * GQA.layers * GQA.kv_heads
+    assert whole.b64_json == draw(client).data[0].b64_json  # looking on changes nothing
 
 
 def test_metrics_add_up(server: Server, client: openai.OpenAI) -> None:
