@@ -27,7 +27,7 @@ ENGINES = (
     "test_triton_kernels", "test_bench_commands", "test_text_engine", "test_server_states", "test_server",
     "test_data_parallel",
     "test_wheel", "test_cuda_graphs", "test_quantised", "test_triton_compile", "test_eval", "test_clients",
-    "test_cli", "test_plugin", "test_compressed_server", "test_eval_replay", "test_calibrate", "test_whole",
+    "test_playground", "test_cli", "test_plugin", "test_compressed_server", "test_eval_replay", "test_calibrate", "test_whole",
     "test_fit", "test_judge", "test_narrow_logits", "test_compressed_config", "test_token_rows",
     "test_generation_defaults", "test_weights", "test_manager", "test_windows", "test_engine_admission",
     "test_last_word", "test_checkpoint_bounds", "test_cpu_kernels", "test_prefill_launches",
