@@ -143,7 +143,7 @@ class Workload:
             yield
         else:
             with (
-                mock.patch("vllm_kvcompress.models.registry.raster_of", raster),
+                mock.patch("vllm_kvcompress.models.janus_family.raster_of", raster),
                 mock.patch("vllm_kvcompress.models.vllm_config.raster_of", raster),
             ):
                 yield
