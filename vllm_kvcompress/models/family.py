@@ -43,5 +43,11 @@ class Family(Protocol):
         Raises ValueError, one line, if it does not fit.
         """
 
+    def lengthened(self, model: "ImageModel", prompt_ids: list[int], length: int) -> list[int]:
+        """A prompt made as long as a longer negative one.
+
+        Both branches of a token share its position. No more than there are leaves the prompt as it is.
+        """
+
     def calibration_ids(self, tokenizer: Any, model: "ImageModel", number: int) -> list[int]:
         """The prompt of the ``number``-th picture that heads are measured on, from 0."""

@@ -55,6 +55,11 @@ class JanusFamily:
 
         return negative_ids(tokenizer, model, text, length)
 
+    def lengthened(self, model: ImageModel, prompt_ids: list[int], length: int) -> list[int]:
+        from vllm_kvcompress.models.prompt import lengthened
+
+        return lengthened(model, prompt_ids, length)
+
     def calibration_ids(self, tokenizer: Any, model: ImageModel, number: int) -> list[int]:
         from vllm_kvcompress.heads.calibrate import PROMPTS
 
