@@ -1,13 +1,19 @@
 """LlamaGen from published-looking files to pictures, against a dense float64 reference of its own."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from dense_llamagen import DenseLlamaGen, full
 from inprocess import KERNELS, Engine, in_process  # noqa: F401
+from PIL import Image
+from typer.testing import CliRunner
 from vllm import SamplingParams
 
+from vllm_kvcompress.cli import app
+from vllm_kvcompress.eval.held_out import scenes_for
 from vllm_kvcompress.policy.rule import HeadRule
 from vllm_kvcompress.scheduler import REPORT
 from vllm_kvcompress.testing.llamagen import LlamaGenGeometry, decoder_state, make_llamagen
@@ -130,3 +136,30 @@ def test_batches_windows_and_single_pictures_draw_the_same(folders: dict[str, Pa
     steps = [done[f"{preset} {n}"].kv_transfer_params[REPORT]["steps"] for n in range(10)]
     assert min(steps) < GEOMETRIES["bare"].tokens, "windows drew several tokens a step"
     assert all(len(tokens) == GEOMETRIES["bare"].tokens for tokens in alone)
+
+
+def test_an_evaluation_says_what_it_needs(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Sentences, or known pictures: a Janus with random weights must not stand in for the model."""
+    result = CliRunner().invoke(app, ["eval", str(folders["bare"]), "-o", str(tmp_path / "eval")])
+    assert result.exit_code == 1
+    assert "they are drawn from sentences, which LlamaGen does not read; give --pictures 0" in result.output
+    with pytest.raises(ValueError, match=r"name a file with --scenes-file \(its model_type is 'llamagen'\)"):
+        scenes_for(str(folders["bare"]), 1)
+
+
+def test_the_offline_example(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = Path(__file__).parent.parent / "examples" / "offline.py"
+    spec = importlib.util.spec_from_file_location("offline", path)
+    assert spec is not None
+    assert spec.loader is not None
+    offline = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(offline)
+    engine = compressed(folders, "bare", preset="line_ar", budget=0.4, kernels="auto")
+    monkeypatch.setattr(offline, "LLM", lambda *args, **options: engine.llm)
+    offline.main("model", "class 3", tmp_path / "three.png", seed=3)
+    assert Image.open(tmp_path / "three.png").size == (96, 96)
+    assert "36 image tokens" in capsys.readouterr().out
+    with pytest.raises(typer.BadParameter, match="no class 'a cat': say one of its 10 classes"):
+        offline.main("model", "a cat", tmp_path / "cat.png")

@@ -19,6 +19,9 @@ class Family(Protocol):
     name: ClassVar[str]
     """As messages call its checkpoints."""
 
+    sentences: ClassVar[bool]
+    """Whether a prompt may be any sentence, as the prompts of an evaluation are."""
+
     def shapes(self, hf_config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that a checkpoint must hold, the VQ decoder's aside."""
 

@@ -15,6 +15,7 @@ class JanusFamily:
     """Prompts are text that ends in begin-of-image; image ids come after the text's."""
 
     name: ClassVar[str] = "Janus or Janus-Pro"
+    sentences: ClassVar[bool] = True
 
     def shapes(self, hf_config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
         from vllm_kvcompress.models.weights import expected_shapes

@@ -16,6 +16,7 @@ class LlamaGenFamily:
     """A prompt is one class; the unconditional branch has the null class, or another class of the user's."""
 
     name: ClassVar[str] = "LlamaGen"
+    sentences: ClassVar[bool] = False
 
     def shapes(self, hf_config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
         from vllm_kvcompress.models.weights import decoder_shapes
