@@ -1,6 +1,6 @@
 """A picture without a server: LLM.generate, then pixels.
 
-python examples/offline.py MODEL "a red circle" -o picture.png
+python examples/offline.py MODEL "a red circle" -o picture.png     # of LlamaGen, a class: "golden retriever"
 """
 
 from pathlib import Path
@@ -11,8 +11,7 @@ import typer
 from PIL import Image
 from vllm import LLM, SamplingParams
 
-from vllm_kvcompress.models.prompt import image_prompt_ids
-from vllm_kvcompress.models.registry import image_model
+from vllm_kvcompress.models.registry import family_of, image_model
 
 
 def main(
@@ -20,7 +19,7 @@ def main(
     prompt: Annotated[str, typer.Argument(help="what to draw")],
     output: Annotated[Path, typer.Option("-o", help="PNG to write")] = Path("out/offline.png"),
     seed: int = 0,
-    guidance_scale: float = 5.0,
+    guidance_scale: Annotated[float | None, typer.Option(help="else the model's own")] = None,
     compressed: Annotated[bool, typer.Option(help="with --attention-backend kvcompress")] = False,
     gpu_memory_utilization: Annotated[
         float | None, typer.Option(help="as for vllm serve: to run beside a server, less")
@@ -43,8 +42,12 @@ def main(
         **room,
     )
     image = image_model(llm.model_config)
-    ids = image_prompt_ids(llm.get_tokenizer(), image, prompt)
-    params = SamplingParams(temperature=1.0, seed=seed, extra_args={"guidance_scale": guidance_scale})
+    try:
+        ids = family_of(llm.model_config.hf_config).prompt_ids(llm.get_tokenizer(), image, prompt)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="prompt") from None
+    scale = image.guidance_scale if guidance_scale is None else guidance_scale
+    params = SamplingParams(seed=seed, top_k=image.top_k, extra_args={"guidance_scale": scale})
     drawn = llm.generate({"prompt_token_ids": ids}, params)[0].outputs[0].token_ids
     codes = [image.code(token) for token in drawn]
     width, height, pixels = llm.collective_rpc("kvcompress_decode_image", args=(codes,))[0]

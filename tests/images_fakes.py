@@ -20,6 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_kvcompress.models.config import ImageModel
+from vllm_kvcompress.models.prompt import lengthened
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.serving.images import PATH, ImagesEndpoint
 
@@ -156,7 +157,11 @@ async def make_app(engine, *, api_key=None, keep_alive=0, engine_client=True, **
     app = FastAPI()
     app.state.args = args
     endpoint = ImagesEndpoint(
-        image_model=MODEL, prompt_ids=prompt_ids, negative_ids=negative_ids, **endpoint_options
+        image_model=MODEL,
+        prompt_ids=prompt_ids,
+        negative_ids=negative_ids,
+        lengthened=lengthened,
+        **endpoint_options,
     )
     endpoint.attach_router(app)
     init_exception_handler(app)

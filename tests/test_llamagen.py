@@ -1,12 +1,21 @@
 """LlamaGen from published-looking files to pictures, against a dense float64 reference of its own."""
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from dense_llamagen import DenseLlamaGen, full
-from inprocess import Engine, in_process  # noqa: F401
+from inprocess import KERNELS, Engine, in_process  # noqa: F401
+from PIL import Image
+from typer.testing import CliRunner
 from vllm import SamplingParams
 
+from vllm_kvcompress.cli import app
+from vllm_kvcompress.eval.held_out import scenes_for
+from vllm_kvcompress.policy.rule import HeadRule
+from vllm_kvcompress.scheduler import REPORT
 from vllm_kvcompress.testing.llamagen import LlamaGenGeometry, decoder_state, make_llamagen
 
 GEOMETRIES = {
@@ -65,3 +74,92 @@ def test_greedy_pictures_equal_the_reference(
     assert drawn == [picture for picture, _ in wanted]
     assert min(lead for _, lead in wanted) > 1e-4, "no draw was a matter of rounding"
     assert all(len(set(picture)) > GEOMETRIES[name].grid for picture in drawn), "pictures are not one code"
+
+
+COMPRESSED = [("decoupled", "bare", 0.4), ("fitted", "bare", 0.4), ("line_ar", "bare", 0.4)] + [
+    (preset, "odd heads", 0.45) for preset in ("decoupled", "fitted", "line_ar")
+]
+MIXED = [
+    GREEDY
+    if n % 3 == 0
+    else SamplingParams(
+        temperature=1.0, seed=n, top_k=(0, 40)[n % 2], extra_args={"guidance_scale": 1.0 + n / 2}
+    )
+    for n in range(10)
+]
+
+
+def compressed(folders: dict[str, Path], name: str, **section: object) -> Engine:
+    return Engine.get(folders[name], kvcompress=section)
+
+
+def held_rules(engine: Engine) -> Callable[[int, int], HeadRule]:
+    """(layer, cache head) -> the rule in use."""
+    layout = engine.model.compressed._layout
+    return lambda layer, head: layout.rules[layout.types[layer][head]]
+
+
+def evicted(report: dict[str, object]) -> int:
+    return sum(int(report[f"evicted_{kind}"]) for kind in ("spatial", "semantic"))  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(("preset", "name", "budget"), COMPRESSED)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_compressed_pictures_equal_the_reference(
+    folders: dict[str, Path], preset: str, name: str, budget: float, kernels: str
+) -> None:
+    """Each head under the rule that calibration on the family's classes gave it, in both kernels."""
+    engine = compressed(folders, name, preset=preset, budget=budget, kernels=kernels)
+    outputs = engine.outputs([[3], [9]], [guided(4.0), guided(2.5, negative=7)])
+    dense, rules = reference(name), held_rules(engine)
+    wanted = [dense.draw(3, 4.0, rules), dense.draw(9, 2.5, rules, negative=7)]
+    assert codes(engine, [list(out.outputs[0].token_ids) for out in outputs]) == [p for p, _ in wanted]
+    assert min(lead for _, lead in wanted) > 1e-4, "no draw was a matter of rounding"
+    assert all(evicted(out.kv_transfer_params[REPORT]) > 0 for out in outputs)
+    whole = [dense.draw(3, 4.0, full(GEOMETRIES[name].tokens))[0]]
+    assert [wanted[0][0]] != whole, "what was evicted mattered"
+
+
+@pytest.mark.parametrize("preset", ["decoupled", "fitted", "line_ar"])
+def test_batches_windows_and_single_pictures_draw_the_same(folders: dict[str, Path], preset: str) -> None:
+    """Ten classes that enter at different steps, greedy and seeded; one by one; by windows."""
+    plain = compressed(folders, "bare", preset=preset, budget=0.4, kernels="auto")
+    alone = [plain.draw([[n]], MIXED[n])[0] for n in range(10)]
+    windowed = compressed(folders, "bare", preset=preset, budget=0.4, kernels="auto", window=4)
+    for engine in (plain, windowed):
+        done = {}
+        for n in range(10):
+            engine.add(f"{preset} {n}", [n], MIXED[n])
+            done |= engine.steps(1 + n % 3)
+        done |= engine.steps()
+        assert [list(done[f"{preset} {n}"].outputs[0].token_ids) for n in range(10)] == alone
+    steps = [done[f"{preset} {n}"].kv_transfer_params[REPORT]["steps"] for n in range(10)]
+    assert min(steps) < GEOMETRIES["bare"].tokens, "windows drew several tokens a step"
+    assert all(len(tokens) == GEOMETRIES["bare"].tokens for tokens in alone)
+
+
+def test_an_evaluation_says_what_it_needs(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Sentences, or known pictures: a Janus with random weights must not stand in for the model."""
+    result = CliRunner().invoke(app, ["eval", str(folders["bare"]), "-o", str(tmp_path / "eval")])
+    assert result.exit_code == 1
+    assert "they are drawn from sentences, which LlamaGen does not read; give --pictures 0" in result.output
+    with pytest.raises(ValueError, match=r"name a file with --scenes-file \(its model_type is 'llamagen'\)"):
+        scenes_for(str(folders["bare"]), 1)
+
+
+def test_the_offline_example(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = Path(__file__).parent.parent / "examples" / "offline.py"
+    spec = importlib.util.spec_from_file_location("offline", path)
+    assert spec is not None
+    assert spec.loader is not None
+    offline = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(offline)
+    engine = compressed(folders, "bare", preset="line_ar", budget=0.4, kernels="auto")
+    monkeypatch.setattr(offline, "LLM", lambda *args, **options: engine.llm)
+    offline.main("model", "class 3", tmp_path / "three.png", seed=3)
+    assert Image.open(tmp_path / "three.png").size == (96, 96)
+    assert "36 image tokens" in capsys.readouterr().out
+    with pytest.raises(typer.BadParameter, match="no class 'a cat': say one of its 10 classes"):
+        offline.main("model", "a cat", tmp_path / "cat.png")

@@ -58,6 +58,8 @@ def evaluate(
     from vllm_kvcompress.eval.prompts import CATEGORIES
     from vllm_kvcompress.eval.run import Evaluation
 
+    if pictures:
+        _check_sentences(model)
     chosen = CATEGORIES if categories == "all" else tuple(name.strip() for name in categories.split(","))
     unknown = [name for name in chosen if name not in CATEGORIES]
     if unknown:
@@ -89,6 +91,22 @@ def _shown(argument: str) -> str:
     return (
         argument if argument.replace("/", "").replace(",", "").replace("-", "").isalnum() else repr(argument)
     )
+
+
+def _check_sentences(model: str) -> None:
+    """Raise ValueError, one line, for a model whose prompts are no sentences."""
+    from vllm.transformers_utils.config import get_config
+
+    from vllm_kvcompress.models.registry import family_of
+    from vllm_kvcompress.plugin import register
+
+    register()
+    family = family_of(get_config(model, trust_remote_code=False))
+    if not family.sentences:
+        raise ValueError(
+            f"pictures: they are drawn from sentences, which {family.name} does not read; give --pictures 0, "
+            "and known pictures whose captions are prompts with --scenes-file"
+        )
 
 
 def _own_guidance(model: str) -> float:

@@ -49,11 +49,15 @@ def scenes_for(model: str, number: int, file: Path | None = None) -> tuple[list[
 def _encode(model: str, number: int) -> tuple[list[str], NDArray[np.int64]]:
     import cv2
     import torch
-    from transformers import JanusForConditionalGeneration
+    from transformers import JanusForConditionalGeneration, PreTrainedConfig
 
     from vllm_kvcompress.eval.scenes import render, sample_pair
+    from vllm_kvcompress.models.config import TRANSFORMERS_LAYOUT
 
     try:
+        # transformers would make a Janus with random weights of any other type.
+        if (kind := PreTrainedConfig.get_config_dict(model)[0].get("model_type")) != TRANSFORMERS_LAYOUT:
+            raise ValueError(f"its model_type is {kind!r:.40}")
         whole = JanusForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(

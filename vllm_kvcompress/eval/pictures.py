@@ -56,14 +56,13 @@ def draw(model: str, section: dict[str, Any], asked: Asked) -> NDArray[np.uint8]
     """All pictures of a cell, ``[N, H, W, 3]`` uint8; a progress bar on stderr. Run it `in_process`."""
     from vllm import SamplingParams
 
-    from vllm_kvcompress.models.prompt import image_prompt_ids
-    from vllm_kvcompress.models.registry import image_model
+    from vllm_kvcompress.models.registry import family_of, image_model
 
     llm = start(model, section, asked.batch, asked.dtype, asked.room)
     try:
         image = image_model(llm.model_config)
-        prompts = asked.prompts()
-        ids = [image_prompt_ids(llm.get_tokenizer(), image, prompt.text) for prompt in prompts]
+        family, prompts = family_of(llm.model_config.hf_config), asked.prompts()
+        ids = [family.prompt_ids(llm.get_tokenizer(), image, prompt.text) for prompt in prompts]
         params = [
             SamplingParams(
                 temperature=asked.temperature,

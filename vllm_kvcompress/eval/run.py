@@ -169,12 +169,12 @@ def _replay(evaluation: Evaluation, cells: Sequence[Cell], path: Path) -> None:
 
 def _scenes(evaluation: Evaluation, llm: Any, number: int) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, codes) of held-out pictures."""
-    from vllm_kvcompress.models.prompt import image_prompt_ids
-    from vllm_kvcompress.models.registry import image_model
+    from vllm_kvcompress.models.registry import family_of, image_model
 
     captions, codes = held_out.scenes_for(evaluation.model, number, evaluation.scenes_file)
     image, tokenizer = image_model(llm.model_config), llm.get_tokenizer()
-    ids = [image_prompt_ids(tokenizer, image, text) for text in captions]
+    family = family_of(llm.model_config.hf_config)
+    ids = [family.prompt_ids(tokenizer, image, text) for text in captions]
     return list(zip(ids, codes.tolist(), strict=True))
 
 

@@ -173,7 +173,7 @@ def draw_full(
     Parameters
     ----------
     prompts : sequence of token ids
-        Each ends in begin-of-image.
+        The picture begins after each.
     neighbourhood : int
         Image tokens counted as near.
     """
@@ -253,17 +253,17 @@ def measure_losses(
 
 def measure(
     subject: Subject,
-    encode: Callable[[str], list[int]],
+    prompts: Sequence[Sequence[int]],
     lines: int,
     candidates: Sequence[HeadRule],
     progress: Callable[[str, int, int], None],
 ) -> tuple[Tensor, Tensor]:
-    """Draw the built-in prompts, then measure the heads on what was drawn.
+    """Draw the prompts, then measure the heads on what was drawn.
 
     Parameters
     ----------
-    encode : callable
-        A text -> the ids of its prompt.
+    prompts : sequence of token ids
+        Of the model's family, as many as `PROMPTS`; locality is scored on as many as `LOCALITY_PROMPTS`.
     lines : int
         Lines that count as near in the locality scores.
     progress : callable
@@ -272,10 +272,8 @@ def measure(
     Returns
     -------
     Tensor, Tensor
-        ``[layers, kv_heads]`` locality scores of `LOCALITY_PROMPTS`; ``[layers, 2 * kv_heads, candidates]``
-        losses. float64.
+        ``[layers, kv_heads]`` locality scores; ``[layers, 2 * kv_heads, candidates]`` losses. float64.
     """
-    prompts = [encode(text) for text in PROMPTS]
     first = len(LOCALITY_PROMPTS)
     rest = [prompts[n : n + DRAWN_AT_ONCE] for n in range(first, len(prompts), DRAWN_AT_ONCE)]
     batches = [prompts[:first], *rest]

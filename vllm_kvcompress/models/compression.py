@@ -158,7 +158,7 @@ def calibrate(
     with _Bar(ranks.first) as bar:
         scores, losses = measure(
             subject_of(vllm_config, model),
-            lambda text: family.calibration_ids(tokenizer, model.image, PROMPTS.index(text)),
+            [family.calibration_ids(tokenizer, model.image, number) for number in range(len(PROMPTS))],
             lines,
             candidates,
             bar,

@@ -19,6 +19,9 @@ class Family(Protocol):
     name: ClassVar[str]
     """As messages call its checkpoints."""
 
+    sentences: ClassVar[bool]
+    """Whether a prompt may be any sentence, as the prompts of an evaluation are."""
+
     def shapes(self, hf_config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that a checkpoint must hold, the VQ decoder's aside."""
 
@@ -41,6 +44,12 @@ class Family(Protocol):
         """The unconditional branch's prompt, of exactly ``length`` ids, for what the user does not want.
 
         Raises ValueError, one line, if it does not fit.
+        """
+
+    def lengthened(self, model: "ImageModel", prompt_ids: list[int], length: int) -> list[int]:
+        """A prompt made as long as a longer negative one.
+
+        Both branches of a token share its position. No more than there are leaves the prompt as it is.
         """
 
     def calibration_ids(self, tokenizer: Any, model: "ImageModel", number: int) -> list[int]:

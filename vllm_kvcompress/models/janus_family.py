@@ -15,6 +15,7 @@ class JanusFamily:
     """Prompts are text that ends in begin-of-image; image ids come after the text's."""
 
     name: ClassVar[str] = "Janus or Janus-Pro"
+    sentences: ClassVar[bool] = True
 
     def shapes(self, hf_config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
         from vllm_kvcompress.models.weights import expected_shapes
@@ -54,6 +55,11 @@ class JanusFamily:
         from vllm_kvcompress.models.prompt import negative_ids
 
         return negative_ids(tokenizer, model, text, length)
+
+    def lengthened(self, model: ImageModel, prompt_ids: list[int], length: int) -> list[int]:
+        from vllm_kvcompress.models.prompt import lengthened
+
+        return lengthened(model, prompt_ids, length)
 
     def calibration_ids(self, tokenizer: Any, model: ImageModel, number: int) -> list[int]:
         from vllm_kvcompress.heads.calibrate import PROMPTS

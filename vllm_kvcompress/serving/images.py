@@ -26,7 +26,7 @@ from vllm.utils import random_uuid
 from vllm_kvcompress.config import Limits, is_compressed, parse_config
 from vllm_kvcompress.serving import playground
 from vllm_kvcompress.serving.alive import EngineWatch
-from vllm_kvcompress.serving.painter import Job, NegativeIds, Painter, Picture, PromptIds
+from vllm_kvcompress.serving.painter import Job, Lengthened, NegativeIds, Painter, Picture, PromptIds
 from vllm_kvcompress.serving.protocol import (
     CompletedEvent,
     EncodedPicture,
@@ -61,7 +61,7 @@ class ImagesEndpoint:
 
     Parameters
     ----------
-    image_model, prompt_ids, negative_ids
+    image_model, prompt_ids, negative_ids, lengthened
         What to serve and how to tokenize for it; by default, what the engine serves.
     usage_extra
         Called with the engine at the server's start. What it returns is called with each finished request's
@@ -77,11 +77,13 @@ class ImagesEndpoint:
         image_model: "ImageModel | None" = None,
         prompt_ids: PromptIds | None = None,
         negative_ids: NegativeIds | None = None,
+        lengthened: Lengthened | None = None,
         usage_extra: "Callable[[EngineClient], UsageExtra] | None" = None,
     ) -> None:
         self._image_model = image_model
         self._prompt_ids = prompt_ids
         self._negative_ids = negative_ids
+        self._lengthened = lengthened
         self._make_usage_extra = usage_extra
         self._usage_extra: UsageExtra | None = None
         self._painter: Painter | None = None
@@ -127,12 +129,13 @@ class ImagesEndpoint:
             from vllm_kvcompress.models.registry import image_model
 
             self._image_model = image_model(engine_client.model_config)
-        if self._prompt_ids is None or self._negative_ids is None:
+        if self._prompt_ids is None or self._negative_ids is None or self._lengthened is None:
             from vllm_kvcompress.models.registry import family_of
 
             family = family_of(engine_client.model_config.hf_config)
             self._prompt_ids = self._prompt_ids or family.prompt_ids
             self._negative_ids = self._negative_ids or family.negative_ids
+            self._lengthened = self._lengthened or family.lengthened
         if self._make_usage_extra is not None:
             self._usage_extra = self._make_usage_extra(engine_client)
         config = parse_config(engine_client.vllm_config.additional_config)
@@ -143,7 +146,9 @@ class ImagesEndpoint:
         self._models = state.openai_serving_models
         self._keep_alive = float(getattr(args, "sse_keep_alive_interval", 0))
         spare = await SpareDecoder.of(engine_client)
-        self._painter = Painter(engine_client, self._image_model, self._prompt_ids, self._negative_ids, spare)
+        self._painter = Painter(
+            engine_client, self._image_model, self._prompt_ids, self._negative_ids, self._lengthened, spare
+        )
         self._watch = EngineWatch(engine_client, state)
 
     async def show_page(self, compare: str = "") -> Response:

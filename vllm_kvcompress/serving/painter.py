@@ -20,7 +20,6 @@ from vllm.utils import random_uuid
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.guidance import GUIDANCE_SCALE, NEGATIVE_IDS
 from vllm_kvcompress.log import logger_for
-from vllm_kvcompress.models.prompt import lengthened
 from vllm_kvcompress.serving.alive import unless_dead
 from vllm_kvcompress.serving.decoder import Decoder
 from vllm_kvcompress.serving.encode import encode_base64
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
 PromptIds = Callable[[Any, "ImageModel", str], list[int]]
 # (tokenizer, image model, text, length) -> ids of exactly that length; ValueError when it does not fit
 NegativeIds = Callable[[Any, "ImageModel", str, int], list[int]]
+# (image model, prompt ids, length) -> the prompt, made as long as a longer negative one
+Lengthened = Callable[["ImageModel", list[int], int], list[int]]
 
 logger = logger_for(__name__)
 
@@ -83,8 +84,8 @@ class Painter:
         The server's.
     model : ImageModel
         What is being served.
-    prompt_ids, negative_ids : callable
-        How this model's prompts are tokenized.
+    prompt_ids, negative_ids, lengthened : callable
+        How this model's prompts are tokenized, and made as long as each other.
     spare : SpareDecoder, optional
         What decodes pictures that a draining engine has drawn.
     """
@@ -95,12 +96,14 @@ class Painter:
         model: "ImageModel",
         prompt_ids: PromptIds,
         negative_ids: NegativeIds,
+        lengthened: Lengthened,
         spare: "SpareDecoder | None" = None,
     ) -> None:
         self.engine = engine
         self.model = model
         self._prompt_ids = prompt_ids
         self._negative_ids = negative_ids
+        self._lengthened = lengthened
         # vLLM's own, which is safe to use from several threads.
         self._tokenizer = engine.renderer.get_tokenizer()
         self._decoder = Decoder(engine, spare)
@@ -141,7 +144,7 @@ class Painter:
             # As long as the longer of the two: both branches of a token share its position.
             alone = await self._tokenized("negative_prompt", self._prompt_ids, negative)
             self._check_room("negative_prompt", alone)
-            prompt_ids = lengthened(self.model, prompt_ids, len(alone))
+            prompt_ids = self._lengthened(self.model, prompt_ids, len(alone))
         scale = self.model.guidance_scale if request.guidance_scale is None else request.guidance_scale
         extra_args: dict[str, Any] = {GUIDANCE_SCALE: scale}
         if negative:

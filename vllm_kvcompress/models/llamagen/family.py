@@ -16,6 +16,7 @@ class LlamaGenFamily:
     """A prompt is one class; the unconditional branch has the null class, or another class of the user's."""
 
     name: ClassVar[str] = "LlamaGen"
+    sentences: ClassVar[bool] = False
 
     def shapes(self, hf_config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
         from vllm_kvcompress.models.weights import decoder_shapes
@@ -45,6 +46,9 @@ class LlamaGenFamily:
 
     def negative_ids(self, tokenizer: Any, model: ImageModel, text: str, length: int) -> list[int]:
         return [class_of(tokenizer, model.classes, text)]
+
+    def lengthened(self, model: ImageModel, prompt_ids: list[int], length: int) -> list[int]:
+        return prompt_ids  # every prompt is one class
 
     def calibration_ids(self, tokenizer: Any, model: ImageModel, number: int) -> list[int]:
         from vllm_kvcompress.heads.calibrate import PROMPTS

@@ -1,0 +1,125 @@
+"""``vllm serve`` of a converted LlamaGen: classes by name and number over HTTP."""
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from dense_llamagen import DenseLlamaGen, full
+from dense_vq import DenseVQ
+from PIL import Image
+
+from vllm_kvcompress.testing.llamagen import LlamaGenGeometry, decoder_state, make_llamagen, vq_state
+from vllm_kvcompress.testing.server import Server
+
+GEOMETRY = LlamaGenGeometry(classes=1000, grid=6)
+PATH = "/v1/images/generations"
+RETRIEVER, GOLDFISH = 207, 1
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    root = tmp_path_factory.mktemp("llamagen-server")
+    args = ("--dtype", "float32", "--kv-cache-memory-bytes", str(2**26), "--enforce-eager")
+    served = make_llamagen(root / "model", GEOMETRY)
+    with (
+        Server(served, root / "server.log", args, name="llamagen") as server,
+        httpx.Client(base_url=server.url, timeout=120) as client,
+    ):
+        yield client
+
+
+def asked(http: httpx.Client, prompt: str, **fields: Any) -> dict[str, Any]:
+    answer = http.post(PATH, json={"prompt": prompt, **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def pixels(b64: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))).convert("RGB")).astype(int)
+
+
+def picture(http: httpx.Client, prompt: str, **fields: Any) -> np.ndarray:
+    return pixels(asked(http, prompt, **fields)["data"][0]["b64_json"])
+
+
+def refused(http: httpx.Client, **fields: Any) -> tuple[str, str]:
+    """Parameter and message of a 400."""
+    answer = http.post(PATH, json=fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, 400), answer.text
+    return error["param"], error["message"]
+
+
+@pytest.mark.parametrize("negative", [None, "goldfish"])
+def test_a_greedy_picture_is_the_references(http: httpx.Client, negative: str | None) -> None:
+    """A name, guidance away from no class or from a class, tokens, pixels: all of it, within a level."""
+    more = {} if negative is None else {"negative_prompt": negative}
+    answer = asked(http, "golden retriever", temperature=0, guidance_scale=3, **more)
+    dense = DenseLlamaGen(decoder_state(GEOMETRY), GEOMETRY.heads, GEOMETRY.grid)
+    codes, lead = dense.draw(
+        RETRIEVER, 3.0, full(GEOMETRY.tokens), negative=None if negative is None else GOLDFISH
+    )
+    assert lead > 1e-4, "no draw was a matter of rounding"
+    expected = DenseVQ(vq_state(GEOMETRY)).decode(torch.tensor([codes]), GEOMETRY.grid)[0]
+    expected = ((expected + 1) / 2 * 255).clamp(0, 255).permute(1, 2, 0)
+    drawn = pixels(answer["data"][0]["b64_json"])
+    assert drawn.shape == (96, 96, 3)
+    assert np.abs(drawn - expected.floor().numpy()).max() <= 1
+    assert drawn.std() > 20, "a picture, not a flat field"
+    assert (answer["usage"]["input_tokens"], answer["usage"]["output_tokens"]) == (1, GEOMETRY.tokens)
+    assert answer["size"] == "96x96"
+
+
+def test_a_class_by_name_and_by_number_is_one_picture(http: httpx.Client) -> None:
+    named, numbered = (picture(http, prompt, seed=5) for prompt in ("Golden retriever", "207"))
+    assert (named == numbered).all()
+    assert (named != picture(http, "208", seed=5)).any()
+    assert (named != picture(http, "207", seed=6)).any()
+
+
+def test_the_models_own_defaults(http: httpx.Client) -> None:
+    """generation_config.json's guidance where a request says none."""
+    assert (picture(http, "207", seed=5) == picture(http, "207", seed=5, guidance_scale=4)).all()
+    assert (picture(http, "207", seed=5) != picture(http, "207", seed=5, guidance_scale=1)).any()
+
+
+def test_an_unknown_class_is_a_400_with_near_matches(http: httpx.Client) -> None:
+    parameter, message = refused(http, prompt="golden retreiver")
+    assert parameter == "prompt"
+    assert message.startswith("the model has no class 'golden retreiver'")
+    assert "near: golden retriever (207)" in message
+    assert refused(http, prompt="1000") == ("prompt", "there is no class 1000: classes are 0 to 999")
+    parameter, message = refused(http, prompt="207", negative_prompt="gold fish")
+    assert (parameter, "near: goldfish (1)" in message) == ("negative_prompt", True)
+    parameter, message = refused(http, prompt="a golden retriever on a beach", stream=True)
+    assert (parameter, "golden retriever (207)" in message) == ("prompt", True)
+
+
+def test_a_stream_ends_in_the_same_picture(http: httpx.Client) -> None:
+    body = {"prompt": "207", "seed": 5, "stream": True, "partial_images": 2}
+    with http.stream("POST", PATH, json=body) as answer:
+        assert answer.status_code == 200
+        lines = [line[5:] for line in answer.iter_lines() if line.startswith("data:")]
+    events = [json.loads(line) for line in lines if line.strip() != "[DONE]"]
+    *partial, last = events
+    assert last["type"] == "image_generation.completed"
+    assert {event["type"] for event in partial} <= {"image_generation.partial_image"}
+    assert (pixels(last["b64_json"]) == picture(http, "207", seed=5)).all()
+
+
+def test_text_is_refused_in_one_line(http: httpx.Client) -> None:
+    """The other routes: a class by its exact name draws, anything else says what to ask."""
+    chat = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello"}]})
+    assert chat.status_code == 400, chat.text
+    assert "draws pictures of classes and does not chat: ask /v1/images/generations" in chat.text
+    words = http.post("/v1/completions", json={"prompt": "Hello"})
+    assert words.status_code == 400, words.text
+    assert "the prompt must be one class" in words.text
+    drawn = http.post("/v1/completions", json={"prompt": "golden retriever"})
+    assert drawn.json()["usage"]["completion_tokens"] == GEOMETRY.tokens
