@@ -143,6 +143,9 @@ def test_an_evaluation_says_what_it_needs(folders: dict[str, Path], tmp_path: Pa
     result = CliRunner().invoke(app, ["eval", str(folders["bare"]), "-o", str(tmp_path / "eval")])
     assert result.exit_code == 1
     assert "they are drawn from sentences, which LlamaGen does not read; give --pictures 0" in result.output
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    result = CliRunner().invoke(app, ["eval", str(tmp_path), "-o", str(tmp_path / "eval")])
+    assert (result.exit_code, "serves no model of type 'llama'" in result.output) == (1, True)
     with pytest.raises(ValueError, match=r"name a file with --scenes-file \(its model_type is 'llamagen'\)"):
         scenes_for(str(folders["bare"]), 1)
 

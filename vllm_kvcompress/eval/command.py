@@ -94,14 +94,17 @@ def _shown(argument: str) -> str:
 
 
 def _check_sentences(model: str) -> None:
-    """Raise ValueError, one line, for a model whose prompts are no sentences."""
+    """Raise ValueError, one line, for a model whose prompts are no sentences, or that is none of ours."""
     from vllm.transformers_utils.config import get_config
 
     from vllm_kvcompress.models.registry import family_of
     from vllm_kvcompress.plugin import register
 
     register()
-    family = family_of(get_config(model, trust_remote_code=False))
+    try:
+        family = family_of(get_config(model, trust_remote_code=False))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
     if not family.sentences:
         raise ValueError(
             f"pictures: they are drawn from sentences, which {family.name} does not read; give --pictures 0, "
