@@ -40,9 +40,10 @@ class EngineProcess:
     engines : sequence of mapping
         Each: ``name``; ``args`` of ``vllm.LLM``; ``waves``, lists of requests, each wave drawn to its end
         before the next; ``preempt``, steps of a wave at which all running requests lose their blocks;
-        ``as_ranks``, the number of ranks that one process plans its heads for. A
-        request: ``ids`` (prompt), ``params`` (of ``SamplingParams``), ``at`` (step of the wave at which it
-        enters, default 0), ``abort`` (step at which it is given up, default never).
+        ``look``, steps before which is asked what is kept; ``as_ranks``, the number of ranks that one
+        process plans its heads for. A request: ``ids`` (prompt), ``params`` (of ``SamplingParams``), ``at``
+        (step of the wave at which it enters, default 0), ``abort`` (step at which it is given up, default
+        never).
     script : str
         What the process runs, beside this file.
     """
@@ -72,7 +73,7 @@ class EngineProcess:
         dict
             By engine: ``waves``, for each a list of token ids per request (None if given up); ``runner``,
             the module of its model runner; ``preempted``, how often a request lost its blocks; ``held``, for
-            each wave what its requests' ends reported.
+            each wave what its requests' ends reported; ``seen``, see `draw`.
         """
         try:
             code = self._process.wait(LIMIT_S)
@@ -95,17 +96,31 @@ def draw(
     wave: int,
     preempt: Sequence[int] = (),
     held: list[Any] | None = None,
+    look: Sequence[int] = (),
+    seen: list[Any] | None = None,
 ) -> list[list[int] | None]:
-    """Feed the requests to a running engine, step it until all are done; ``held`` gets their reports."""
+    """Feed the requests to a running engine, step it until all are done.
+
+    ``held`` gets their reports; ``seen``, before the steps of ``look``, how many tokens of each picture have
+    come out, and what the cache says it keeps of it.
+    """
     from vllm import SamplingParams
 
     drawn: dict[str, list[int]] = {}
     reports: dict[str, Any] = {}
     names = [f"{wave}-{number}" for number in range(len(requests))]
-    step, entered = 0, set()
+    step, entered, out = 0, set(), dict.fromkeys(names, 0)
     while len(entered) < len(requests) or engine.has_unfinished_requests():
         if step in preempt:
             engine.engine_core.engine_core.reset_prefix_cache(reset_running_requests=True)
+        if seen is not None and step in look:
+            pictures = [
+                (name, len(request["ids"]))
+                for name, request in zip(names, requests, strict=True)
+                if "max_tokens" not in request["params"]
+            ]
+            kept = [engine.collective_rpc("kvcompress_kept", args=args)[0] for args in pictures]
+            seen.append([(out[name], one) for (name, _), one in zip(pictures, kept, strict=True)])
         for name, request in zip(names, requests, strict=True):
             if name not in entered and request.get("at", 0) <= step:
                 entered.add(name)
@@ -114,6 +129,7 @@ def draw(
             if request.get("abort") == step:
                 engine.abort_request([name])
         for output in engine.step():
+            out[output.request_id] = len(output.outputs[0].token_ids)
             if output.finished:
                 drawn[output.request_id] = list(output.outputs[0].token_ids)
                 reports[output.request_id] = output.kv_transfer_params
@@ -132,18 +148,20 @@ def run(engines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     answers = {}
     for job in engines:
         held: list[Any] = []
+        seen: list[Any] = []
         with _planned_for(job.get("as_ranks")):
             engine = LLM(**job["args"]).llm_engine
         scheduler = engine.engine_core.engine_core.scheduler
         preempted = _count(scheduler, "_preempt_request")
         answers[job["name"]] = {
             "waves": [
-                draw(engine, requests, wave, job.get("preempt", ()), held)
+                draw(engine, requests, wave, job.get("preempt", ()), held, job.get("look", ()), seen)
                 for wave, requests in enumerate(job["waves"])
             ],
             "runner": engine.collective_rpc(_runner)[0],
             "preempted": len(preempted),
             "held": held,
+            "seen": seen,
         }
         engine.engine_core.shutdown()
         del engine, scheduler

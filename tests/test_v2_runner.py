@@ -71,6 +71,7 @@ def mixed_requests(prompts: Prompts) -> list[dict[str, Any]]:
 
 
 GIVEN_UP = 3
+LOOK = (10, 22, 35)  # steps before which the cache is asked what it keeps
 
 
 def seeded_requests(prompts: Prompts, company: dict[str, Any]) -> list[dict[str, Any]]:
@@ -104,7 +105,8 @@ def jobs(model: Path) -> list[dict[str, Any]]:
 
     def compressed(name: str, waves: list[list[dict[str, Any]]], **section: Any) -> dict[str, Any]:
         config = {"kvcompress": {"window": 1, **section}}
-        return engine(name, waves, attention_backend="kvcompress", additional_config=config)
+        made = engine(name, waves, attention_backend="kvcompress", additional_config=config)
+        return {**made, "look": LOOK}
 
     return [
         engine("stock", [[*mixed, text], crowd, alone]),
@@ -199,6 +201,28 @@ def test_small_budgets_change_pictures(drawn: Drawn) -> None:
 def test_preempted_pictures_go_on_as_they_began(drawn: Drawn) -> None:
     assert drawn["v2"]["tight"]["preempted"] > 0
     assert drawn["v2"]["tight"]["waves"][0] == drawn["v2"]["stock"]["waves"][0][:TEXT_REQUEST]
+
+
+@pytest.mark.parametrize("engine", ["full", "decoupled", "torch kernels", "compressed windows"])
+def test_what_is_kept(drawn: Drawn, engine: str) -> None:
+    """Of every picture all that has come out is counted, but the last token, which the next step writes."""
+    v1, v2 = (drawn[runner][engine]["seen"] for runner in ("v1", "v2"))
+    looked = 0
+    for one, other in zip(v1, v2, strict=True):
+        for (out, kept), (out_v2, kept_v2) in zip(one, other, strict=True):
+            for count, answer in ((out, kept), (out_v2, kept_v2)):
+                if answer is None:  # not begun, its first token not written, or done
+                    continue
+                written, types = answer
+                assert written == count - 1
+                for name, heads, counts in types:
+                    capacity = int(name.split()[1]) if " " in name else PICTURE
+                    assert sum(counts) == heads * min(written, capacity)
+                    assert not any(counts[written:])
+                looked += 1
+            if out == out_v2 and None not in (kept, kept_v2):  # V1 knows of an ended one for a step more
+                assert kept == kept_v2
+    assert looked > 8
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "tight"])

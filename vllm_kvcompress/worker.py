@@ -66,11 +66,13 @@ def kvcompress_head_profile(self: Any) -> str | None:
     return profile_of(config, self.vllm_config, self.model_runner.get_model()).model_dump_json()
 
 
-def kvcompress_kept(self: Any, request_id: str) -> tuple[int, list[tuple[str, int, list[int]]]] | None:
+def kvcompress_kept(
+    self: Any, request_id: str, prefix: int
+) -> tuple[int, list[tuple[str, int, list[int]]]] | None:
     """What the cache holds of a running picture: `cache.kept.kept_tokens`, as plain tuples, on each rank."""
     from vllm_kvcompress.cache.kept import kept_tokens
 
-    found = kept_tokens(self.model_runner, request_id)
+    found = kept_tokens(self.model_runner, request_id, prefix)
     if found is None:
         return None
     drawn, types = found

@@ -33,12 +33,11 @@ class KeptTokens(NamedTuple):
 class _Row(NamedTuple):
     """Where a runner has a request: what is written, and its blocks by KV-cache group."""
 
-    prompt: int
     written: int
     tables: list[Tensor]
 
 
-def kept_tokens(runner: Any, request_id: str) -> tuple[int, list[KeptTokens]] | None:
+def kept_tokens(runner: Any, request_id: str, prefix: int) -> tuple[int, list[KeptTokens]] | None:
     """What the cache holds of a picture, after the step that ran last.
 
     Reads the pages back from the device: a call costs some milliseconds, between two steps.
@@ -49,6 +48,8 @@ def kept_tokens(runner: Any, request_id: str) -> tuple[int, list[KeptTokens]] | 
         vLLM's, V1 or V2.
     request_id : str
         The front end's; the engine adds eight random characters (vllm/v1/engine/input_processor.py).
+    prefix : int
+        Tokens before its first image token.
 
     Returns
     -------
@@ -65,10 +66,10 @@ def kept_tokens(runner: Any, request_id: str) -> tuple[int, list[KeptTokens]] | 
     found = []
     for name, table in zip(groups, row.tables, strict=True):
         kind = store.whole(context[name].kind)
-        drawn = min(row.written - row.prompt, kind.rule.image)
+        drawn = min(row.written - prefix, kind.rule.image)
         if drawn < 1:
             return None
-        counts = held_by(kind, table.to(kind.head_index.device), row.prompt, drawn)
+        counts = held_by(kind, table.to(kind.head_index.device), prefix, drawn)
         found.append((context[name].kind, KeptTokens(kind.rule.name, len(kind.head_index), counts.tolist())))
     return drawn, [kept for _, kept in sorted(found)]
 
@@ -109,11 +110,11 @@ def _find(runner: Any, request_id: str) -> _Row | None:
         return None
     if states is not None:
         tables = [table.gpu[row] for table in runner.block_tables.block_tables]
-        return _Row(int(states.prompt_len.np[row]), int(states.num_computed_tokens.gpu[row]), tables)
+        return _Row(int(states.num_computed_tokens.gpu[row]), tables)
     batch = runner.input_batch
     tables = [
         torch.from_numpy(batch.block_table[group].get_numpy_array()[row])
         for group in range(len(runner.kv_cache_config.kv_cache_groups))
     ]
     # The last known token has been sampled, and is written by the step that it enters.
-    return _Row(int(batch.num_prompt_tokens[row]), int(batch.num_tokens_no_spec[row]) - 1, tables)
+    return _Row(int(batch.num_tokens_no_spec[row]) - 1, tables)

@@ -38,13 +38,13 @@ class KeptReader:
         """Whether there is anything to say: a full cache keeps every token."""
         return self._compressed
 
-    async def __call__(self, request_id: str) -> Kept | None:
+    async def __call__(self, request_id: str, prefix: int) -> Kept | None:
         """What is kept of a picture now; None if it is not being drawn, or the engine does not say."""
         if not self._compressed:
             return None
         try:
             for _ in range(self._workers.engines):
-                answers = await self._workers.call(KEPT_METHOD, (request_id,))
+                answers = await self._workers.call(KEPT_METHOD, (request_id, prefix))
                 if ranks := [answer for answer in answers if answer is not None]:
                     return self._over_ranks(ranks)
         except Exception as error:  # an engine that drains answers no calls; the picture goes on

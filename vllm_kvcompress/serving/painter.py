@@ -204,7 +204,9 @@ class Painter:
                 if output.finished or not due or lines < due[0] or self._decoder.busy:
                     continue
                 due = [line for line in due if line > lines]
-                kept = await self._kept(f"{job.request_id}-{index}") if job.request.kept else None
+                kept = None
+                if job.request.kept:
+                    kept = await self._kept(f"{job.request_id}-{index}", len(job.prompt_ids))
                 yield Picture(await self._picture(codes[: lines * raster.width], job.request), kept=kept)
         if output is None or not output.finished or len(codes) != raster.tokens:
             reason = output.outputs[0].finish_reason if output is not None else None
