@@ -36,7 +36,7 @@ def test_every_setting_has_a_default() -> None:
     ("section", "match"),
     [
         ({"bugdet": 0.2}, r"^additional_config.kvcompress has no setting 'bugdet'; did you mean budget\?$"),
-        ({"zzz": 1}, r"no setting 'zzz'; known: preset, budget, spatial_tokens, .*kernels, limits, strict$"),
+        ({"zzz": 1}, r"no setting 'zzz'; known: preset, budget, .*kernels, limits, strict, playground$"),
         (
             {"limits": {"prompt_token": 9}},
             r"kvcompress.limits has no setting .*; did you mean prompt_tokens\?$",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from starlette.datastructures import State
 from starlette.requests import ClientDisconnect
 from vllm import envs
@@ -270,11 +271,21 @@ async def _whole(painter: Painter, job: Job, index: int) -> Picture:
 
 
 def _events_schema() -> dict[str, Any]:
-    """Schemas of the stream's events; FastAPI knows the models inside from ``ImagesResponse``."""
-    schemas = [
-        event.model_json_schema(ref_template="#/components/schemas/{model}")
-        for event in (PartialImageEvent, CompletedEvent)
-    ]
-    for schema in schemas:
-        schema.pop("$defs", None)
-    return {"oneOf": schemas}
+    """Schemas of the stream's events, whole: FastAPI only lists what a plain response is made of."""
+    return {"oneOf": [_whole_schema(event) for event in (PartialImageEvent, CompletedEvent)]}
+
+
+def _whole_schema(event: type[BaseModel]) -> dict[str, Any]:
+    schema = event.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inline(child) for child in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return inline(parts[node["$ref"].rpartition("/")[2]])
+        return {key: inline(child) for key, child in node.items()}
+
+    return inline(schema)
