@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import preloaded
 import pytest
 
 if TYPE_CHECKING:
@@ -110,5 +111,5 @@ def image_server(
         "--kv-cache-memory-bytes", str(2**29), "--enforce-eager",
     )  # fmt: skip
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with Server(checkpoints["tiny-hf"], log, args) as server:
+    with Server(checkpoints["tiny-hf"], log, args, start=preloaded.Popen) as server:
         yield server

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,6 +46,8 @@ class EngineProcess:
         never).
     script : str
         What the process runs, beside this file.
+    start : callable
+        ``subprocess.Popen``, or what does the same.
     """
 
     def __init__(
@@ -54,13 +56,14 @@ class EngineProcess:
         env: Mapping[str, str],
         engines: Sequence[Mapping[str, Any]],
         script: str = Path(__file__).name,
+        start: Callable[..., Any] = subprocess.Popen,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._log = folder / "out.json", folder / "log.txt"
         job = folder / "job.json"
         job.write_text(json.dumps({"engines": list(engines), "out": str(self._out)}))
         with self._log.open("wb") as stream:
-            self._process = subprocess.Popen(
+            self._process = start(
                 [sys.executable, str(HERE / script), str(job)],
                 stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **env},
             )  # fmt: skip

@@ -3,11 +3,11 @@
 import json
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import preloaded
 import pytest
 
 from vllm_kvcompress.testing.checkpoints import TINY, make_checkpoint
@@ -29,8 +29,8 @@ def command(name: str, **values: object) -> list[str]:
 
 
 def run(words: list[str], cwd: Path) -> str:
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    done = preloaded.run(words, cwd)
+    assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
 
 

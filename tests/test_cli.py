@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -164,9 +165,8 @@ def test_a_wrong_command_line_is_status_2(
 
 def calibrate(*arguments: object) -> "subprocess.CompletedProcess[str]":
     """The installed command, in a process of its own: it starts an engine."""
-    return subprocess.run(
+    return preloaded.run(
         [str(Path(sys.executable).with_name("vllm-kvcompress")), "calibrate", *map(str, arguments)],
-        capture_output=True, text=True, timeout=400,
         env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
     )  # fmt: skip
 

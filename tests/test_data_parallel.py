@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import openai
+import preloaded
 import pytest
 from test_compressed_server import ARGS, TOKENS, draw, metric
 
@@ -23,7 +24,7 @@ def server(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
         "VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     log = tmp_path_factory.mktemp("parallel") / "server.log"
-    with Server(checkpoints["gqa-hf"], log, (*ARGS, *PARALLEL), env=env) as running:
+    with Server(checkpoints["gqa-hf"], log, (*ARGS, *PARALLEL), env=env, start=preloaded.Popen) as running:
         yield running
 
 

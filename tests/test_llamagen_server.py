@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import preloaded
 import pytest
 import torch
 from dense_llamagen import DenseLlamaGen, full
@@ -28,7 +29,7 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     args = ("--dtype", "float32", "--kv-cache-memory-bytes", str(2**26), "--enforce-eager")
     served = make_llamagen(root / "model", GEOMETRY)
     with (
-        Server(served, root / "server.log", args, name="llamagen") as server,
+        Server(served, root / "server.log", args, name="llamagen", start=preloaded.Popen) as server,
         httpx.Client(base_url=server.url, timeout=120) as client,
     ):
         yield client

@@ -5,11 +5,11 @@ In processes of their own: a registration can't be taken back.
 
 import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 
 from vllm_kvcompress import served, worker
@@ -66,9 +66,7 @@ REGISTERED: dict[str, Any] = {
 
 def run(script: str, *arguments: object) -> Any:
     """The JSON that a script prints last."""
-    done = subprocess.run(
-        [sys.executable, "-c", STATE + script, *map(str, arguments)], capture_output=True, text=True
-    )
+    done = preloaded.run([sys.executable, "-c", STATE + script, *map(str, arguments)])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

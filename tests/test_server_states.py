@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import preloaded
 import pytest
 from crowd import PATH, Crowd, Told, ask
 from hypothesis import HealthCheck, settings
@@ -48,7 +49,7 @@ class Site:
 
     def _started(self) -> Server:
         log = self._folder / f"server-{self.did['drain']}.log"
-        server = Server(self._model, log, ARGS, env={"VLLM_CACHE_ROOT": self._cache})
+        server = Server(self._model, log, ARGS, env={"VLLM_CACHE_ROOT": self._cache}, start=preloaded.Popen)
         return server.__enter__()
 
     @property

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 from engine_process import V1, EngineProcess
 from test_v2_runner import Prompts, mixed_requests
@@ -65,7 +66,9 @@ def drawn(
     # A cache of its own: nobody has measured these heads yet, and the second start finds the first one's.
     env = {**V1, "VLLM_CACHE_ROOT": own_cache}
     for ranks in (RANKS, 1):
-        process = EngineProcess(folder / str(ranks), env, jobs(checkpoints, profile, ranks))
+        process = EngineProcess(
+            folder / str(ranks), env, jobs(checkpoints, profile, ranks), start=preloaded.Popen
+        )
         found[ranks] = {**process.finish(), "log": process.log}
     return found
 

@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -35,6 +35,8 @@ class Server:
         The served model's name.
     env : mapping, optional
         Environment variables beside this process's own.
+    start : callable
+        Starts the process: ``subprocess.Popen``, or what takes and gives the same.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class Server:
         *,
         name: str = "janus",
         env: Mapping[str, str] | None = None,
+        start: Callable[..., "subprocess.Popen[bytes]"] = subprocess.Popen,
     ) -> None:
+        self._start = start
         self.log, self.name = log, name
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -66,7 +70,7 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as out:
             # A session of its own, so that the engine processes can be stopped with it.
-            self.process = subprocess.Popen(
+            self.process = self._start(
                 self.command, stdout=out, stderr=subprocess.STDOUT, env=self._env, start_new_session=True
             )
         try:

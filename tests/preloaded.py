@@ -1,0 +1,121 @@
+"""Commands that start in a process which has imported vLLM already: nine seconds of a core less for each.
+
+``multiprocessing``'s fork server imports vLLM once; the child becomes what the command says. No plugin was
+loaded in it, no environment variable read that the command may change. Tests of how a process starts or
+ends, and of what users install, start theirs anew (test_compressed_server, test_server_ends, test_wheel,
+test_last_word).
+"""
+
+import atexit
+import importlib
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from multiprocessing import get_context
+from pathlib import Path
+from typing import IO, Any
+
+_COMMANDS = {
+    str(Path(sys.executable).with_name(name)): main
+    for name, main in (("vllm", "vllm.entrypoints.cli.main"), ("vllm-kvcompress", "vllm_kvcompress.cli"))
+}
+_forks = get_context("forkserver")
+_forks.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.entrypoints.openai.api_server"])
+
+
+class Popen:
+    """What the tests use of ``subprocess.Popen``.
+
+    Parameters
+    ----------
+    command : sequence of str
+        ``vllm ...``, ``vllm-kvcompress ...``, or this Python with a script or ``-c CODE``.
+    stdout, stderr : file
+        Files on the disk; ``subprocess.STDOUT`` for one.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        stdout: IO[bytes],
+        stderr: int | IO[bytes] = subprocess.STDOUT,
+        env: Mapping[str, str] | None = None,
+        cwd: str | Path | None = None,
+        start_new_session: bool = False,
+    ) -> None:
+        files = [stdout.name, stdout.name if isinstance(stderr, int) else stderr.name]
+        given = dict(os.environ if env is None else env)
+        where = str(cwd or Path.cwd())
+        self._process = _forks.Process(
+            target=_become, args=([str(word) for word in command], files, given, where), daemon=False
+        )
+        self._process.start()
+        self.args, self.pid = command, self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def run(
+    command: Sequence[str],
+    cwd: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 500,
+) -> "subprocess.CompletedProcess[str]":
+    """``subprocess.run`` with both streams as text."""
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+        process = Popen(command, stdout=out, stderr=err, env=env, cwd=cwd)  # type: ignore[arg-type]
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        texts = [Path(file.name).read_text(errors="replace") for file in (out, err)]
+        return subprocess.CompletedProcess(command, code, *texts)
+
+
+def _become(command: list[str], files: list[str], env: dict[str, str], cwd: str) -> None:
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    for stream, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
+    from vllm.logger import _configure_vllm_root_logger
+
+    _configure_vllm_root_logger()  # the environment may want another level
+    try:
+        _run(command)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        atexit._run_exitfuncs()
+
+
+def _run(command: list[str]) -> Any:
+    program, *rest = command
+    if program in _COMMANDS:
+        sys.argv = command
+        return importlib.import_module(_COMMANDS[program]).main()
+    assert program == sys.executable, command
+    if rest[0] == "-c":
+        sys.argv = ["-c", *rest[2:]]
+        return exec(compile(rest[1], "<string>", "exec"), {"__name__": "__main__"})
+    sys.argv = rest
+    return runpy.run_path(rest[0], run_name="__main__")
