@@ -157,7 +157,7 @@ def play(scene: Scene) -> None:
             assert_same_cache(native_type.pages, plain_type.pages, 0)
 
 
-relaxed = settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=60)
+relaxed = settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=30)
 
 
 @needs_kernels
@@ -172,7 +172,7 @@ def test_equals_reference(threads, scene):
 @needs_kernels
 @pytest.mark.parametrize("isa", cpu.ISAS)
 @given(scenes())
-@settings(relaxed, max_examples=25)
+@settings(relaxed, max_examples=12)
 def test_every_instruction_set(isa, scene):
     if cpu.set_isa(isa) != isa:
         pytest.skip(f"this CPU has no {isa}")

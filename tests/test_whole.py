@@ -20,7 +20,7 @@ from vllm_kvcompress.eval.world import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Groun
 Cover = NDArray[np.float64]
 """How much of each pixel an object covers, `[96, 96]` in 0..1."""
 
-PICTURES = 200
+PICTURES = 101
 LEAST_DAMAGE = 0.12
 """Of the object's area; one foot of a star is less."""
 FOOT = 0.05

@@ -67,10 +67,20 @@ def drafts(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 CACHES = ["full cache", *(name for name, preset in PRESETS.items() if preset.evicts)]
+OTHERS = [name for name in CACHES if name not in ("full cache", "fitted")]
 
 
-@pytest.mark.parametrize("window", [2, 3, 8, 16])
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(
+    ("cache", "window"),
+    [
+        *((cache, window) for cache in ("full cache", "fitted") for window in (2, 3, 8, 16)),
+        *(
+            (cache, 3 + 5 * (n % 2))
+            for n, cache in enumerate(CACHES)
+            if cache not in ("full cache", "fitted")
+        ),
+    ],
+)
 def test_the_same_pictures(tiny: Path, cache: str, window: int) -> None:
     """Greedy and seeded, guided and not, top-k and top-p, 16 at once, then fewer, then one."""
     plain, windowed = engine(tiny, 1, cache), engine(tiny, window, cache)
