@@ -13,6 +13,7 @@ from vllm_kvcompress.config import FP8, KEY, is_compressed, parse_config
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.checkpoint import check_files, check_sizes
 from vllm_kvcompress.models.config import raster_of, text_vocab_size
+from vllm_kvcompress.models.pictures import check_pictures, looks
 from vllm_kvcompress.models.registry import family_of, image_model, store_defaults
 from vllm_kvcompress.policy import AUTO
 from vllm_kvcompress.windows.settings import reserve_places
@@ -48,10 +49,11 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
     @last_word.heard()
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         model_config = vllm_config.model_config
-        check_files(
-            Path(model_config.model), model_config.hf_config, str(vllm_config.load_config.load_format)
-        )
+        vision, load_format = looks(model_config), str(vllm_config.load_config.load_format)
+        check_files(Path(model_config.model), model_config.hf_config, load_format, vision)
         resolve_tokens(model_config)
+        if vision:
+            check_pictures(model_config)
         if vllm_config.speculative_config is not None:
             raise ValueError(
                 "speculative decoding does not work with image models: drop --speculative-config"
