@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import BatchFeature
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from vllm.config.multimodal import MultiModalDummyOptions
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, MultiModalDataItems
@@ -28,7 +29,7 @@ from vllm.multimodal.processing import (
 )
 
 from vllm_kvcompress.models.checkpoint import has_vision
-from vllm_kvcompress.models.tokenizer import BOI, EOI, IMAGE, PAD, token_id
+from vllm_kvcompress.models.tokenizer import BOI, BOS, EOI, IMAGE, PAD, token_id
 from vllm_kvcompress.models.vision_sizes import NO_PICTURES, VisionSizes, vision_sizes
 
 if TYPE_CHECKING:
@@ -113,6 +114,16 @@ class PictureInfo(BaseProcessingInfo):
         config = self.ctx.model_config
         return {"image": None} if has_vision(Path(config.model), config.hf_config) else {}
 
+    def validate_num_items(self, modality: str, num_items: int) -> None:
+        message = None
+        if not self.supported_mm_limits:
+            message = "this checkpoint has no vision tower: it draws pictures, but can't look at one"
+        elif not self.allowed_mm_limits["image"]:
+            message = "this server takes no pictures in chats: --limit-mm-per-prompt says 0"
+        if modality == "image" and message:
+            raise VLLMValidationError(message, parameter="image_url")
+        super().validate_num_items(modality, num_items)
+
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         # With begin- and end-of-image, as the dummy picture has.
         return {"image": self.sizes.tokens + 2}
@@ -169,6 +180,19 @@ class DummyPictures(BaseDummyInputsBuilder[PictureInfo]):
 
 class PictureProcessor(BaseMultiModalProcessor[PictureInfo]):
     """Pictures -> pixels and prompt ids."""
+
+    def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
+        # Chat templates of the transformers layout leave begin-of-sentence to transformers' own processor.
+        bos = token_id(self.info.get_tokenizer(), BOS)
+        return prompt if bos is None or prompt[:1] == [bos] else [bos, *prompt]
+
+    def _maybe_apply_prompt_updates(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._maybe_apply_prompt_updates(*args, **kwargs)
+        except AssertionError:  # vLLM has found no place for a picture
+            raise VLLMValidationError(
+                f"there must be one {IMAGE} in the prompt for every picture", parameter="prompt"
+            ) from None
 
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]

@@ -73,8 +73,10 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
                 # Piecewise CUDA graphs must not swallow the cache's bookkeeping. vLLM's own operations stay
                 # in the list: by them it knows that attention is split off, and piecewise graphs will do.
                 compilation.splitting_ops = [*compilation._attention_ops, ATTENTION_OP]
-        if vllm_config.cache_config.enable_prefix_caching:
-            # The unconditional branch of a cached block depends on the request's negative prompt.
+        # Drawing never reads a prefix cache: the unconditional branch of a block depends on the negative
+        # prompt. Chats with pictures are long, repeat themselves, and have no use for that branch.
+        caches = vision and not is_compressed(vllm_config)
+        if vllm_config.cache_config.enable_prefix_caching and not caches:
             vllm_config.cache_config.enable_prefix_caching = False
             logger.info("Prefix caching is off: guidance branches of equal prompts may differ.")
         processors = list(model_config.logits_processors or ())
