@@ -99,7 +99,7 @@ def transformers_logits(
             seen = model.model.get_image_features(pixels, return_dict=True).pooler_output
             places = model.model.get_placeholder_mask(asked, embeds, seen)
             embeds = embeds.masked_scatter(places, seen)
-        embeds = torch.cat([embeds, embed(torch.tensor([list(answer)]))], 1)
+        embeds = torch.cat([embeds, embed(torch.tensor([list(answer)], dtype=torch.int64))], 1)
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
         return model(inputs_embeds=embeds, attention_mask=mask).logits[0]
 

@@ -15,6 +15,7 @@ from vllm_kvcompress.models.checkpoint import check_files, check_sizes
 from vllm_kvcompress.models.config import raster_of, text_vocab_size
 from vllm_kvcompress.models.pictures import check_pictures, looks
 from vllm_kvcompress.models.registry import family_of, image_model, store_defaults
+from vllm_kvcompress.patches import media
 from vllm_kvcompress.policy import AUTO
 from vllm_kvcompress.windows.settings import reserve_places
 
@@ -54,6 +55,7 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
         resolve_tokens(model_config)
         if vision:
             check_pictures(model_config)
+        media.apply()
         if vllm_config.speculative_config is not None:
             raise ValueError(
                 "speculative decoding does not work with image models: drop --speculative-config"
