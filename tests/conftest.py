@@ -49,8 +49,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """vLLM's cache directory (head profiles included) of this session alone."""
     root = tmp_path_factory.mktemp("vllm-cache")
+    share_model_infos(root, tmp_path_factory)
     os.environ["VLLM_CACHE_ROOT"] = str(root)
     return root
+
+
+def share_model_infos(root: Path, factory: pytest.TempPathFactory) -> None:
+    """Let a cache directory have what vLLM found out of the model classes, for which it starts a process.
+
+    Its key is the class's source; all workers of a run share it.
+    """
+    known = factory.getbasetemp()
+    known = (known.parent if "PYTEST_XDIST_WORKER" in os.environ else known) / "modelinfos"
+    known.mkdir(exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "modelinfos").symlink_to(known, target_is_directory=True)
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """vLLM's cache directory of a module: no heads were measured yet."""
+    root = tmp_path_factory.mktemp("own-cache")
+    share_model_infos(root, tmp_path_factory)
+    return str(root)
 
 
 @pytest.fixture(scope="session")

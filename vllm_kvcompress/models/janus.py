@@ -49,9 +49,9 @@ from vllm_kvcompress.models.vision import JanusVision, pixels_of
 from vllm_kvcompress.models.vision_sizes import vision_sizes
 from vllm_kvcompress.models.vq import VQDecoder
 from vllm_kvcompress.models.weights import load_weights
-from vllm_kvcompress.plugin import prepare_cpu
 from vllm_kvcompress.requests_v1 import hear_token_rows
 from vllm_kvcompress.sampling import mark
+from vllm_kvcompress.served import prepare_cpu
 from vllm_kvcompress.windows.settings import describe
 
 logger = logger_for(__name__)

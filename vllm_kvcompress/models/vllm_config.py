@@ -8,7 +8,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from vllm_kvcompress import last_word, patches, plugin
+from vllm_kvcompress import last_word, patches, served
 from vllm_kvcompress.config import FP8, KEY, is_compressed, parse_config
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.checkpoint import check_files, check_sizes
@@ -93,7 +93,7 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
             "Image model: %d x %d tokens a picture, %d x %d pixels, image ids from %d.",
             image.raster.lines, image.raster.width, width, height, image.text_vocab,
         )  # fmt: skip
-        plugin.prepare(vllm_config)
+        served.prepare(vllm_config)
         patches.serve_images_route()
 
 
