@@ -138,6 +138,36 @@ def test_a_picture_changes_the_answer(layouts: dict[str, Path]) -> None:
     assert not shared or max(abs(ours[t].logprob - theirs[t].logprob) for t in shared) > 1e-2
 
 
+def test_a_picture_that_comes_embedded_is_the_picture(layouts: dict[str, Path]) -> None:
+    """``--enable-mm-embeds``, as vLLM's own multimodal models take them; without a tower too."""
+    engine = full(layouts)
+    pixels = image_processor(str(layouts["hf"]), None, engine.model.vision.sizes)(
+        images=[PHOTOS[0]], return_tensors="pt"
+    )["pixel_values"]
+    with torch.no_grad():
+        [embedded] = engine.model.vision(pixels)
+    [wanted] = engine.llm.generate([QUESTIONS[0]], greedy(6), use_tqdm=False)
+    blind = full(layouts, limit_mm_per_prompt={"image": 0}, enable_mm_embeds=True)
+    assert blind.model.vision is None
+    asked = QUESTIONS[0] | {"multi_modal_data": {"image": embedded[None]}}
+    [out] = blind.llm.generate([asked], greedy(6), use_tqdm=False)
+    assert out.prompt_token_ids == wanted.prompt_token_ids
+    assert out.outputs[0].token_ids == wanted.outputs[0].token_ids
+
+
+def test_memory_is_profiled_with_the_largest_picture(layouts: dict[str, Path]) -> None:
+    """vLLM does so on GPUs, before the cache is made."""
+    engine = full(layouts)
+    calls: list[torch.Size] = []
+    vision = engine.model.vision
+    hook = vision.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].shape))
+    engine.core.model_executor.driver_worker.worker.model_runner.profile_run()
+    hook.remove()
+    engine.core.reset_encoder_cache()  # the runner has emptied its own
+    assert calls
+    assert all(shape[1:] == (3, SEEING.image_size, SEEING.image_size) for shape in calls)
+
+
 @pytest.mark.parametrize("layout", ["hf", "deepseek"])
 def test_chat_places_pictures(layouts: dict[str, Path], processor: Any, layout: str) -> None:
     """The published prompt: begin-of-sentence once, the role, every picture where its part stands."""
@@ -375,6 +405,9 @@ def test_constants_are_the_files(layouts: dict[str, Path], tmp_path: Path) -> No
     middle = slice(40, 88)
     assert torch.allclose(darker[..., middle, :], usual[..., middle, :] + 0.5, atol=1e-5)
     assert float(darker[0, 0, 0, 0]) == pytest.approx((int(0.25 * 255) / 255 - 0.25) / 0.5, abs=1e-5)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ValueError, match="can't be read"):
+        image_processor(str(tmp_path), None, sizes)
     (tmp_path / "preprocessor_config.json").unlink()
     assert torch.equal(
         usual, image_processor(str(tmp_path), None, sizes)(images=[picture], return_tensors="pt")[

@@ -73,8 +73,12 @@ def image_processor(model: str, revision: str | None, sizes: VisionSizes) -> Jan
     """
     try:
         stored, _ = JanusImageProcessorPil.get_image_processor_dict(model, revision=revision)
-    except OSError:  # neither preprocessor_config.json nor processor_config.json
-        stored = {}
+    except OSError:
+        if (Path(model) / "preprocessor_config.json").is_file():
+            raise ValueError("preprocessor_config.json can't be read: download it again") from None
+        stored = {}  # neither it nor processor_config.json is there
+    if not isinstance(stored, dict):
+        raise ValueError("preprocessor_config.json must hold an object")
     constants = {name: stored.get(name, value) for name, value in _DEFAULTS.items()}
     size = stored.get("size", stored.get("image_size", sizes.image_size))
     for side in size.values() if isinstance(size, dict) else (size,):
