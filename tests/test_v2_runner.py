@@ -44,10 +44,12 @@ class Prompts:
         """Begin-of-sentence and ``tokens - 1`` others."""
         return [self._bos, *(self._random.randrange(20, 250) for _ in range(tokens - 1))]
 
-    def looking(self, tokens: int) -> list[int]:
-        """A text of so many tokens around two pictures."""
+    def looking(self, tokens: int, pictures: int = 1) -> list[int]:
+        """A text of so many tokens around pictures, each after two of them."""
         ids = self.text(tokens)
-        return [*ids[:3], self._image, *ids[3:], self._image]
+        for at in range(pictures):
+            ids.insert(3 * at + 2, self._image)
+        return ids
 
     def picture(self, tokens: int) -> list[int]:
         """``tokens`` ids, begin-of-image last."""
@@ -101,7 +103,7 @@ def jobs(model: Path) -> list[dict[str, Any]]:
     crowd = seeded_requests(prompts, mixed[4])
     alone = [{**crowd[-1], "at": 0}]
     text = {"ids": prompts.text(7), "params": {**GREEDY, "max_tokens": TEXT, "ignore_eos": True}, "at": 2}
-    chat = {**text, "ids": prompts.looking(7), "at": 4, "photos": [(40, 20), (9, 70)]}
+    chat = {**text, "ids": prompts.looking(7, 2), "at": 4, "photos": [(40, 20), (9, 70)]}
     texts = [text, chat]
     # Room for the prompts and a little, not for four pictures.
     tight = {"block_size": 32, "kv_cache_memory_bytes": 5 * 32 * TOKEN_BYTES}
