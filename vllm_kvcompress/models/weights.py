@@ -43,6 +43,7 @@ _FUSED = {
     "mlp.gate_up_proj": ("gate_proj", "up_proj"),
     "mlp.down_proj": ("down_proj",),
 }
+_WITHOUT = f"; {NO_PICTURES} serves the model without pictures in chats"
 _SAMPLED = 4096  # numbers of a tensor that its fingerprint looks at
 
 
@@ -174,14 +175,15 @@ class Ledger:
         if name in self._theirs or (self._loose and _LINEAR.match(name)):
             self._seen.add(name)
             return name
+        mend = _WITHOUT if name.startswith("vision.") else ""
         if name not in self._shapes:
             quantised = ", as config.json says it is quantised" if self._theirs else ""
             raise CheckpointError(
-                f"unknown tensor {original}: not part of a {self._family.name} checkpoint{quantised}"
+                f"unknown tensor {original}: not part of a {self._family.name} checkpoint{quantised}{mend}"
             )
         if shape != self._shapes[name]:
             raise CheckpointError(
-                f"tensor {original} has shape {shape}, but config.json asks for {self._shapes[name]}"
+                f"tensor {original} has shape {shape}, but config.json asks for {self._shapes[name]}{mend}"
             )
         self._seen.add(name)
         return name
@@ -198,7 +200,7 @@ class Ledger:
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             alone = all(name.startswith("vision.") for name in missing)
-            mend = f" {NO_PICTURES} serves the model without pictures in chats" if alone else ""
+            mend = _WITHOUT if alone else ""
             raise CheckpointError(
                 f"the checkpoint lacks tensor {missing[0]}{more}: is a shard missing?{mend}"
             )
