@@ -43,7 +43,7 @@ class EngineProcess:
         ``look``, steps before which is asked what is kept; ``as_ranks``, the number of ranks that one
         process plans its heads for. A request: ``ids`` (prompt), ``params`` (of ``SamplingParams``), ``at``
         (step of the wave at which it enters, default 0), ``abort`` (step at which it is given up, default
-        never).
+        never), ``photos`` (width and height of pictures of noise in the prompt).
     script : str
         What the process runs, beside this file.
     start : callable
@@ -128,7 +128,10 @@ def draw(
             if name not in entered and request.get("at", 0) <= step:
                 entered.add(name)
                 params = SamplingParams(detokenize=False, **request["params"])
-                engine.add_request(name, {"prompt_token_ids": request["ids"]}, params)
+                prompt: dict[str, Any] = {"prompt_token_ids": request["ids"]}
+                if "photos" in request:
+                    prompt["multi_modal_data"] = {"image": [_photo(*size) for size in request["photos"]]}
+                engine.add_request(name, prompt, params)
             if request.get("abort") == step:
                 engine.abort_request([name])
         for output in engine.step():
@@ -140,6 +143,14 @@ def draw(
     if held is not None:
         held.append([reports.get(name) for name in names])
     return [drawn.get(name) for name in names]
+
+
+def _photo(width: int, height: int) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
 
 
 def run(engines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -83,6 +83,27 @@ def two_branches_greedy(
     return codes
 
 
+def transformers_logits(
+    path: str | Path, prompt: Sequence[int], answer: Sequence[int], pixels: Tensor | None
+) -> Tensor:
+    """Text logits ``[tokens, vocabulary]`` of a prompt with pictures, and an answer to it, in float32.
+
+    ``pixels`` go to the prompt's placeholders; random weights also answer with such ids.
+    """
+    model = load_reference(path)
+    embed = model.get_input_embeddings()
+    with torch.no_grad():
+        asked = torch.tensor([list(prompt)])
+        embeds = embed(asked)
+        if pixels is not None:
+            seen = model.model.get_image_features(pixels, return_dict=True).pooler_output
+            places = model.model.get_placeholder_mask(asked, embeds, seen)
+            embeds = embeds.masked_scatter(places, seen)
+        embeds = torch.cat([embeds, embed(torch.tensor([list(answer)], dtype=torch.int64))], 1)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
+        return model(inputs_embeds=embeds, attention_mask=mask).logits[0]
+
+
 def transformers_pixels(path: str | Path, codes: Tensor) -> Tensor:
     """uint8 ``[B, H, W, 3]`` of whole pictures' codes ``[B, tokens]``, decoded in float32."""
     return pixels(load_reference(path), codes)

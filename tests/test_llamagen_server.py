@@ -119,6 +119,11 @@ def test_text_is_refused_in_one_line(http: httpx.Client) -> None:
     chat = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello"}]})
     assert chat.status_code == 400, chat.text
     assert "draws pictures of classes and does not chat: ask /v1/images/generations" in chat.text
+    url = "data:image/png;base64,iVBORw0KGgo="
+    asked = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    shown = http.post("/v1/chat/completions", json={"messages": asked})
+    assert (shown.status_code, shown.json()["error"]["param"]) == (400, "image_url")
+    assert "is not a multimodal model" in shown.text
     words = http.post("/v1/completions", json={"prompt": "Hello"})
     assert words.status_code == 400, words.text
     assert "the prompt must be one class" in words.text

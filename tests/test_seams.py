@@ -68,6 +68,18 @@ HOOKS = {
     "vllm_kvcompress.requests_v1:RequestTracker": (
         "__init__ validate_params is_argmax_invariant update_state apply add_request"
     ),
+    "vllm_kvcompress.models.pictures:PictureInfo": (
+        "get_supported_mm_limits validate_num_items get_mm_max_tokens_per_item get_hf_processor "
+        "get_supported_mm_processor_kwargs"
+    ),
+    "vllm_kvcompress.models.pictures:DummyPictures": "get_dummy_text get_dummy_mm_data",
+    "vllm_kvcompress.models.pictures:PictureProcessor": (
+        "_postprocess_prompt _maybe_apply_prompt_updates _call_hf_processor _get_mm_fields_config "
+        "_get_prompt_updates"
+    ),
+    "vllm_kvcompress.models.janus:JanusForImageGeneration": (
+        "requires_raw_input_tokens get_placeholder_str embed_multimodal"
+    ),
     "vllm_kvcompress.models.vllm_config:JanusArchConvertor": "get_vocab_size",
     "vllm_kvcompress.models.vllm_config:JanusConfigCheck": (
         "verify_and_update_config verify_and_update_model_config"
@@ -142,7 +154,7 @@ def test_every_override_is_listed(owner: str) -> None:
     inherited = {
         name for base in ours.__mro__[1:] if base.__module__.startswith("vllm.") for name in vars(base)
     }
-    machinery = {name for name in vars(ours) if name.startswith("__")} | {"_abc_impl"}
+    machinery = {name for name in vars(ours) if name.startswith("__")} | {"_abc_impl", "_is_protocol"}
     assert set(vars(ours)) & inherited - machinery <= set(HOOKS[owner].split())
 
 
@@ -179,7 +191,7 @@ FIELDS = {
         "extra_args max_tokens min_tokens ignore_eos stop stop_token_ids detokenize structured_outputs "
         "prompt_logprobs _eos_token_id _all_stop_token_ids logit_bias allowed_token_ids bad_words "
         "frequency_penalty presence_penalty repetition_penalty logprobs logprob_token_ids "
-        "repetition_detection thinking_token_budget trace_decode_token_ids"
+        "repetition_detection thinking_token_budget trace_decode_token_ids skip_reading_prefix_cache"
     ),
     "vllm.v1.engine.core_client:BackgroundResources": "engine_manager output_queue_task engine_dead",
     "vllm.v1.engine.core_client:DPLBAsyncMPClient": "_call_utility_async core_engines",
@@ -189,7 +201,13 @@ FIELDS = {
     "vllm.v1.worker.gpu.states:RequestState": "req_id_to_index num_computed_tokens",
     "vllm.v1.worker.gpu.block_table:BlockTables": "block_tables",
     "vllm.v1.worker.block_table:BlockTable": "get_numpy_array",
-    "vllm.v1.engine:EngineCoreRequest": "prompt_embeds resumable prompt_token_ids sampling_params",
+    "vllm.v1.engine:EngineCoreRequest": (
+        "prompt_embeds resumable prompt_token_ids sampling_params mm_features"
+    ),
+    "vllm.v1.request:Request": "get_skip_reading_prefix_cache",
+    "vllm.multimodal.media.connector:MediaConnector": "fetch_image fetch_image_async",
+    "vllm.renderers.chat_utils:BaseMultiModalItemTracker": "add",
+    "vllm.config.multimodal:MultiModalConfig": "get_limit_per_prompt",
 }
 
 

@@ -7,16 +7,19 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import numpy as np
 import openai
 import pytest
 import torch
-from parity import transformers_greedy, transformers_pixels, two_branches_greedy
+from parity import transformers_greedy, transformers_logits, transformers_pixels, two_branches_greedy
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from vllm_kvcompress.models.tokenizer import PAD
 from vllm_kvcompress.testing.checkpoints import TINY
@@ -315,15 +318,93 @@ def test_text_from_the_same_server(client, http):
     assert "<begin_of_image>" not in "".join(step.token for step in choice.logprobs.content)
 
 
-def test_an_image_in_a_chat_message_is_a_clear_400(client, cat):
+def look(client, *parts, count=12, **fields):
+    """A greedy answer to texts and base64 pictures, with the ids of prompt and answer."""
     content = [
-        {"type": "text", "text": "What is this?"},
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{cat}"}},
+        {"type": "text", "text": part}
+        if not part.startswith(("data:", "http", "file:"))
+        else {"type": "image_url", "image_url": {"url": part}}
+        for part in parts
     ]
+    return client.chat.completions.create(
+        model="janus", messages=[{"role": "user", "content": content}], temperature=0, max_tokens=count,
+        extra_body={"ignore_eos": True, "return_token_ids": True, **fields},
+    )  # fmt: skip
+
+
+def next_by_transformers(path, prompt, picture, answer):
+    """What transformers would say after the prompt and after each token of the answer but the last."""
+    processor = AutoProcessor.from_pretrained(path)
+    pixels = processor.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
+    logits = transformers_logits(path, prompt, answer, pixels)[len(prompt) - 1 : -1]
+    logits[:, processor.tokenizer.convert_tokens_to_ids("<begin_of_image>")] = -torch.inf
+    return logits.argmax(-1).tolist()
+
+
+def test_a_picture_that_was_drawn_is_looked_at_while_another_is_drawn(client, checkpoints, cat):
+    """Through the openai client, as users send it; both are what they are alone."""
+    url = f"data:image/png;base64,{cat}"
+    with ThreadPoolExecutor(4) as pool:
+        pictures = [pool.submit(png, client, seed=seed) for seed in (1, 2)]
+        asked = [pool.submit(look, client, "What is this?", url), pool.submit(look, client, url, "And now?")]
+        answers = [one.result() for one in asked]
+        assert pictures[0].result() == cat
+    for answer, text in zip(answers, ("What is this?\n{}", "{}\nAnd now?"), strict=True):
+        placed = f"<begin_of_image>{'<image_placeholder>' * TOKENS}<end_of_image>"
+        prompt = AutoTokenizer.from_pretrained(checkpoints["tiny-hf"]).encode(
+            f"<|User|>: {text.format(placed)}\n\n<|Assistant|>:"
+        )
+        assert answer.prompt_token_ids == prompt
+        assert answer.usage.prompt_tokens == len(prompt)
+        ids = answer.choices[0].token_ids
+        assert next_by_transformers(checkpoints["tiny-hf"], prompt, opened(cat), ids) == ids
+
+
+class Gallery(BaseHTTPRequestHandler):
+    """A host with one picture."""
+
+    picture = b""
+
+    def do_GET(self):
+        found = self.path == "/cat.png"
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write(self.picture if found else b"")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_picture_from_another_host(client, cat):
+    """By vLLM's own loader."""
+    Gallery.picture = base64.b64decode(cat)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gallery) as host:
+        threading.Thread(target=host.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{host.server_port}"
+        sent = look(client, f"data:image/png;base64,{cat}", "What is this?")
+        fetched = look(client, f"{url}/cat.png", "What is this?")
+        assert fetched.choices[0].token_ids == sent.choices[0].token_ids
+        with pytest.raises(openai.UnprocessableEntityError, match="404") as raised:  # vLLM's own answer
+            look(client, f"{url}/dog.png")
+        assert raised.value.body["param"] == "image_url"
+        host.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("parts", "parameter", "said"),
+    [
+        (["data:image/png;base64,AAAA"], "image_url", "cannot identify image file"),
+        (["data:image/png;base64,!"], "image_url", "no picture to be had"),
+        (["file:///etc/passwd"], "image_url", "--allowed-local-media-path"),
+        (["cat " * 2000], "input_tokens", "maximum context length"),
+    ],
+)
+def test_pictures_of_no_use_are_one_clear_400(client, cat, parts, parameter, said):
     with pytest.raises(openai.BadRequestError) as raised:
-        client.chat.completions.create(model="janus", messages=[{"role": "user", "content": content}])
-    checked(raised.value.body, "BadRequestError", 400, None)
-    assert raised.value.body["message"] == "janus is not a multimodal model"
+        look(client, f"data:image/png;base64,{cat}", *parts)
+    assert raised.value.body["param"] == parameter
+    assert said in raised.value.body["message"]
+    assert "\n" not in raised.value.body["message"]
     assert png(client, seed=1) == cat
 
 

@@ -1,4 +1,4 @@
-"""Two ranks draw what one process draws, token for token: full and compressed cache, both layouts, GQA.
+"""Two ranks draw, and say of a picture, what one process does: full and compressed cache, both layouts, GQA.
 
 Two processes on the CPU, float32. One process can plan its heads as two ranks have to, with as many of every
 type among each rank's: then both hold the same tokens in every head.
@@ -15,7 +15,7 @@ from test_v2_runner import Prompts, mixed_requests
 
 from vllm_kvcompress.testing.checkpoints import GQA, SMALL_24
 
-RANKS = 2
+RANKS, WORDS = 2, 8
 DECOUPLED = {"preset": "decoupled", "budget": 0.2}
 # name -> checkpoint, kvcompress section (None: vLLM's own attention), pictures
 CASES: dict[str, tuple[str, dict[str, Any] | None, int]] = {
@@ -40,8 +40,11 @@ def jobs(checkpoints: dict[str, Path], profile: Path, ranks: int) -> list[dict[s
             if section is DECOUPLED:
                 section = {**section, "head_profile": str(profile)}
             args |= {"attention_backend": "kvcompress", "additional_config": {"kvcompress": section}}
-        requests = mixed_requests(Prompts(model))[:pictures]
-        found.append({"name": name, "args": args, "waves": [requests], "as_ranks": RANKS})
+        prompts = Prompts(model)
+        asked = {"temperature": 0.0, "max_tokens": WORDS, "ignore_eos": True}
+        chat = {"ids": prompts.looking(7), "photos": [(90, 40)], "params": asked}
+        waves = [mixed_requests(prompts)[:pictures], [chat]]
+        found.append({"name": name, "args": args, "waves": waves, "as_ranks": RANKS})
     return found
 
 
@@ -79,12 +82,13 @@ def test_tokens_equal_one_process(drawn: dict[int, Drawn], case: str) -> None:
     two, one = (drawn[ranks][case]["waves"] for ranks in (RANKS, 1))
     assert [len(tokens) for tokens in two[0]] == [SIZE[checkpoint].image_tokens] * pictures
     assert two == one
+    assert [len(words) for words in two[1]] == [WORDS], "of a chat with a picture"
     assert len({tuple(tokens) for tokens in two[0]}) == pictures
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_reports_count_all_ranks(drawn: dict[int, Drawn], case: str) -> None:
-    (two,), (one,) = (drawn[ranks][case]["held"] for ranks in (RANKS, 1))
+    (two, _), (one, _) = (drawn[ranks][case]["held"] for ranks in (RANKS, 1))
     for mine, alone in zip(two, one, strict=True):
         mine, alone = mine["kv_cache"], alone["kv_cache"]
         assert mine["full_bytes"] == alone["full_bytes"]
@@ -98,7 +102,7 @@ def test_eviction_had_a_say(drawn: dict[int, Drawn]) -> None:
     """Or equality would prove nothing for the compressed cache."""
     full, fitted, decoupled = (drawn[RANKS][case] for case in CASES)
     assert full["waves"] != fitted["waves"]
-    [[report]] = decoupled["held"]
+    [[report], _] = decoupled["held"]
     assert report["kv_cache"]["evicted_spatial"] > 400
     assert report["kv_cache"]["evicted_semantic"] > 400
 

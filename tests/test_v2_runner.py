@@ -15,7 +15,7 @@ from inprocess import in_process  # noqa: F401
 from tokenizers import Tokenizer
 
 from vllm_kvcompress.testing.checkpoints import TINY
-from vllm_kvcompress.testing.tokenizer import BOI, BOS
+from vllm_kvcompress.testing.tokenizer import BOI, BOS, IMAGE
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 ENGINES = (
@@ -37,12 +37,19 @@ class Prompts:
 
     def __init__(self, model: Path) -> None:
         vocab = Tokenizer.from_file(str(model / "tokenizer.json")).get_vocab()
-        self._bos, self._boi = vocab[BOS], vocab[BOI]
+        self._bos, self._boi, self._image = vocab[BOS], vocab[BOI], vocab[IMAGE]
         self._random = random.Random(0)
 
     def text(self, tokens: int) -> list[int]:
         """Begin-of-sentence and ``tokens - 1`` others."""
         return [self._bos, *(self._random.randrange(20, 250) for _ in range(tokens - 1))]
+
+    def looking(self, tokens: int, pictures: int = 1) -> list[int]:
+        """A text of so many tokens around pictures, each after two of them."""
+        ids = self.text(tokens)
+        for at in range(pictures):
+            ids.insert(3 * at + 2, self._image)
+        return ids
 
     def picture(self, tokens: int) -> list[int]:
         """``tokens`` ids, begin-of-image last."""
@@ -96,6 +103,8 @@ def jobs(model: Path) -> list[dict[str, Any]]:
     crowd = seeded_requests(prompts, mixed[4])
     alone = [{**crowd[-1], "at": 0}]
     text = {"ids": prompts.text(7), "params": {**GREEDY, "max_tokens": TEXT, "ignore_eos": True}, "at": 2}
+    chat = {**text, "ids": prompts.looking(7, 2), "at": 4, "photos": [(40, 20), (9, 70)]}
+    texts = [text, chat]
     # Room for the prompts and a little, not for four pictures.
     tight = {"block_size": 32, "kv_cache_memory_bytes": 5 * 32 * TOKEN_BYTES}
 
@@ -109,14 +118,14 @@ def jobs(model: Path) -> list[dict[str, Any]]:
         return {**made, "look": LOOK}
 
     return [
-        engine("stock", [[*mixed, text], crowd, alone]),
+        engine("stock", [[*mixed, *texts], crowd, alone]),
         engine("tight", [mixed], **tight),
-        compressed("full", [[*mixed, text]], preset="full"),
-        compressed("decoupled", [[*mixed, text], crowd, alone], preset="decoupled", budget=0.5),
+        compressed("full", [[*mixed, *texts]], preset="full"),
+        compressed("decoupled", [[*mixed, *texts], crowd, alone], preset="decoupled", budget=0.5),
         compressed("torch kernels", [mixed], preset="line_ar", budget=0.5, kernels="torch"),
         engine(
             "windows",
-            [[*mixed, text], crowd, alone],
+            [[*mixed, *texts], crowd, alone],
             additional_config={"kvcompress": {"window": 5}},
             max_num_batched_tokens=48,
         ),

@@ -98,6 +98,7 @@ def admit(
     params._eos_token_id = None
     params._all_stop_token_ids = set()
     params.detokenize = False
+    params.skip_reading_prefix_cache = True
 
 
 def _remaining(length: int, drawn: int, model: ImageModel, max_model_len: int, scoring: bool) -> int:
@@ -211,6 +212,8 @@ def admit_request(
     ids, params = request.prompt_token_ids, request.sampling_params
     if params is None or ids is None or request.prompt_embeds is not None:
         raise _refuse("prompt", "this model takes token prompts and generates only")
+    if getattr(request, "mm_features", None) and model.is_begun(ids, model.prefix_length(ids)):
+        raise _refuse("image_url", "a picture is drawn from text alone: leave out the pictures in the prompt")
     drawn = (ids and model.prefix_length(ids) < len(ids)) or model.boi in ids or model.classes
     if request.resumable and drawn:
         raise _refuse("prompt", "a picture's prompt must come whole, not in parts")

@@ -104,6 +104,7 @@ def _measure(
         enforce_eager=True,
         attention_backend=BACKEND,
         additional_config={KEY: section},
+        limit_mm_per_prompt={"image": 0},  # no chats here: the vision tower is not needed
         **room,
     )
     try:

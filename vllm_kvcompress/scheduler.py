@@ -118,6 +118,7 @@ class ImageScheduler(AsyncScheduler):
             return False
         assert request.sampling_params is not None
         request.max_tokens = request.sampling_params.max_tokens or 1
+        request.skip_reading_prefix_cache = request.get_skip_reading_prefix_cache()
         if self._is_text(request):
             self._texts[request.request_id] = request.num_prompt_tokens + request.max_tokens
         return True

@@ -48,6 +48,7 @@ class Engine:
             max_num_seqs=batch,
             max_model_len=length,
             max_num_batched_tokens=max(2048, length),
+            limit_mm_per_prompt={"image": 0},
             kv_cache_memory_bytes=workload.fixed_memory(_prompt_tokens(workload))
             or workload.kv_memory(batch, contender.budget),
             **extra,

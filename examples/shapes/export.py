@@ -22,6 +22,7 @@ from vllm_kvcompress.testing import tokenizer as janus
 from vllm_kvcompress.testing.configs import transformers_config, transformers_files
 
 DTYPE = "bfloat16"
+UNTRAINED = ("model.vision_model.", "model.aligner.")
 HELD_OUT_FIRST, HELD_OUT_SCENES = 1000, 256
 """Of the validation stream; training looks at its first scenes only."""
 
@@ -29,7 +30,7 @@ HELD_OUT_FIRST, HELD_OUT_SCENES = 1000, 256
 def export(vq: dict[str, torch.Tensor], lm: dict[str, torch.Tensor], tokenizer_file: Path, out: Path) -> None:
     """Write config, weights (bfloat16), tokenizer and processor files into the folder `out`.
 
-    The understanding tower, which drawing never uses, is there with random weights: the layout asks for it.
+    The understanding tower, which drawing never uses and nothing has trained, is left out.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(tokenizer_file)
@@ -44,7 +45,11 @@ def export(vq: dict[str, torch.Tensor], lm: dict[str, torch.Tensor], tokenizer_f
     if unexpected:
         raise ValueError(f"tensors that the model lacks: {', '.join(unexpected)}")
     config.save_pretrained(out)
-    state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.to(torch.bfloat16).contiguous()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(UNTRAINED)
+    }
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     files = transformers_files(GEOMETRY, ids)
     files["generation_config.json"]["guidance_scale"] = GUIDANCE

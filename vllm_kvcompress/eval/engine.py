@@ -54,7 +54,7 @@ def start(
 
     length, token = _sizes(model)
     settings: dict[str, Any] = {"model": model, "dtype": dtype, "max_num_seqs": pictures}
-    settings["max_model_len"] = length
+    settings |= {"max_model_len": length, "limit_mm_per_prompt": {"image": 0}}
     if not torch.cuda.is_available():
         settings["enforce_eager"] = True
         if not (room or Room()).settings():

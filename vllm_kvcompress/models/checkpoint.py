@@ -14,6 +14,7 @@ import torch
 
 from vllm_kvcompress.models.config import raster_of
 from vllm_kvcompress.models.registry import family_of
+from vllm_kvcompress.models.vision_sizes import described, is_vision
 from vllm_kvcompress.models.vq import VQDecoder
 from vllm_kvcompress.models.weights import CheckpointError, Ledger
 
@@ -67,9 +68,24 @@ def _check(name: str, value: Any, least: int, most: int) -> None:
         raise ValueError(f"config.json: {name} must be a number from {least} to {most}, got {value!r:.60}")
 
 
-def check_files(folder: Path, hf_config: Any, load_format: str) -> None:
+def has_vision(folder: Path, hf_config: Any) -> bool:
+    """Whether a checkpoint can look at pictures; where its files can't tell, as config.json says.
+
+    Raises nothing: files that can't be read are `check_files`' matter.
+    """
+    if not described(hf_config):
+        return False
+    try:
+        names = [name for file in _files(folder) for name, _ in _header(file)]
+    except CheckpointError:
+        return False
+    return not names or any(map(is_vision, names))
+
+
+def check_files(folder: Path, hf_config: Any, load_format: str, vision: bool = False) -> None:
     """Compare the headers of a folder's safetensors files with config.json; no tensor is read.
 
+    ``vision`` says whether the understanding half's tensors will be loaded: else they may be anything.
     Folders without such files, and models that are yet to be downloaded, are checked as they are loaded.
 
     Raises
@@ -84,7 +100,7 @@ def check_files(folder: Path, hf_config: Any, load_format: str) -> None:
         return
     with torch.device("meta"):
         vq = VQDecoder(hf_config.vq_config, raster_of(hf_config), torch.float32)
-    ledger = Ledger(hf_config, vq)
+    ledger = Ledger(hf_config, vq, vision=vision)
     for file in files:
         for name, shape in _header(file):
             ledger.take(name, shape)

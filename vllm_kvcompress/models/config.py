@@ -30,7 +30,8 @@ _VQ_16: dict[str, Any] = {
 }
 
 
-def _params(section: dict[str, Any] | None) -> dict[str, Any]:
+def section_params(section: dict[str, Any] | None) -> dict[str, Any]:
+    """What a section of the original config.json says; empty where there is none."""
     return dict((section or {}).get("params") or {})
 
 
@@ -69,13 +70,13 @@ class MultiModalityConfig(PreTrainedConfig):
         # Stored tensors are always both there, and different.
         kwargs["tie_word_embeddings"] = False
 
-        vq = {**_VQ_16, **_params(sections["gen_vision_config"])}
+        vq = {**_VQ_16, **section_params(sections["gen_vision_config"])}
         if not isinstance(vq["ch_mult"], list) or not 1 <= len(vq["ch_mult"]) <= 8:
             raise ValueError(
                 "config.json: gen_vision_config.params.ch_mult must be a list of 1 to 8 numbers, got "
                 f"{vq['ch_mult']!s:.60}"
             )
-        image_size = _params(sections["vision_config"]).get("image_size", 384)
+        image_size = section_params(sections["vision_config"]).get("image_size", 384)
         if type(image_size) is not int:
             raise ValueError(
                 f"config.json: vision_config.params.image_size must be a number, got {image_size!r:.60}"

@@ -21,8 +21,10 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinea
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMultiModal
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.models.utils import _merge_multimodal_embeddings, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_kvcompress import last_word
 from vllm_kvcompress.attention.layer import attention_layer
@@ -40,7 +42,11 @@ from vllm_kvcompress.guidance import (
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.compression import plan_cache
 from vllm_kvcompress.models.config import cached_head_size
+from vllm_kvcompress.models.pictures import PIXELS, DummyPictures, PictureInfo, PictureProcessor, looks
 from vllm_kvcompress.models.registry import image_model_of
+from vllm_kvcompress.models.tokenizer import IMAGE
+from vllm_kvcompress.models.vision import JanusVision, pixels_of
+from vllm_kvcompress.models.vision_sizes import vision_sizes
 from vllm_kvcompress.models.vq import VQDecoder
 from vllm_kvcompress.models.weights import load_weights
 from vllm_kvcompress.requests_v1 import hear_token_rows
@@ -213,6 +219,7 @@ class BranchedImageModel(nn.Module):
         if self.compressed is None:
             logger.info("%s", describe(vllm_config))
         self.vq = VQDecoder(config.vq_config, self.image.raster)
+        self.vision: JanusVision | None = None  # of a model that takes pictures, where they are allowed
         self._v2 = vllm_config.use_v2_model_runner
         if not self._v2:
             for layer in self.modules():
@@ -238,35 +245,53 @@ class BranchedImageModel(nn.Module):
 
         return JanusModelState
 
-    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """``[tokens]`` ids of the one id space -> ``[tokens, hidden]``."""
+    def embed_input_ids(
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: MultiModalEmbeddings | None = None,
+        *,
+        is_multimodal: Tensor | None = None,
+    ) -> Tensor:
+        """``[tokens]`` ids of the one id space -> ``[tokens, hidden]``.
+
+        ``multimodal_embeddings`` take the places that ``is_multimodal`` (bool ``[tokens]``) marks, in order.
+        """
         is_image = input_ids >= self.image.text_vocab
         # A place without a draft holds -1: any id will do there, since no sample is ever -1.
         text = torch.where(is_image, self.image.pad, input_ids.clamp(min=0))
         text = self.language_model.embed_tokens(text)
         codes = (input_ids - self.image.text_vocab).clamp_(0, self.image.codes - 1)
-        return torch.where(is_image[:, None], self.image_embedding(codes), text)
+        embeds = torch.where(is_image[:, None], self.image_embedding(codes), text)
+        if multimodal_embeddings is None or not len(multimodal_embeddings):
+            return embeds
+        assert is_multimodal is not None
+        return _merge_multimodal_embeddings(embeds, multimodal_embeddings, is_multimodal)
 
     def forward(
         self,
         input_ids: Tensor,
         positions: Tensor,
         intermediate_tensors: None = None,
-        inputs_embeds: None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Both branches of every token. ``input_ids``, ``positions``: ``[tokens]``.
 
-        The other arguments are vLLM's; nothing comes in them, as the model has no pipeline stages and takes
-        no embeddings.
+        ``inputs_embeds`` ``[tokens, hidden]``, where pictures are taken in, is the conditional branch,
+        embedded already; no picture is in the unconditional one, which only rows that draw look at. Nothing
+        comes in ``intermediate_tensors``: the model has no pipeline stages.
         """
         token_rows = self._token_rows(input_ids)
         uncond = unconditional_ids(input_ids, positions, self.image)
         if self._full_graphs or self.rows.negatives:  # a graph holds it for the rows to come
             uncond = splice_negatives(uncond, input_ids, positions, token_rows, self.rows)
-        embeds = self.embed_input_ids(torch.stack([input_ids, uncond], 1).flatten())
+        if inputs_embeds is None:
+            embeds = self.embed_input_ids(torch.stack([input_ids, uncond], 1).flatten())
+        else:
+            embeds = torch.stack([inputs_embeds, self.embed_input_ids(uncond)], 1)
         embeds = self._in_place(embeds.view(input_ids.shape[0], -1))
         hidden = self.language_model(None, positions, None, embeds)
-        draws = self.image.draws(input_ids)
+        # Begin-of-image is in texts too, in front of a picture that was sent.
+        draws = self.image.draws(input_ids) & ~self.rows.is_text[token_rows]
         scale = torch.where(draws, self.rows.scale[token_rows], TEXT_ROW)
         return torch.cat([hidden, pack_scale(scale, hidden.dtype)], dim=-1)
 
@@ -326,8 +351,31 @@ class BranchedImageModel(nn.Module):
             return load_weights(self, weights)
 
 
-class JanusForImageGeneration(BranchedImageModel):
-    """Janus and Janus-Pro, both published layouts."""
+@MULTIMODAL_REGISTRY.register_processor(PictureProcessor, info=PictureInfo, dummy_inputs=DummyPictures)
+class JanusForImageGeneration(BranchedImageModel, SupportsMultiModal):
+    """Janus and Janus-Pro, both published layouts; pictures in chats go through ``vision``."""
+
+    # The unconditional branch, and which rows draw, are read off the ids.
+    requires_raw_input_tokens = True
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if looks(vllm_config.model_config):
+            name = maybe_prefix(prefix, "vision")
+            self.vision = JanusVision(vision_sizes(self.config), self.hidden_size, name)
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        if modality == "image":
+            return IMAGE
+        raise ValueError(f"only pictures can be part of a chat, got {modality}")
+
+    def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
+        """``[tokens, hidden]`` of each picture, in order: of its pixels, or as it was sent."""
+        if (pixels := kwargs.get(PIXELS)) is not None:
+            assert self.vision is not None
+            return self.vision(pixels_of(pixels, self.vision.sizes))
+        return kwargs.get("image_embeds", ())
 
     def _make_heads(self, text: Any, prefix: str) -> None:
         self.lm_head = ParallelLMHead(

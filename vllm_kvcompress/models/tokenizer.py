@@ -20,7 +20,8 @@ logger = logger_for(__name__)
 # The same in every family, unlike their ids: 100015 and 100002 are both the pad of some Janus.
 BOS = "<｜begin▁of▁sentence｜>"
 PAD = "<｜▁pad▁｜>"
-BOI = "<begin_of_image>"
+BOI, EOI = "<begin_of_image>", "<end_of_image>"
+IMAGE = "<image_placeholder>"  # in a chat, where a picture goes
 
 _PROBE = "a cat on 2 mats"
 

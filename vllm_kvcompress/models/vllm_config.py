@@ -13,7 +13,9 @@ from vllm_kvcompress.config import FP8, KEY, is_compressed, parse_config
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.checkpoint import check_files, check_sizes
 from vllm_kvcompress.models.config import raster_of, text_vocab_size
+from vllm_kvcompress.models.pictures import check_pictures, looks
 from vllm_kvcompress.models.registry import family_of, image_model, store_defaults
+from vllm_kvcompress.patches import media
 from vllm_kvcompress.policy import AUTO
 from vllm_kvcompress.windows.settings import reserve_places
 
@@ -48,10 +50,12 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
     @last_word.heard()
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         model_config = vllm_config.model_config
-        check_files(
-            Path(model_config.model), model_config.hf_config, str(vllm_config.load_config.load_format)
-        )
+        vision, load_format = looks(model_config), str(vllm_config.load_config.load_format)
+        check_files(Path(model_config.model), model_config.hf_config, load_format, vision)
         resolve_tokens(model_config)
+        if vision:
+            check_pictures(model_config)
+        media.apply()
         if vllm_config.speculative_config is not None:
             raise ValueError(
                 "speculative decoding does not work with image models: drop --speculative-config"
@@ -71,8 +75,10 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
                 # Piecewise CUDA graphs must not swallow the cache's bookkeeping. vLLM's own operations stay
                 # in the list: by them it knows that attention is split off, and piecewise graphs will do.
                 compilation.splitting_ops = [*compilation._attention_ops, ATTENTION_OP]
-        if vllm_config.cache_config.enable_prefix_caching:
-            # The unconditional branch of a cached block depends on the request's negative prompt.
+        # Drawing never reads a prefix cache: the unconditional branch of a block depends on the negative
+        # prompt. Chats with pictures are long, repeat themselves, and have no use for that branch.
+        caches = vision and not is_compressed(vllm_config)
+        if vllm_config.cache_config.enable_prefix_caching and not caches:
             vllm_config.cache_config.enable_prefix_caching = False
             logger.info("Prefix caching is off: guidance branches of equal prompts may differ.")
         processors = list(model_config.logits_processors or ())

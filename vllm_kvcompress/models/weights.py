@@ -15,10 +15,12 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_kvcompress.models.config import head_size
 from vllm_kvcompress.models.registry import family_of
+from vllm_kvcompress.models.vision_sizes import NO_PICTURES, is_vision, vision_name, vision_shapes
 from vllm_kvcompress.models.vq import VQDecoder, vq_name
 
 if TYPE_CHECKING:
     from vllm_kvcompress.models.janus import BranchedImageModel
+    from vllm_kvcompress.models.vision import JanusVision
 
 _RENAME = (
     (r"^(?:model\.language_model|language_model\.model)\.", "language_model."),
@@ -29,7 +31,7 @@ _RENAME = (
     (r"^model\.generation_head\.proj_out\.|^gen_head\.output_mlp_projector\.", "gen_head_proj."),
     (r"^model\.generation_head\.vision_head\.|^gen_head\.vision_head\.", "gen_head."),
 )
-# Image understanding, which drawing does not need, and rope tables that old checkpoints carry.
+# Image understanding, which drawing does not need (`Ledger` looks at it first), and old files' rope tables.
 _SKIP = re.compile(r"^(?:model\.)?(?:vision_model|aligner)\.|rotary_emb\.inv_freq$")
 _VQ = re.compile(r"^(?:model\.vqmodel|gen_vision_model)\.")
 _FLOW = re.compile(r"^vision_gen_(?:enc|dec)_")
@@ -41,6 +43,7 @@ _FUSED = {
     "mlp.gate_up_proj": ("gate_proj", "up_proj"),
     "mlp.down_proj": ("down_proj",),
 }
+_WITHOUT = f"; {NO_PICTURES} serves the model without pictures in chats"
 _SAMPLED = 4096  # numbers of a tensor that its fingerprint looks at
 
 
@@ -124,18 +127,26 @@ class Ledger:
     packed : mapping, optional
         `quantised_tensors` of the served model. Without it, and if config.json says that layers are
         quantised, the tensors of such layers are left to vLLM's loaders.
+    vision : bool
+        Whether the understanding half is to be loaded too; else its tensors are knowingly skipped.
     """
 
     def __init__(
-        self, config: Any, vq: VQDecoder | None = None, packed: Mapping[str, set[str]] | None = None
+        self,
+        config: Any,
+        vq: VQDecoder | None = None,
+        packed: Mapping[str, set[str]] | None = None,
+        vision: bool = False,
     ) -> None:
         self._family = family_of(config)
-        self._shapes, self._vq = self._family.shapes(config), vq
+        self._shapes, self._vq, self._vision = self._family.shapes(config), vq, vision
         self._loose = packed is None and bool(getattr(config, "quantization_config", None))
         self._theirs: set[str] = set().union(*(packed or {}).values())
         linear = packed or ([name for name in self._shapes if _LINEAR.match(name)] if self._loose else ())
         for name in linear:
             self._shapes.pop(name, None)
+        if vision:
+            self._shapes |= {f"vision.{name}": shape for name, shape in vision_shapes(config).items()}
         self._tied = bool(getattr(config, "tie_word_embeddings", False))
         self._seen: set[str] = set()
         self._seen_vq: set[str] = set()
@@ -150,7 +161,11 @@ class Ledger:
                 f"tensor {original} belongs to JanusFlow, which draws by rectified flow: not supported; "
                 "serve a Janus or Janus-Pro checkpoint"
             )
-        name = canonical_name(original)
+        if self._vision and is_vision(original):
+            seen = vision_name(original)
+            name = None if seen is None else f"vision.{seen}"
+        else:
+            name = canonical_name(original)
         if name is None:
             return None
         if _VQ.match(name):
@@ -160,14 +175,15 @@ class Ledger:
         if name in self._theirs or (self._loose and _LINEAR.match(name)):
             self._seen.add(name)
             return name
+        mend = _WITHOUT if name.startswith("vision.") else ""
         if name not in self._shapes:
             quantised = ", as config.json says it is quantised" if self._theirs else ""
             raise CheckpointError(
-                f"unknown tensor {original}: not part of a {self._family.name} checkpoint{quantised}"
+                f"unknown tensor {original}: not part of a {self._family.name} checkpoint{quantised}{mend}"
             )
         if shape != self._shapes[name]:
             raise CheckpointError(
-                f"tensor {original} has shape {shape}, but config.json asks for {self._shapes[name]}"
+                f"tensor {original} has shape {shape}, but config.json asks for {self._shapes[name]}{mend}"
             )
         self._seen.add(name)
         return name
@@ -183,7 +199,11 @@ class Ledger:
         missing = sorted(needed - self._seen - ({"lm_head.weight"} if self.ties else set()))
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise CheckpointError(f"the checkpoint lacks tensor {missing[0]}{more}: is a shard missing?")
+            alone = all(name.startswith("vision.") for name in missing)
+            mend = _WITHOUT if alone else ""
+            raise CheckpointError(
+                f"the checkpoint lacks tensor {missing[0]}{more}: is a shard missing?{mend}"
+            )
         if self._vq is not None:
             self._vq.check_missing(self._seen_vq)
 
@@ -236,9 +256,11 @@ def load_weights(model: "BranchedImageModel", weights: Iterable[tuple[str, Tenso
         One line naming the tensor: unknown, missing, or of a wrong shape.
     """
     packed = quantised_tensors(model)
-    ledger = Ledger(model.config, packed=packed)
+    vision: JanusVision | None = getattr(model, "vision", None)
+    ledger = Ledger(model.config, packed=packed, vision=vision is not None)
     small: dict[str, Tensor] = {}  # what is folded or renamed rather than streamed
     vq: list[tuple[str, Tensor]] = []
+    pictures: list[tuple[str, Tensor]] = []
     digests: dict[str, bytes] = {}
 
     def language() -> Iterator[tuple[str, Tensor]]:
@@ -248,6 +270,8 @@ def load_weights(model: "BranchedImageModel", weights: Iterable[tuple[str, Tenso
                 continue
             if _VQ.match(name):
                 vq.append((name, tensor))
+            elif name.startswith("vision."):
+                pictures.append((name.removeprefix("vision."), tensor))
             elif name.startswith("language_model."):
                 digests[name] = hashlib.sha256(_bytes(_sample(tensor))).digest()
                 yield name.removeprefix("language_model."), tensor
@@ -272,6 +296,8 @@ def load_weights(model: "BranchedImageModel", weights: Iterable[tuple[str, Tenso
     if ledger.ties:
         loaded.add("lm_head.weight")
     loaded |= {f"vq.{name}" for name in model.vq.load_weights(vq)}
+    if vision is not None:
+        loaded |= {f"vision.{name}" for name in vision.load_weights(pictures)}
     model.fingerprint = _fingerprint(digests)
     return loaded
 

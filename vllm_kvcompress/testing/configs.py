@@ -66,15 +66,20 @@ def transformers_config(g: CheckpointGeometry, dtype: str, image_token_id: int) 
 def original_config(g: CheckpointGeometry, dtype: str) -> dict[str, Any]:
     """config.json of deepseek-ai's layout.
 
-    The published one says nothing of the VQ model's sizes, which the model code fixes; where they differ
-    from those (VQ-16) they are stated under the names of the code's arguments.
+    The published one says nothing of the VQ model's and the vision tower's sizes, which the model code fixes;
+    where they differ from those (VQ-16, SigLIP-L) they are stated under the names of the code's arguments.
     """
     vq: dict[str, Any] = {"image_token_size": g.codebook, "n_embed": 8}
     if (g.vq_channels, g.vq_multipliers, g.vq_res_blocks, g.vq_latent) != (128, (1, 1, 2, 2, 4), 2, 256):
         vq |= {"z_channels": g.vq_latent, "ch": g.vq_channels}
         vq |= {"ch_mult": list(g.vq_multipliers), "num_res_blocks": g.vq_res_blocks}
     projector = {"depth": 2, "n_embed": g.hidden, "projector_type": "mlp_gelu"}
-    vision = {"image_size": g.image_size, "model_name": "siglip_large_patch16_384", "select_feature": "same"}
+    vision: dict[str, Any] = {
+        "image_size": g.image_size, "model_name": "siglip_large_patch16_384", "select_feature": "same",
+    }  # fmt: skip
+    if (g.vision_hidden, g.vision_layers, g.vision_heads, g.patch) != (1024, 24, 16, 16):
+        vision |= {"width": g.vision_hidden, "layers": g.vision_layers}
+        vision |= {"heads": g.vision_heads, "patch_size": g.patch}
     return {
         "architectures": ["MultiModalityCausalLM"],
         "model_type": "multi_modality",
