@@ -17,12 +17,14 @@ ARCHITECTURES = {
     "MultiModalityCausalLM": "vllm_kvcompress.models.janus:JanusForImageGeneration",
     "JanusForConditionalGeneration": "vllm_kvcompress.models.janus:JanusForImageGeneration",
     "LlamaGenForImageGeneration": "vllm_kvcompress.models.llamagen.model:LlamaGenForImageGeneration",
+    "Emu3ForConditionalGeneration": "vllm_kvcompress.models.emu3.model:Emu3ForImageGeneration",
 }
 # model_type in config.json -> the module that holds its ``FAMILY``
 FAMILIES = {
     ORIGINAL_LAYOUT: "vllm_kvcompress.models.janus_family",
     TRANSFORMERS_LAYOUT: "vllm_kvcompress.models.janus_family",
     "llamagen": "vllm_kvcompress.models.llamagen.family",
+    "emu3": "vllm_kvcompress.models.emu3.family",
 }
 
 _TEMPLATES = Path(__file__).parent / "templates"
