@@ -1,12 +1,21 @@
-"""What transformers' own Emu3 draws: ``generate`` with its guidance and constraint, whole pictures."""
+"""What transformers' own Emu3 draws, and what it would draw if heads forgot as a ``HeadRule`` says.
 
-from collections.abc import Sequence
+The first is ``generate`` with its guidance and constraint. The second is float64, a branch and a token at a
+time: a branch is its own prompt, its own positions from 0, its own heads (`dense_janus.DenseHead`); nothing
+is filled up.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
 import torch
+from dense_janus import DenseHead, forward
 from torch import Tensor
 from transformers import Emu3ForConditionalGeneration
+
+from vllm_kvcompress.policy.rule import HeadRule
 
 
 @cache
@@ -46,3 +55,50 @@ def pixels(path: Path, tokens: Sequence[int], lines: int, columns: int) -> Tenso
     with torch.no_grad():
         image = load(path).model.decode_image_tokens(whole, lines, columns)[0]
     return ((image + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+
+
+@cache
+def _double(path: Path) -> Emu3ForConditionalGeneration:
+    return deepcopy(load(path)).double()
+
+
+def dense(
+    path: Path, prompt: Sequence[int], negative: Sequence[int], rule_of: Callable[[int, int], HeadRule],
+    scale: float, columns: int,
+) -> tuple[list[int], float]:  # fmt: skip
+    """Token ids of a greedy picture, and the least lead of a code over the next.
+
+    ``rule_of(layer, branch * kv_heads + head)`` is a head's rule.
+    """
+    model = _double(path)
+    text, mapping = model.model.text_model, model.model.vocabulary_mapping
+    kv_heads, layers = text.config.num_key_value_heads, text.config.num_hidden_layers
+    codes = mapping.image_tokens
+    branches = [list(prompt), list(negative)]
+    heads = [
+        [
+            [DenseHead(rule_of(layer, branch * kv_heads + h), len(ids)) for h in range(kv_heads)]
+            for layer in range(layers)
+        ]
+        for branch, ids in enumerate(branches)
+    ]
+    image = rule_of(0, 0).image
+    tokens: list[int] = []
+    lead = torch.inf
+    with torch.no_grad():
+        while len(tokens) < image:
+            logits = []
+            for ids, mine in zip(branches, heads, strict=True):
+                for position in range(len(mine[0][0].k), len(ids)):
+                    x = text.embed_tokens(torch.tensor([ids[position]]))
+                    hidden = forward(text, x, position, mine)
+                logits.append(model.lm_head(hidden)[0, codes])
+            best, second = (logits[1] + scale * (logits[0] - logits[1])).topk(2).values.tolist()
+            if len(tokens) % (columns + 1) == columns:
+                tokens.append(mapping.eol_token_id)
+            else:
+                lead = min(lead, best - second)
+                tokens.append(codes[int((logits[1] + scale * (logits[0] - logits[1])).argmax())])
+            for ids in branches:
+                ids.append(tokens[-1])
+    return tokens, lead

@@ -117,7 +117,7 @@ def test_text_is_refused_in_one_line(http: httpx.Client) -> None:
     """The other routes: a class by its exact name draws, anything else says what to ask."""
     chat = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello"}]})
     assert chat.status_code == 400, chat.text
-    assert "draws pictures of classes and does not chat: ask /v1/images/generations" in chat.text
+    assert "draws pictures and does not chat: ask /v1/images/generations" in chat.text
     words = http.post("/v1/completions", json={"prompt": "Hello"})
     assert words.status_code == 400, words.text
     assert "the prompt must be one class" in words.text

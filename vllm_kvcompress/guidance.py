@@ -128,6 +128,7 @@ class RequestRows:
         self.begins = torch.zeros(max_rows, 2, dtype=torch.int32) if model.aligns else None
         self._tokens = torch.arange(max_tokens, dtype=torch.int32)
         self.narrow_allowed = True
+        self.replays = False  # whether tokens come outside steps, `token_rows` written by who feeds them
         self.places: list[int] | None = None  # this step's tokens to sample after, by row; None: one each
         self.window: Window | None = None  # their drafts (the V1 runner)
         self.shared_plan: Any = None  # where its rows start, and what the step's head types have in common

@@ -70,7 +70,10 @@ class Family(Protocol):
         """
 
     def calibration_ids(self, tokenizer: Any, model: "ImageModel", number: int) -> list[int]:
-        """The prompt of the ``number``-th picture that heads are measured on, from 0."""
+        """The prompt of the ``number``-th picture that heads are measured on, from 0.
+
+        Of a model that aligns its branches at least as long as the model's own negative prompt.
+        """
 
 
 class JanusLike:

@@ -268,11 +268,11 @@ class BranchedImageModel(nn.Module):
         if self._full_graphs or self.rows.negatives:  # a graph holds it for the rows to come
             uncond = splice_negatives(uncond, input_ids, positions, token_rows, self.rows)
         embeds = self.embed_input_ids(torch.stack([input_ids, uncond], 1).flatten())
-        embeds = self._in_place(self._embeds, embeds.view(input_ids.shape[0], -1))
+        embeds = self._in_place(embeds.view(input_ids.shape[0], -1))
         places = positions
         if self.rows.begins is not None:  # to its branch a token is where it would be without the padding
             begins = self.rows.begins[token_rows]
-            places = self._in_place(self._places, (positions[:, None] - begins).clamp(min=0)).T
+            places = _held(self._places, (positions[:, None] - begins).clamp(min=0)).T
         hidden = self.language_model(None, places, None, embeds)
         draws = self.image.draws(input_ids)
         scale = torch.where(draws, self.rows.scale[token_rows], TEXT_ROW)
@@ -281,18 +281,22 @@ class BranchedImageModel(nn.Module):
             scale = torch.where(draws & self.image.ends(coming), LINE_END, scale)
         return torch.cat([hidden, pack_scale(scale, hidden.dtype)], dim=-1)
 
-    @staticmethod
-    def _in_place(held: Tensor | None, value: Tensor) -> Tensor:
+    def _in_place(self, embeds: Tensor) -> Tensor:
         """The same values where piecewise CUDA graphs expect their input: always at one address.
 
         More tokens than vLLM schedules in a step (calibration, replays) are of no graph and stay as they are.
         """
-        return value if held is None or len(value) > len(held) else held[: len(value)].copy_(value)
+        return _held(self._embeds, embeds)
 
     def _token_rows(self, input_ids: Tensor) -> Tensor:
-        """``[tokens]`` int64: the batch row of each token, as the runner has told; one each outside steps."""
+        """``[tokens]`` int64: the batch row of each token, as the runner has told; one each outside steps.
+
+        But where known rows are replayed outside steps, whoever does that has told.
+        """
         tokens = input_ids.shape[0]
         metadata: Any = get_forward_context().attn_metadata
+        if not metadata and self.rows.replays:
+            return self.rows.token_rows
         if not metadata:
             rows = torch.arange(tokens, device=input_ids.device)
             return rows.clamp_(max=len(self.rows.scale) - 1)
@@ -339,6 +343,11 @@ class BranchedImageModel(nn.Module):
         """See ``vllm_kvcompress.models.weights``."""
         with last_word.heard():
             return load_weights(self, weights)
+
+
+def _held(memory: Tensor | None, value: Tensor) -> Tensor:
+    """``value``, at the beginning of ``memory`` where there is one and it fits."""
+    return value if memory is None or len(value) > len(memory) else memory[: len(value)].copy_(value)
 
 
 class JanusForImageGeneration(BranchedImageModel):

@@ -32,6 +32,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 CHAT_TEMPLATES = {
     ORIGINAL_LAYOUT: _TEMPLATES / "janus_pro.jinja",  # Janus-Pro's roles
     "llamagen": _TEMPLATES / "no_chat.jinja",  # an error that says so
+    "emu3": _TEMPLATES / "no_chat.jinja",
 }
 
 _DEFAULTS = "kvcompress_defaults"

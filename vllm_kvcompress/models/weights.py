@@ -263,11 +263,9 @@ def load_weights(model: "BranchedImageModel", weights: Iterable[tuple[str, Tenso
     if "gen_embed.weight" in small:
         # gen_aligner(gen_embed(code)) for every code: one look-up instead of two matrix products.
         small["image_embedding.weight"] = fold_image_embedding(small).to(model.dtype)
-    image = model.image
-    if (
-        "lm_head.weight" in small and not image.writes
-    ):  # codes are ids of the vocabulary, and all that is drawn
-        small["gen_head.weight"] = small["lm_head.weight"][image.first_code : image.first_code + image.codes]
+    if "lm_head.weight" in small and "gen_head.weight" not in small:  # codes are ids of the vocabulary
+        first = model.image.first_code
+        small["gen_head.weight"] = small["lm_head.weight"][first : first + model.image.codes]
     parameters = dict(model.named_parameters())
     for name, tensor in small.items():
         if name in parameters:

@@ -160,7 +160,8 @@ class Emu3Family:
     def calibration_ids(self, tokenizer: Any, model: ImageModel, number: int) -> list[int]:
         from vllm_kvcompress.heads.calibrate import PROMPTS
 
-        return self.prompt_ids(tokenizer, model, PROMPTS[number] + model.suffix)
+        ids = self.prompt_ids(tokenizer, model, PROMPTS[number] + model.suffix)
+        return model.aligned(ids, len(model.negative))
 
 
 class _Vocabulary:
