@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dense_emu3 import dense, greedy, load, pixels
+from engine_process import V2, EngineProcess
 from inprocess import KERNELS, Engine, in_process  # noqa: F401
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -214,3 +215,35 @@ def test_pixels_equal_transformers(folder: Path, grid: tuple[int, int]) -> None:
         assert expected.float().std() > 20, "a picture, not a flat field"
     few = decoder.decode(codes[:, : 2 * columns])
     assert few.shape == (2, 2 * 4, columns * 4, 3)
+
+
+def test_the_v2_runner_draws_the_same(folder: Path, tmp_path: Path) -> None:
+    """The runner of GPUs, on the CPU: with a full cache, and compressed in windows."""
+    base = started(folder, "high", preset="line_ar", budget=0.5)
+    asked = [
+        {"ids": ids, "params": {"temperature": 0.0, "extra_args": params(*rest).extra_args}, "at": n}
+        for n, (ids, *rest) in enumerate(prompts(base)[:3])
+    ]
+    args = {
+        "model": str(folder), "dtype": "float32", "enforce_eager": True, "max_model_len": 256,
+        "max_num_seqs": 4, "max_num_batched_tokens": 48, "kv_cache_memory_bytes": 2**23,
+        "attention_backend": "kvcompress",
+    }  # fmt: skip
+    sections = {
+        "full": {"preset": "full", "window": 1},
+        "windows": {"preset": "line_ar", "budget": 0.5, "window": 4},
+    }
+    engines = [
+        {
+            "name": name, "waves": [asked],
+            "args": {**args, "additional_config": {"kvcompress": {"size": SIZES["high"], **section}}},
+        }
+        for name, section in sections.items()
+    ]  # fmt: skip
+    found = EngineProcess(tmp_path, V2, engines).finish()
+    assert {one["runner"] for one in found.values()} == {"vllm.v1.worker.cpu.model_runner"}
+    ids = [one["ids"] for one in asked]
+    settings = [SamplingParams(**one["params"]) for one in asked]
+    full = started(folder, "high", preset="full")
+    assert found["full"]["waves"][0] == full.draw(ids, settings)
+    assert found["windows"]["waves"][0] == base.draw(ids, settings)

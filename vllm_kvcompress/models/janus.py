@@ -154,12 +154,12 @@ class BranchedLlama(LlamaModel):
         inputs_embeds: Tensor | None = None,
         **extra: Any,
     ) -> Tensor:
-        """``positions`` ``[tokens]``, or each branch's own ``[2, tokens]``; ``inputs_embeds``
+        """``positions`` ``[tokens]``, or each branch's own ``[tokens, 2]``; ``inputs_embeds``
         ``[tokens, 2 * hidden]``, and the same comes out."""
         assert inputs_embeds is not None
-        both = positions.repeat_interleave(BRANCHES) if positions.ndim == 1 else positions.T.flatten()
+        both = positions.repeat_interleave(BRANCHES) if positions.ndim == 1 else positions.flatten()
         hidden: Any = super().forward(None, both, None, inputs_embeds.view(-1, self.config.hidden_size))
-        return hidden.view(positions.shape[-1], -1)
+        return hidden.view(positions.shape[0], -1)
 
 
 class BranchedImageModel(nn.Module):
@@ -272,7 +272,7 @@ class BranchedImageModel(nn.Module):
         places = positions
         if self.rows.begins is not None:  # to its branch a token is where it would be without the padding
             begins = self.rows.begins[token_rows]
-            places = _held(self._places, (positions[:, None] - begins).clamp(min=0)).T
+            places = _held(self._places, (positions[:, None] - begins).clamp(min=0))
         hidden = self.language_model(None, places, None, embeds)
         draws = self.image.draws(input_ids)
         scale = torch.where(draws, self.rows.scale[token_rows], TEXT_ROW)
