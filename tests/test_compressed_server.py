@@ -28,9 +28,11 @@ TOKENS = 64
 
 
 @pytest.fixture(scope="module")
-def server(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, own_cache: str
+) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("compressed")
-    env = {"VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    env = {"VLLM_CACHE_ROOT": own_cache, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     with Server(checkpoints["gqa-hf"], folder / "server.log", ARGS, env=env) as running:
         yield running
 
@@ -189,7 +191,9 @@ def test_texts_take_what_the_cache_holds(server: Server, client: openai.OpenAI) 
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
-def test_the_profile_is_left_for_the_next_start(server: Server, checkpoints: dict[str, Path]) -> None:
-    profiles = list((server.log.parent / "cache" / "kvcompress" / "head_profiles").glob("gqa-hf-*.json"))
+def test_the_profile_is_left_for_the_next_start(
+    server: Server, checkpoints: dict[str, Path], own_cache: str
+) -> None:
+    profiles = list((Path(own_cache) / "kvcompress" / "head_profiles").glob("gqa-hf-*.json"))
     assert len(profiles) == 1
     assert profiles[0].stat().st_mode & 0o777 == 0o600

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from vllm_kvcompress import __version__, cli, doctor, plugin
+from vllm_kvcompress import __version__, cli, doctor, served
 from vllm_kvcompress.attention import cpu, cpu_library
 from vllm_kvcompress.heads import provide
 from vllm_kvcompress.models import vllm_config
@@ -43,7 +43,7 @@ def test_vllm_that_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
     [line] = found("vLLM")
     assert "0.99.0" in line
-    assert plugin.REQUIREMENT in line
+    assert served.REQUIREMENT in line
 
 
 def test_plugin_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ def test_plugin_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(config, "_CONFIG_REGISTRY")
     [line] = found("plugin")
     assert "_CONFIG_REGISTRY" in line
-    assert plugin.REQUIREMENT in line
+    assert served.REQUIREMENT in line
 
 
 def test_plugin_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

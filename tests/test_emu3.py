@@ -10,9 +10,12 @@ import torch
 from dense_emu3 import dense, greedy, load, pixels
 from engine_process import V2, EngineProcess
 from inprocess import KERNELS, Engine, in_process  # noqa: F401
+from typer.testing import CliRunner
 from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
+from vllm_kvcompress.cli import app
 from vllm_kvcompress.heads.calibrate import measure
 from vllm_kvcompress.heads.curves import candidate_types
 from vllm_kvcompress.models.compression import subject_of
@@ -88,7 +91,8 @@ def test_compressed_pictures_equal_the_reference(
     folder: Path, preset: str, size: str, budget: float, kernels: str
 ) -> None:
     """Every head under its rule, either branch the shorter one; ends of lines are evicted as codes are."""
-    engine = started(folder, size, preset=preset, budget=budget, kernels=kernels)
+    short = {"default_texts": False}  # calibration draws with prompts that are no longer than they need be
+    engine = started(folder, size, preset=preset, budget=budget, kernels=kernels, **short)
     asked = [(ids, negative, scale) for ids, negative, scale in prompts(engine)[:3] if negative is not None]
     outputs = engine.outputs([ids for ids, *_ in asked], [params(*rest) for _, *rest in asked])
     layout = engine.model.compressed._layout
@@ -175,9 +179,23 @@ def test_what_is_not_a_prompt_of_this_server_is_refused_in_one_line(folder: Path
     assert wide.draw([wide.prompt("a cat")], params(None, 1.0)), "and the engine goes on"
 
 
+def test_commands_say_what_they_need(folder: Path, tmp_path: Path) -> None:
+    """A size that fits the context; and evaluations that do not know such models."""
+    result = CliRunner().invoke(app, ["eval", str(folder), "-o", str(tmp_path / "eval"), "--pictures", "0"])
+    assert (result.exit_code, "branches of unlike length" in result.output) == (1, True)
+    for size, said in (
+        (None, "a picture of 720x720 takes 32580 tokens, but the context holds 1024: set"),
+        ("30x16", "30x16 is no multiple of the model's 4 pixels a token"),
+        ("30by16", "size: string should match pattern"),
+    ):
+        section = {} if size is None else {"size": size}
+        with pytest.raises(ValueError, match=said):
+            EngineArgs(str(folder), additional_config={"kvcompress": section}).create_engine_config()
+
+
 def test_calibration_does_not_see_the_padding(folder: Path) -> None:
     """Locality and loss curves of the same pictures are the same behind five tokens more of it."""
-    engine = started(folder, "high", preset="fitted", budget=0.45, kernels="cpu")
+    engine = started(folder, "high", preset="fitted", budget=0.45, kernels="cpu", default_texts=False)
     model, image, raster = engine.model, engine.image, engine.image.raster
     family, subject = family_of(model.config), subject_of(engine.core.vllm_config, model)
     step = subject.step

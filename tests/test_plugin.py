@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vllm_kvcompress import plugin, worker
+from vllm_kvcompress import served, worker
 
 # Everything that registration sets, as text.
 STATE = """
@@ -28,7 +28,7 @@ from vllm.v1.attention.backends.registry import _ATTN_OVERRIDES, AttentionBacken
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.worker.worker_base import WorkerBase
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
-from vllm_kvcompress import plugin, worker
+from vllm_kvcompress import plugin, served, worker
 
 TABLE = configs._CONFIG_REGISTRY
 lines = []
@@ -114,7 +114,7 @@ print(json.dumps([said, between, state(), lines]))
     [line] = said
     assert "image models can't be served" in line
     assert name in line
-    assert plugin.REQUIREMENT in line
+    assert served.REQUIREMENT in line
     assert between == NOTHING
     assert without_methods(after) == REGISTERED
     assert after["methods"] == [method.__name__ for method in worker.METHODS]
@@ -136,14 +136,14 @@ print(json.dumps(seen))
 """,
         checkpoints["tiny-hf"],
     )
-    assert seen == ["other.package.Backend", "other.package.Backend", plugin.BACKEND_PATH]
+    assert seen == ["other.package.Backend", "other.package.Backend", served.BACKEND_PATH]
 
 
 def test_requirement_is_the_packages_own() -> None:
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert plugin.REQUIREMENT in project["dependencies"]
+    assert served.REQUIREMENT in project["dependencies"]
 
 
 def test_an_untested_vllm_is_named_where_an_image_model_is_served(
@@ -151,16 +151,16 @@ def test_an_untested_vllm_is_named_where_an_image_model_is_served(
 ) -> None:
     import vllm
 
-    assert plugin.untested() is None
+    assert served.untested() is None
     monkeypatch.setattr(vllm, "__version_tuple__", (0, 34, 0))
     monkeypatch.setattr(vllm, "__version__", "0.34.0")
-    said = plugin.untested()
+    said = served.untested()
     assert said is not None
     assert "vLLM 0.34.0" in said
-    assert plugin.REQUIREMENT in said
+    assert served.REQUIREMENT in said
     monkeypatch.setattr("vllm_kvcompress.config.is_compressed", lambda config: False)
-    logger = logging.getLogger("vllm.kvcompress.plugin")
+    logger = logging.getLogger("vllm.kvcompress.served")
     monkeypatch.setattr(logger, "propagate", False)  # whatever earlier tests made of vLLM's loggers
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
-    plugin.prepare(None)  # type: ignore[arg-type]
+    served.prepare(None)  # type: ignore[arg-type]
     assert caplog.messages == [said]

@@ -24,12 +24,14 @@ CLEAN_S = 5  # after a crash everybody knows
 
 
 @pytest.fixture(scope="module")
-def start(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Server]:
+def start(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, own_cache: str
+) -> Callable[..., Server]:
     """A server on a cache directory that all of this module share: one calibration."""
     folder = tmp_path_factory.mktemp("ends")
 
     def server(name: str, *args: str) -> Server:
-        env = {"VLLM_CACHE_ROOT": str(folder / "cache")}
+        env = {"VLLM_CACHE_ROOT": own_cache}
         return Server(checkpoints["gqa-hf"], folder / f"{name}.log", (*ARGS, *args), env=env)
 
     return server

@@ -40,15 +40,15 @@ GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 class Site:
     """The one server that stands at a time, and the pictures that it has drawn, by seed."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
-        self._model, self._folder = model, folder
+    def __init__(self, model: Path, folder: Path, cache: str) -> None:
+        self._model, self._folder, self._cache = model, folder, cache
         self.drawn: dict[int, str] = {}
         self.did: Counter[str] = Counter()
         self.server = self._started()
 
     def _started(self) -> Server:
         log = self._folder / f"server-{self.did['drain']}.log"
-        server = Server(self._model, log, ARGS, env={"VLLM_CACHE_ROOT": str(self._folder / "cache")})
+        server = Server(self._model, log, ARGS, env={"VLLM_CACHE_ROOT": self._cache})
         return server.__enter__()
 
     @property
@@ -166,9 +166,11 @@ def waiting(seed: int) -> Crowd:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def started(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def started(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, own_cache: str
+) -> Iterator[None]:
     global site
-    site = Site(checkpoints["gqa-hf"], tmp_path_factory.mktemp("states"))
+    site = Site(checkpoints["gqa-hf"], tmp_path_factory.mktemp("states"), own_cache)
     yield
     site.server.stop()
 

@@ -59,11 +59,11 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(
-    checkpoints: dict[str, Path], profile: Path, tmp_path_factory: pytest.TempPathFactory
+    checkpoints: dict[str, Path], profile: Path, tmp_path_factory: pytest.TempPathFactory, own_cache: str
 ) -> dict[int, Drawn]:
     folder, found = tmp_path_factory.mktemp("ranks"), {}
     # A cache of its own: nobody has measured these heads yet, and the second start finds the first one's.
-    env = {**V1, "VLLM_CACHE_ROOT": str(folder / "cache")}
+    env = {**V1, "VLLM_CACHE_ROOT": own_cache}
     for ranks in (RANKS, 1):
         process = EngineProcess(folder / str(ranks), env, jobs(checkpoints, profile, ranks))
         found[ranks] = {**process.finish(), "log": process.log}

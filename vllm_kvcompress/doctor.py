@@ -39,7 +39,7 @@ def _package() -> str:
 def _vllm() -> str:
     import vllm
 
-    from vllm_kvcompress.plugin import untested
+    from vllm_kvcompress.served import untested
 
     return untested() or f"{vllm.__version__}, tested"
 

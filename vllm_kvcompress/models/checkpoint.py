@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vllm_kvcompress.models.config import text_vocab_size
 from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.models.weights import CheckpointError, Ledger
 from vllm_kvcompress.policy.raster import Raster
@@ -38,6 +39,25 @@ TEXT_SIZES = {
     "max_position_embeddings": (1, 1 << 24),
 }
 MULTIPLIERS, MULTIPLIER = 8, 64  # resolutions of the VQ decoder, and the most of each
+
+
+def check_checkpoint(hf_config: Any) -> None:
+    """Raise ValueError, one line, on a config.json that looks like Janus's but can't be served."""
+    vq = getattr(hf_config, "vq_config", None)
+    if vq is None:
+        raise ValueError("config.json describes no image tokenizer (vq_config): not a Janus checkpoint")
+    check_sizes(hf_config)
+    patch = 2 ** (len(vq.channel_multiplier) - 1)
+    vision = getattr(hf_config, "vision_config", None)
+    size = vision.get("params", {}).get("image_size") if isinstance(vision, dict) else None
+    size = size or getattr(vision, "image_size", None) or vq.num_patches * patch
+    if size != vq.num_patches * patch:
+        raise ValueError(
+            f"unsupported image size {size}: the VQ decoder draws {vq.num_patches} x {vq.num_patches} tokens "
+            f"of {patch} pixels, {vq.num_patches * patch} in all"
+        )
+    if text_vocab_size(hf_config) + vq.num_embeddings >= 2**31:
+        raise ValueError("text and image vocabularies together exceed 31-bit token ids")
 
 
 def check_sizes(hf_config: Any) -> None:

@@ -25,6 +25,9 @@ class Family(Protocol):
     sentences: ClassVar[bool]
     """Whether a prompt may be any sentence, as the prompts of an evaluation are."""
 
+    evaluated: ClassVar[bool]
+    """Whether `vllm_kvcompress.eval` can replay its pictures."""
+
     def check(self, hf_config: "PreTrainedConfig") -> None:
         """Raise ValueError, one line, on a config.json that is not the family's, or beyond reason."""
 
@@ -79,8 +82,10 @@ class Family(Protocol):
 class JanusLike:
     """What families with Janus's configuration, VQ decoder and names have in common."""
 
+    evaluated: ClassVar[bool] = True
+
     def check(self, hf_config: "PreTrainedConfig") -> None:
-        from vllm_kvcompress.models.vllm_config import check_checkpoint
+        from vllm_kvcompress.models.checkpoint import check_checkpoint
 
         check_checkpoint(hf_config)
 

@@ -44,9 +44,9 @@ from vllm_kvcompress.models.compression import plan_cache
 from vllm_kvcompress.models.config import cached_head_size
 from vllm_kvcompress.models.registry import family_of, image_model_of
 from vllm_kvcompress.models.weights import load_weights
-from vllm_kvcompress.plugin import prepare_cpu
 from vllm_kvcompress.requests_v1 import hear_token_rows
 from vllm_kvcompress.sampling import mark
+from vllm_kvcompress.served import prepare_cpu
 from vllm_kvcompress.windows.settings import describe
 
 logger = logger_for(__name__)

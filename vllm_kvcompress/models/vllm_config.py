@@ -9,11 +9,11 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_kvcompress import last_word, patches, plugin
+from vllm_kvcompress import last_word, patches, served
 from vllm_kvcompress.config import FP8, KEY, CompressionConfig, is_compressed, parse_config
 from vllm_kvcompress.log import logger_for
-from vllm_kvcompress.models.checkpoint import check_files, check_sizes
-from vllm_kvcompress.models.config import ModelSettings, text_vocab_size
+from vllm_kvcompress.models.checkpoint import check_files
+from vllm_kvcompress.models.config import ModelSettings
 from vllm_kvcompress.models.registry import family_of, image_model, store_defaults
 from vllm_kvcompress.policy import AUTO
 from vllm_kvcompress.windows.settings import reserve_places
@@ -92,7 +92,7 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
             "Image model: %d x %d tokens a picture, %d x %d pixels, image ids from %d.",
             image.raster.lines, image.raster.width, width, height, image.first_code,
         )  # fmt: skip
-        plugin.prepare(vllm_config)
+        served.prepare(vllm_config)
         patches.serve_images_route()
 
 
@@ -123,25 +123,6 @@ def check_context(model_config: "ModelConfig") -> None:
             f"a picture of {width}x{height} takes {image.raster.tokens} tokens, but the context holds "
             f"{context}: set additional_config.{KEY}.size to a smaller one, or raise --max-model-len"
         )
-
-
-def check_checkpoint(hf_config: Any) -> None:
-    """Raise ValueError, one line, on a checkpoint that looks like ours but can't be served."""
-    vq = getattr(hf_config, "vq_config", None)
-    if vq is None:
-        raise ValueError("config.json describes no image tokenizer (vq_config): not a Janus checkpoint")
-    check_sizes(hf_config)
-    patch = 2 ** (len(vq.channel_multiplier) - 1)
-    vision = getattr(hf_config, "vision_config", None)
-    size = vision.get("params", {}).get("image_size") if isinstance(vision, dict) else None
-    size = size or getattr(vision, "image_size", None) or vq.num_patches * patch
-    if size != vq.num_patches * patch:
-        raise ValueError(
-            f"unsupported image size {size}: the VQ decoder draws {vq.num_patches} x {vq.num_patches} tokens "
-            f"of {patch} pixels, {vq.num_patches * patch} in all"
-        )
-    if text_vocab_size(hf_config) + vq.num_embeddings >= 2**31:
-        raise ValueError("text and image vocabularies together exceed 31-bit token ids")
 
 
 def check_conflicts(vllm_config: "VllmConfig") -> None:

@@ -51,6 +51,7 @@ class Emu3Family:
 
     name: ClassVar[str] = "Emu3"
     sentences: ClassVar[bool] = True
+    evaluated: ClassVar[bool] = False
 
     def check(self, hf_config: "PreTrainedConfig") -> None:
         from vllm_kvcompress.models.checkpoint import check_channels, check_numbers, check_text
