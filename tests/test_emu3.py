@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from dense_emu3 import dense, greedy, load, pixels
+from dense_emu3 import dense, greedy
 from engine_process import V2, EngineProcess
 from inprocess import KERNELS, Engine, in_process  # noqa: F401
+from safetensors.torch import save
 from typer.testing import CliRunner
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -19,10 +20,10 @@ from vllm_kvcompress.cli import app
 from vllm_kvcompress.heads.calibrate import measure
 from vllm_kvcompress.heads.curves import candidate_types
 from vllm_kvcompress.models.compression import subject_of
-from vllm_kvcompress.models.emu3.vq import MoVQDecoder
 from vllm_kvcompress.models.registry import family_of
-from vllm_kvcompress.policy import Raster
 from vllm_kvcompress.scheduler import REPORT
+from vllm_kvcompress.serving.encode import Pixels
+from vllm_kvcompress.serving.spare import SpareDecoder
 from vllm_kvcompress.testing.emu3 import make_emu3
 
 SIZES = {"wide": "28x16", "high": "12x24"}  # 4 lines of 7 codes, 6 of 3
@@ -179,6 +180,22 @@ def test_what_is_not_a_prompt_of_this_server_is_refused_in_one_line(folder: Path
     assert wide.draw([wide.prompt("a cat")], params(None, 1.0)), "and the engine goes on"
 
 
+def test_several_pictures_of_a_request_and_a_decoder_without_its_engine(folder: Path) -> None:
+    """``n`` of one request have seeds of their own; a draining server decodes what its engine would."""
+    engine = started(folder, "wide", preset="full")
+    setting = SamplingParams(temperature=1.0, seed=3, n=2, extra_args={"guidance_scale": 2.0})
+    [out] = engine.outputs([engine.prompt("a cat")], setting)
+    pictures = [list(one.token_ids) for one in out.outputs]
+    assert pictures[0] != pictures[1]
+    vq = engine.model.vq
+    spare = SpareDecoder(
+        engine.model.config, save({name: x.contiguous() for name, x in vq.state_dict().items()})
+    )
+    for tokens in pictures:
+        codes = [engine.image.code(token) for token in engine.image.raster.cells(tokens)]
+        assert spare.decode(codes) == Pixels(*vq.picture(codes))
+
+
 def test_commands_say_what_they_need(folder: Path, tmp_path: Path) -> None:
     """A size that fits the context; and evaluations that do not know such models."""
     result = CliRunner().invoke(app, ["eval", str(folder), "-o", str(tmp_path / "eval"), "--pictures", "0"])
@@ -216,31 +233,12 @@ def test_calibration_does_not_see_the_padding(folder: Path) -> None:
     assert found[0][0].std() > 0
 
 
-@pytest.mark.parametrize("grid", [(4, 7), (3, 5)])
-def test_pixels_equal_transformers(folder: Path, grid: tuple[int, int]) -> None:
-    """One frame in two dimensions against four in three, of which the first is kept: within a level."""
-    lines, columns = grid
-    model = load(folder)
-    decoder = MoVQDecoder(model.config.vq_config, Raster(lines, columns + 1, 4, ends=1), torch.float32)
-    state = model.model.vqmodel.state_dict()
-    decoder.load_weights((f"vqmodel.{name}", tensor) for name, tensor in state.items())
-    codes = torch.randint(0, len(state["quantize.embedding.weight"]), (2, lines * columns))
-    mapping, drawn = model.model.vocabulary_mapping, decoder.decode(codes)
-    for one, picture in zip(codes, drawn, strict=True):
-        tokens = mapping.convert_img2bpe(one.view(lines, columns)).flatten().tolist()
-        expected = pixels(folder, tokens, lines, columns)
-        assert (picture.int() - expected.int()).abs().max() <= 1
-        assert expected.float().std() > 20, "a picture, not a flat field"
-    few = decoder.decode(codes[:, : 2 * columns])
-    assert few.shape == (2, 2 * 4, columns * 4, 3)
-
-
 def test_the_v2_runner_draws_the_same(folder: Path, tmp_path: Path) -> None:
     """The runner of GPUs, on the CPU: with a full cache, and compressed in windows."""
     base = started(folder, "high", preset="line_ar", budget=0.5)
     asked = [
         {"ids": ids, "params": {"temperature": 0.0, "extra_args": params(*rest).extra_args}, "at": n}
-        for n, (ids, *rest) in enumerate(prompts(base)[:3])
+        for n, (ids, *rest) in enumerate(prompts(base)[:2])
     ]
     args = {
         "model": str(folder), "dtype": "float32", "enforce_eager": True, "max_model_len": 256,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Run, World, bounded, one_thread, worlds
 from test_windows import KERNELS, draw_in_windows
@@ -20,6 +20,7 @@ from vllm_kvcompress.attention.prefill_plan import PrefillPlan
 
 _threads = pytest.fixture(scope="module", autouse=True)(one_thread)
 kernels = pytest.mark.parametrize("name", KERNELS)
+few = settings(bounded, max_examples=15)
 
 
 @st.composite
@@ -42,7 +43,7 @@ def started(name: str, world: World, rows: tuple[list[int], list[tuple[int, int]
 
 
 @kernels
-@bounded
+@few
 @given(worlds(), aligned(), st.integers(0, 999))
 def test_drawing_equals_the_oracle(name: str, world: World, rows: Any, seed: int) -> None:
     """Token by token, the prompt too: a token of the padding sees itself."""
@@ -55,7 +56,7 @@ def test_drawing_equals_the_oracle(name: str, world: World, rows: Any, seed: int
 
 
 @kernels
-@bounded
+@few
 @given(worlds(), aligned(), st.integers(0, 999))
 def test_prompts_chunks_and_replay_equal_the_oracle(name: str, world: World, rows: Any, seed: int) -> None:
     run, rng = started(name, world, rows, seed), random.Random(seed)
@@ -71,7 +72,7 @@ def test_prompts_chunks_and_replay_equal_the_oracle(name: str, world: World, row
 
 
 @kernels
-@bounded
+@few
 @given(worlds(), aligned(), st.integers(0, 999))
 def test_windows_equal_the_oracle(name: str, world: World, rows: Any, seed: int) -> None:
     of(name)
@@ -79,7 +80,7 @@ def test_windows_equal_the_oracle(name: str, world: World, rows: Any, seed: int)
 
 
 @kernels
-@bounded
+@few
 @given(worlds(), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 999))
 def test_zeros_are_as_none(name: str, world: World, prefix: list[int], seed: int) -> None:
     """To the bit, whether the plan says that branches begin together or says nothing."""

@@ -39,7 +39,9 @@ _DEFAULTS = "kvcompress_defaults"
 
 
 def serves(model_config: "ModelConfig") -> bool:
-    """Whether the model is one of ours."""
+    """Whether the model is one of ours, and the operator has not asked for transformers' implementation."""
+    if getattr(model_config, "model_impl", "auto") == "transformers":
+        return False
     return any(arch in ARCHITECTURES for arch in getattr(model_config.hf_config, "architectures", None) or ())
 
 

@@ -14,7 +14,7 @@ from vllm_kvcompress.config import FP8, KEY, CompressionConfig, is_compressed, p
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.checkpoint import check_files
 from vllm_kvcompress.models.config import ModelSettings
-from vllm_kvcompress.models.registry import family_of, image_model, store_defaults
+from vllm_kvcompress.models.registry import family_of, image_model, serves, store_defaults
 from vllm_kvcompress.policy import AUTO
 from vllm_kvcompress.windows.settings import reserve_places
 
@@ -42,6 +42,8 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        if not serves(model_config):
+            return
         last_word.listen()
         with last_word.heard():
             family_of(model_config.hf_config).check(model_config.hf_config)
@@ -50,6 +52,8 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
     @last_word.heard()
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         model_config = vllm_config.model_config
+        if not serves(model_config):
+            return
         check_files(
             Path(model_config.model), model_config.hf_config, str(vllm_config.load_config.load_format)
         )
