@@ -210,6 +210,8 @@ def _check_guidance(params: "SamplingParams", prefix: int, model: ImageModel) ->
     except ValueError as error:
         raise _refuse(str(error).split()[0], str(error)) from None
     if guidance.negative_ids is None:
+        if model.aligns and guidance.scale != 1:  # a front end that has not come by `align_request`
+            raise _refuse(NEGATIVE_IDS, f"{NEGATIVE_IDS} is missing: this model is guided away from a prompt")
         return
     if len(guidance.negative_ids) != prefix:
         raise _refuse(
