@@ -15,7 +15,7 @@ from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.checkpoint import check_files
 from vllm_kvcompress.models.config import ModelSettings
 from vllm_kvcompress.models.registry import family_of, image_model, serves, store_defaults
-from vllm_kvcompress.policy import AUTO
+from vllm_kvcompress.policy import AUTO, Raster
 from vllm_kvcompress.windows.settings import reserve_places
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
                 "settings"
             )
         if is_compressed(vllm_config):
-            check_conflicts(vllm_config)
+            check_conflicts(vllm_config, image_model(model_config).raster)
             compilation = vllm_config.compilation_config
             if current_platform.is_cuda_alike() and compilation.splitting_ops is None:
                 # Piecewise CUDA graphs must not swallow the cache's bookkeeping. vLLM's own operations stay
@@ -129,11 +129,10 @@ def check_context(model_config: "ModelConfig") -> None:
         )
 
 
-def check_conflicts(vllm_config: "VllmConfig") -> None:
-    """Refuse, in one line, what the compressed cache can't be combined with."""
+def check_conflicts(vllm_config: "VllmConfig", raster: Raster) -> None:
+    """Refuse, in one line, what the compressed cache can't be combined with, or not on this grid."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    raster = image_model(vllm_config.model_config).raster
     config = parse_config(vllm_config.additional_config)
     config.policy.check(raster)
     if config.head_profile != AUTO and config.policy.types in ("profile", "fitted"):
