@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-constexpr int32_t kAbi = 4;
+constexpr int32_t kAbi = 5;
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
@@ -35,9 +35,11 @@ struct Step {
   const char *q, *k, *v;           // [rows, 2 * Hq, D], [rows, 2 * Hkv, D] twice; D is contiguous
   char* out;                       // [rows, 2 * Hq, D]
   const int32_t *prefix, *length;  // [rows]; length 0 is a padding row
+  const int32_t* begins;           // [rows, 2]: the first slot that a branch sees; null: 0
   int64_t q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head;
   int32_t rows, group, dim, dtype;
   int32_t threads;
+  int32_t kv_heads;  // Hkv: cache heads from here on are the other branch's
   float scale;
 };
 

@@ -146,6 +146,11 @@ struct Chunk {
     return type.token + blocks[slot / page] * type.token_block + head * type.token_head + slot % page;
   }
   KVC_INLINE int32_t least(int32_t a, int32_t b) const { return a < b ? a : b; }
+  // The first slot that a head sees; a token before it sees itself alone.
+  KVC_INLINE int32_t begin_of(int32_t head) const {
+    if (!step.begins) return 0;
+    return least(step.begins[2 * row + (type.head_index[head] >= step.kv_heads)], step.length[row] - 1);
+  }
   KVC_INLINE int32_t run_end(int32_t slot, int32_t end) const {
     return least(slot + page - slot % page, end);
   }
@@ -254,8 +259,13 @@ struct Chunk {
   KVC_INLINE void tiles(const Mask& mask) const {
     for (int32_t slot = 0, end; slot < slots; slot = end) {
       end = tile_end(slot);
-      for (int32_t head = first; head < last - 1; head++) tile(head, slot, end, head + 1, slot, mask);
-      tile(last - 1, slot, end, first, end, mask);
+      for (int32_t head = first; head < last; head++) {
+        // Tiles lie the same for all heads, wherever they begin: a head's sums depend on itself alone.
+        const int32_t begin = begin_of(head), from = begin > slot ? begin : slot;
+        if (from >= end) continue;
+        const bool more = head < last - 1;
+        tile(head, from, end, more ? head + 1 : first, more ? slot : end, mask);
+      }
     }
   }
 

@@ -24,11 +24,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker, whatever it s
 
 ENGINES = (
     "test_v2_runner", "test_triton_engine", "test_windows_engine", "test_server_ends", "test_benchmark",
-    "test_tensor_parallel", "test_engine_full", "test_compressed_engine", "test_llamagen",
+    "test_tensor_parallel", "test_engine_full", "test_compressed_engine", "test_llamagen", "test_emu3",
     "test_triton_kernels", "test_bench_commands", "test_text_engine", "test_server_states", "test_server",
-    "test_llamagen_server", "test_picture_chat", "test_data_parallel", "test_wheel", "test_cuda_graphs",
-    "test_quantised",
-    "test_triton_compile", "test_eval", "test_clients", "test_playground",
+    "test_llamagen_server", "test_emu3_server", "test_picture_chat", "test_data_parallel", "test_wheel",
+    "test_cuda_graphs", "test_quantised", "test_triton_compile", "test_eval", "test_clients",
+    "test_playground",
     "test_cli", "test_plugin", "test_compressed_server", "test_eval_replay", "test_calibrate", "test_whole",
     "test_fit", "test_judge", "test_narrow_logits", "test_compressed_config", "test_token_rows",
     "test_generation_defaults", "test_weights", "test_manager", "test_windows", "test_engine_admission",

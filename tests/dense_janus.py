@@ -116,7 +116,7 @@ def draw_dense(
             else:
                 code = torch.tensor([[codes[-1]]])
                 x = model.prepare_embeddings_for_image_generation(code)[0].expand(2, -1)
-            hidden = _forward(text, x, position, heads)
+            hidden = forward(text, x, position, heads)
             if position >= len(prompt) - 1:
                 logits = model.model.generation_head(hidden)
                 best = int((logits[1] + guidance * (logits[0] - logits[1])).argmax())
@@ -124,27 +124,27 @@ def draw_dense(
     return codes, heads
 
 
-def _forward(text: Any, x: Tensor, position: int, heads: list[list[DenseHead]]) -> Tensor:
-    """``[2, hidden]`` of one token's branches -> the same after all layers."""
-    config = text.config
+def forward(text: Any, x: Tensor, position: int, heads: list[list[DenseHead]]) -> Tensor:
+    """``[branches, hidden]`` of one token -> the same after all layers of one of transformers' Llamas."""
+    config, branches = text.config, len(x)
     cos, sin = text.rotary_emb(x[None], torch.tensor([[position]]))
     kv_heads, size = config.num_key_value_heads, text.layers[0].self_attn.head_dim
     for layer, mine in zip(text.layers, heads, strict=True):
         attention = layer.self_attn
         y = layer.input_layernorm(x)
         q, k, v = (
-            project(y).view(2, -1, 1, size)
+            project(y).view(branches, -1, 1, size)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        q, k, v = q.view(2, kv_heads, -1, size).numpy(), k[:, :, 0].numpy(), v[:, :, 0].numpy()
+        q, k, v = q.view(branches, kv_heads, -1, size).numpy(), k[:, :, 0].numpy(), v[:, :, 0].numpy()
         out = np.stack(
             [
                 mine[b * kv_heads + h].step(q[b, h], k[b, h], v[b, h], size**-0.5)
-                for b in range(2)
+                for b in range(branches)
                 for h in range(kv_heads)
             ]
         )
-        x = x + attention.o_proj(torch.from_numpy(out).reshape(2, -1))
+        x = x + attention.o_proj(torch.from_numpy(out).reshape(branches, -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return text.norm(x)

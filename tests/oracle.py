@@ -224,6 +224,7 @@ class Run:
     prefill: Callable = prefill
     dtype: torch.dtype = torch.float32
     victims: list[dict] = field(default_factory=list)
+    begins: list[tuple[int, int]] | None = None  # where each request's branches begin
 
     def __post_init__(self) -> None:
         world, gen = self.world, torch.Generator().manual_seed(self.seed)
@@ -276,7 +277,7 @@ class Run:
             self.length[row] += row >= 0
         at = [self.length[row] - 1 for row in rows]
         length = [self.length[row] if row >= 0 else 0 for row in rows]
-        plan = Plan(_int32([self.prefix[row] for row in rows]), _int32(length))
+        plan = Plan(_int32([self.prefix[row] for row in rows]), _int32(length), self.begins_of(rows))
         for layer in range(len(self.world.kinds)):
             q, k, v = (x[rows, at, layer] for x in (self.q, self.k, self.v))
             out = torch.full_like(q, torch.nan)
@@ -291,6 +292,10 @@ class Run:
             self.select(kind, plan)
         self.note(rows)
 
+    def begins_of(self, rows: list[int]) -> torch.Tensor | None:
+        """``begins`` of a plan of these rows."""
+        return None if self.begins is None else torch.tensor([self.begins[row] for row in rows]).int()
+
     def chunk(self, counts: dict[int, int]) -> None:
         """That many tokens for each row at once, through `prefill`."""
         spans = [(row, self.length[row], self.length[row] + n) for row, n in counts.items()]
@@ -299,7 +304,8 @@ class Run:
             self.length[row] = end
         rows = list(counts)
         prefix, length = [self.prefix[r] for r in rows], [end for *_, end in spans]
-        plan = PrefillPlan.of(start, prefix, length, torch.device("cpu"))
+        begins = None if self.begins is None else [self.begins[row] for row in rows]
+        plan = PrefillPlan.of(start, prefix, length, torch.device("cpu"), begins)
         for layer in range(len(self.world.kinds)):
             mine = [x[:, :, layer] for x in (self.q, self.k, self.v)]
             q, k, v = (torch.cat([x[row, first:end] for row, first, end in spans]) for x in mine)
@@ -328,7 +334,10 @@ class Run:
         return torch.stack([part[whole.block_table[row, n // page], :, n % page] for n in logical], 1)
 
     def check(self, atol: float = 1e-5) -> None:
-        """Compare everything drawn so far with the oracle: outputs, victims, tokens and scores."""
+        """Compare everything drawn so far with the oracle: outputs, victims, tokens and scores.
+
+        A branch that begins later is to the oracle one with a shorter prompt.
+        """
         for row, prefix in enumerate(self.prefix):
             n = self.length[row]
             for kind, whole in enumerate(self.types):
@@ -339,8 +348,14 @@ class Run:
                     q, k, v = (x[row, :n, layer].double().numpy() for x in (self.q, self.k, self.v))
                     for head in self.world.members(kind, layer):
                         group = slice(head * self.world.group, (head + 1) * self.world.group)
-                        want = draw(whole.rule, prefix, q[:, group], k[:, head], v[:, head], self.scale)
-                        self._compare(row, kind, cache_head, want, self.out[row, :n, layer, group], atol)
+                        branch = int(head >= self.world.kinds.shape[1] // 2)
+                        at = slice(0 if self.begins is None else self.begins[row][branch], None)
+                        mine, key, value = q[at, group], k[at, head], v[at, head]
+                        out = self.out[row, :n, layer, group]
+                        assert out.isfinite().all()
+                        if len(key):
+                            want = draw(whole.rule, prefix - at.start, mine, key, value, self.scale)
+                            self._compare(row, kind, cache_head, want, out[at], atol)
                         cache_head += 1
 
     def _compare(self, row: int, kind: int, head: int, want: Drawing, out: torch.Tensor, atol: float) -> None:
@@ -353,7 +368,7 @@ class Run:
         if whole is None or not slots:
             return
         if not whole.rule.scores:
-            assert whole.rule.held(len(want.mask) - prefix) == want.holds
+            assert whole.rule.held(self.length[row] - prefix) == want.holds
         else:
             assert self.read(row, whole, "token", slots)[head].tolist() == want.holds
             score = self.read(row, whole, "score", slots)[head].double().numpy()

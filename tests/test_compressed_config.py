@@ -36,7 +36,10 @@ def test_every_setting_has_a_default() -> None:
     ("section", "match"),
     [
         ({"bugdet": 0.2}, r"^additional_config.kvcompress has no setting 'bugdet'; did you mean budget\?$"),
-        ({"zzz": 1}, r"no setting 'zzz'; known: preset, budget, .*kernels, limits, strict, playground$"),
+        (
+            {"zzz": 1},
+            r"no setting 'zzz'; known: preset, .*kernels, limits, strict, playground, size, default_texts$",
+        ),
         (
             {"limits": {"prompt_token": 9}},
             r"kvcompress.limits has no setting .*; did you mean prompt_tokens\?$",
@@ -149,15 +152,15 @@ def test_the_section_must_be_an_object(section: Any) -> None:
         parse_config({"kvcompress": section})
 
 
+GRID = Raster(24, 24)
+
+
 def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
     """As much of a VllmConfig as the check reads; ``changes`` are dotted as ``parallel__size``."""
-    vq = SimpleNamespace(num_patches=24, channel_multiplier=[1, 1, 2, 2, 4])
     config = SimpleNamespace(
         additional_config={"kvcompress": section or {}},
         model_config=SimpleNamespace(
-            hf_config=SimpleNamespace(
-                vq_config=vq, get_text_config=lambda: SimpleNamespace(num_key_value_heads=2)
-            ),
+            hf_config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_key_value_heads=2)),
             dtype=torch.bfloat16,
         ),
         parallel_config=SimpleNamespace(
@@ -183,19 +186,19 @@ def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_defaults_pass(preset: str) -> None:
-    check_conflicts(vllm_config({"preset": preset}))
-    check_conflicts(vllm_config({"preset": preset}, parallel_config__tensor_parallel_size=2))
+    check_conflicts(vllm_config({"preset": preset}), GRID)
+    check_conflicts(vllm_config({"preset": preset}, parallel_config__tensor_parallel_size=2), GRID)
     for dtype in ("bfloat16", "fp8", "fp8_e4m3"):
-        check_conflicts(vllm_config({"preset": preset}, cache_config__cache_dtype=dtype))
+        check_conflicts(vllm_config({"preset": preset}, cache_config__cache_dtype=dtype), GRID)
 
 
 def test_gpus_without_e4m3_take_no_8_bit_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     platform = "vllm_kvcompress.models.vllm_config.current_platform"
     monkeypatch.setattr(f"{platform}.is_cuda", lambda: True)
     monkeypatch.setattr(f"{platform}.has_device_capability", lambda capability: capability <= 80)
-    check_conflicts(vllm_config())
+    check_conflicts(vllm_config(), GRID)
     with pytest.raises(ValueError, match=r"--kv-cache-dtype fp8 on this GPU.*: set auto$"):
-        check_conflicts(vllm_config(cache_config__cache_dtype="fp8"))
+        check_conflicts(vllm_config(cache_config__cache_dtype="fp8"), GRID)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +231,7 @@ def test_what_cannot_be_combined_is_refused(changes: dict[str, Any], match: str)
     with pytest.raises(
         ValueError, match=r"^--attention-backend kvcompress does not work with .*" + match
     ) as caught:
-        check_conflicts(vllm_config(**changes))
+        check_conflicts(vllm_config(**changes), GRID)
     assert "\n" not in str(caught.value)
 
 
@@ -261,7 +264,7 @@ def test_what_cannot_be_combined_is_refused(changes: dict[str, Any], match: str)
 )
 def test_settings_without_room_for_a_line_of_victims(section: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match) as caught:
-        check_conflicts(vllm_config(section))
+        check_conflicts(vllm_config(section), GRID)
     assert "\n" not in str(caught.value)
 
 

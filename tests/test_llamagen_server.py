@@ -1,10 +1,6 @@
 """``vllm serve`` of a converted LlamaGen: classes by name and number over HTTP."""
 
-import base64
-import io
-import json
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import numpy as np
@@ -13,13 +9,12 @@ import pytest
 import torch
 from dense_llamagen import DenseLlamaGen, full
 from dense_vq import DenseVQ
-from PIL import Image
+from images_http import asked, picture, pixels, refused, streamed
 
 from vllm_kvcompress.testing.llamagen import LlamaGenGeometry, decoder_state, make_llamagen, vq_state
 from vllm_kvcompress.testing.server import Server
 
 GEOMETRY = LlamaGenGeometry(classes=1000, grid=6)
-PATH = "/v1/images/generations"
 RETRIEVER, GOLDFISH = 207, 1
 
 
@@ -33,28 +28,6 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         httpx.Client(base_url=server.url, timeout=120) as client,
     ):
         yield client
-
-
-def asked(http: httpx.Client, prompt: str, **fields: Any) -> dict[str, Any]:
-    answer = http.post(PATH, json={"prompt": prompt, **fields})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-def pixels(b64: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))).convert("RGB")).astype(int)
-
-
-def picture(http: httpx.Client, prompt: str, **fields: Any) -> np.ndarray:
-    return pixels(asked(http, prompt, **fields)["data"][0]["b64_json"])
-
-
-def refused(http: httpx.Client, **fields: Any) -> tuple[str, str]:
-    """Parameter and message of a 400."""
-    answer = http.post(PATH, json=fields)
-    error = answer.json()["error"]
-    assert (answer.status_code, error["code"]) == (400, 400), answer.text
-    return error["param"], error["message"]
 
 
 @pytest.mark.parametrize("negative", [None, "goldfish"])
@@ -103,11 +76,7 @@ def test_an_unknown_class_is_a_400_with_near_matches(http: httpx.Client) -> None
 
 
 def test_a_stream_ends_in_the_same_picture(http: httpx.Client) -> None:
-    body = {"prompt": "207", "seed": 5, "stream": True, "partial_images": 2}
-    with http.stream("POST", PATH, json=body) as answer:
-        assert answer.status_code == 200
-        lines = [line[5:] for line in answer.iter_lines() if line.startswith("data:")]
-    events = [json.loads(line) for line in lines if line.strip() != "[DONE]"]
+    events = streamed(http, "207", seed=5, partial_images=2)
     *partial, last = events
     assert last["type"] == "image_generation.completed"
     assert {event["type"] for event in partial} <= {"image_generation.partial_image"}
@@ -118,7 +87,7 @@ def test_text_is_refused_in_one_line(http: httpx.Client) -> None:
     """The other routes: a class by its exact name draws, anything else says what to ask."""
     chat = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello"}]})
     assert chat.status_code == 400, chat.text
-    assert "draws pictures of classes and does not chat: ask /v1/images/generations" in chat.text
+    assert "draws pictures and does not chat: ask /v1/images/generations" in chat.text
     url = "data:image/png;base64,iVBORw0KGgo="
     asked = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
     shown = http.post("/v1/chat/completions", json={"messages": asked})

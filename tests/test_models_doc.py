@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Emu3TextConfig
 
 from vllm_kvcompress.cache.layout import TYPICAL_PREFIX, footprint
 from vllm_kvcompress.cache.plan import ModelShape, plan_layout, split_pages
@@ -18,11 +19,16 @@ DOCUMENT = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding
 VQ = {"codes": 16384, "embed": 8, "z": 256, "ch": 128, "ch_mult": [1, 1, 2, 2, 4], "res_blocks": 2}
 C2I = {"B": (768, 12), "L": (1024, 24), "XL": (1280, 36), "XXL": (1536, 48), "3B": (3200, 24)}
 JANUS = {"Janus-Pro-1B": (24, 16), "Janus-Pro-7B": (30, 32)}  # layers, heads of 128
+EMU3 = "Emu3-Gen-hf"
 ROWS = re.findall(r"^\| `?(?:c2i_)?([^|`]+?)(?:\.pt)?`? \|(.+)\|$", DOCUMENT, re.MULTILINE)
 SIZES = {name: [cell.strip() for cell in cells.split("|")] for name, cells in ROWS if "MiB" in cells}
 
 
 def geometry(name: str) -> tuple[ModelShape, Raster, int]:
+    if name == EMU3:
+        text, grid = Emu3TextConfig(), Raster(90, 91, 8, ends=1)
+        head = text.hidden_size // text.num_attention_heads
+        return ModelShape(text.num_hidden_layers, text.num_key_value_heads, head), grid, 80
     if name in JANUS:
         layers, heads = JANUS[name]
         return ModelShape(layers, heads, 128), Raster(24, 24), TYPICAL_PREFIX
@@ -38,7 +44,7 @@ def geometry(name: str) -> tuple[ModelShape, Raster, int]:
 
 def test_every_model_has_its_sizes() -> None:
     published = ["B_256", "B_384", "L_256", "L_384", "XL_384", "XXL_384", "3B_384"]
-    assert list(SIZES) == [*JANUS, *published]
+    assert list(SIZES) == [*JANUS, *published, EMU3]
 
 
 @pytest.mark.parametrize("name", SIZES)

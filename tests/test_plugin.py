@@ -52,8 +52,11 @@ def state():
         "route": hasattr(vllm.plugins.load_endpoint_plugins, "_kvcompress"),
     }
 """  # noqa: E501
-MODELS = ["MultiModalityCausalLM", "JanusForConditionalGeneration", "LlamaGenForImageGeneration"]
-LAYOUTS = ["multi_modality", "janus", "llamagen"]
+MODELS = [
+    "MultiModalityCausalLM", "JanusForConditionalGeneration", "LlamaGenForImageGeneration",
+    "Emu3ForConditionalGeneration",
+]  # fmt: skip
+LAYOUTS = ["multi_modality", "janus", "llamagen", "emu3"]
 NOTHING: dict[str, Any] = {
     "architectures": [], "checks": [], "config": False, "convertors": [], "template": False,
     "tokenizer": False, "backend": False, "custom": None, "methods": [], "admission": False, "route": False,

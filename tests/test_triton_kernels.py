@@ -106,10 +106,15 @@ def select_both(*types_and_plan: HeadType | Plan) -> None:
         same_cache(mine.pages, theirs.pages, 0)
 
 
-def draw(geometry: World, prefix: list[int], late: int, dtype: torch.dtype = torch.float32) -> None:
+def draw(
+    geometry: World, prefix: list[int], late: int, dtype: torch.dtype = torch.float32,
+    begins: list[tuple[int, int]] | None = None,
+) -> None:  # fmt: skip
     """Draw two whole pictures, the second ``late`` steps after the first, and padding rows at either end."""
     image = geometry.rules[0].image
-    run = Run(geometry, prefix, [p + image for p in prefix], 0, decode_both, select_both, dtype=dtype)
+    run = Run(
+        geometry, prefix, [p + image for p in prefix], 0, decode_both, select_both, dtype=dtype, begins=begins
+    )
     for step in range(max(run.total) + late):
         live = [row for row in (0, 1) if step >= row * late and run.length[row] < run.total[row]]
         run.step([-1, *live[::-1], -1])
@@ -160,6 +165,20 @@ def any_list_of_types_equals_the_oracle() -> None:
 
 
 @check
+def branches_of_unlike_length_equal_the_oracle() -> None:
+    """Either branch the shorter one, by more slots than a tile has, or not at all; any group."""
+    many = {"head_size": 16, "pages": (3, 2)}
+    draw(world("decoupled", 0.5, Raster(4, 3), [[0, 1]], **many), [5, 3], 2, begins=[(0, 4), (2, 0)])
+    draw(world("line_ar", 0.5, Raster(4, 3), [[0, 1]], group=3, **many), [4, 1], 2, begins=[(3, 0), (0, 0)])
+    for group in (1, 4):  # a tile of these is 64 slots
+        rule, prefix, length = HeadRule(20, 10, 30, 1, 4), [150, 20], [175, 45]
+        kind = steady(rule, 32, 7, torch.float32, length, prefix)
+        q, k, v = (torch.randn(2, n, 32) for n in (2 * group, 2, 2))
+        plan = replace(plan_of(prefix, length), begins=torch.tensor([[0, 131], [19, 3]]).int())
+        decode_both(q, k, v, [kind], plan, 0.2, torch.empty_like(q))
+
+
+@check
 def windows_equal_the_oracle() -> None:
     """Windows of 2 to 16 places, any number of which stands; rings, full and scored heads."""
     from test_windows import draw_in_windows
@@ -178,7 +197,7 @@ def windows_equal_the_oracle() -> None:
     )
     for seed, (kinds, group) in enumerate((([[0, 1, 2, 3], [1, 1, 0, 2]], 1), ([[3, 1], [0, 1]], 3))):
         small = World(rules, np.array(kinds), group=group, head_size=8, pages=(4, 5, 3))
-        draw_in_windows(decoder, triton_window, small, [3, 1], seed)
+        draw_in_windows(decoder, triton_window, small, [3, 1], seed, [(2, 0), (0, 0)] if seed else None)
 
 
 @check

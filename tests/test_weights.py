@@ -10,8 +10,8 @@ from parity import load_reference
 from torch import nn
 from vllm.model_executor.model_loader.weight_utils import pt_weights_iterator, safetensors_weights_iterator
 
+from vllm_kvcompress.models.checkpoint import check_checkpoint
 from vllm_kvcompress.models.config import MultiModalityConfig, raster_of
-from vllm_kvcompress.models.vllm_config import check_checkpoint
 from vllm_kvcompress.models.vq import VQDecoder
 from vllm_kvcompress.models.weights import (
     CheckpointError,

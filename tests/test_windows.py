@@ -39,7 +39,7 @@ class WindowRun(Run):
         starts = [sum(counts[:n]) for n in range(len(rows))]
         prefix = torch.tensor([self.prefix[row] for row in rows], dtype=torch.int32)
         length = torch.tensor([self.length[row] + 1 for row in rows], dtype=torch.int32)
-        plan = WindowPlan(rows, starts, counts, prefix, length)
+        plan = WindowPlan(rows, starts, counts, prefix, length, self.begins_of(rows))
         held = []
         for layer in range(len(self.world.kinds)):
             parts = []
@@ -95,13 +95,16 @@ class WindowRun(Run):
         )
 
 
-def draw_in_windows(decoder: Any, windows: Any, world: World, prefix: list[int], seed: int) -> None:
+def draw_in_windows(
+    decoder: Any, windows: Any, world: World, prefix: list[int], seed: int,
+    begins: list[tuple[int, int]] | None = None,
+) -> None:  # fmt: skip
     """Draw pictures with windows of any length, of which any number stands, and compare with the oracle."""
     rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
     image, line = world.rules[0].image, world.rules[0].line
     run = WindowRun(
         world, prefix, [p + image for p in prefix], seed=seed,
-        decode=decoder.decode, select=decoder.select_victims,
+        decode=decoder.decode, select=decoder.select_victims, begins=begins,
     )  # fmt: skip
     run.window, run.ahead = SimpleNamespace(verify=windows.verify, commit=windows.commit), []
     run.chunk(dict(enumerate(prefix)))

@@ -46,11 +46,24 @@ def drawn_in_prompt(prompt_ids: list[int], model: ImageModel) -> int | None:
             "this model draws pictures of classes and writes no text: the prompt must be one class, by exact "
             f"name or by its id, 0 to {model.classes - 1}",
         )
-    if (start < end and not begun) or any(i >= model.text_vocab for i in prompt_ids[:start]):
+    if (start < end and not begun) or any(map(model.is_drawn, prompt_ids[:start])):
         raise _refuse(
             "prompt",
             f"image tokens must follow begin-of-image (id {model.boi}) without a gap, at the prompt's end",
         )
+    if not model.writes and not begun:
+        raise _refuse(
+            "prompt",
+            "this model draws pictures and writes no text: ask /v1/images/generations, or end the prompt in "
+            f"the ids {list(model.begin)}, which begin a picture of this server's size",
+        )
+    for number, token in enumerate(prompt_ids[start:]):
+        if (token == model.eol) != model.raster.is_end(number):
+            raise _refuse(
+                "prompt",
+                f"the picture's token {number} has id {token}: every {model.raster.width}th token, and no "
+                f"other, must be the end of a line, id {model.eol}",
+            )
     return end - start if begun else None
 
 
@@ -169,15 +182,26 @@ def _check_params(params: "SamplingParams", remaining: int, model: ImageModel) -
     for name in WORDS_ONLY:
         if getattr(params, name) is not None:
             raise _refuse(name, f"{name} is about text, and this prompt asks for a picture: leave it out")
-    if any(i >= model.text_vocab for i in params.stop_token_ids or ()):
+    if any(map(model.is_drawn, params.stop_token_ids or ())):
         raise _refuse(
             "stop_token_ids",
-            f"a picture can't end before its last token: stop at text ids only, below {model.text_vocab}",
+            f"a picture can't end before its last token: stop at text ids only, {_text_range(model)}",
         )
-    if any(i < model.text_vocab for i in params.allowed_token_ids or ()):
+    if not all(map(model.is_drawn, params.allowed_token_ids or ())):
         raise _refuse(
             "allowed_token_ids",
-            f"the tokens allowed in a picture must be image tokens, ids from {model.text_vocab}",
+            f"the tokens allowed in a picture must be image tokens, ids from {model.first_code}",
+        )
+    if model.eol >= 0 and params.allowed_token_ids and model.eol not in params.allowed_token_ids:
+        params.allowed_token_ids = [*params.allowed_token_ids, model.eol]  # every line has to end
+    if model.eol >= 0 and params.bad_words:
+        raise _refuse(
+            "bad_words", "bad_words is about text, and this prompt asks for a picture: leave it out"
+        )
+    if params.prompt_logprobs is not None and not model.writes and not model.classes:
+        raise _refuse(
+            "prompt_logprobs",
+            "prompt_logprobs is about words, which this model does not predict: leave it out",
         )
 
 
@@ -187,14 +211,47 @@ def _check_guidance(params: "SamplingParams", prefix: int, model: ImageModel) ->
     except ValueError as error:
         raise _refuse(str(error).split()[0], str(error)) from None
     if guidance.negative_ids is None:
+        if model.aligns and guidance.scale != 1:  # a front end that has not come by `align_request`
+            raise _refuse(NEGATIVE_IDS, f"{NEGATIVE_IDS} is missing: this model is guided away from a prompt")
         return
     if len(guidance.negative_ids) != prefix:
         raise _refuse(
             NEGATIVE_IDS,
             f"{NEGATIVE_IDS} has {len(guidance.negative_ids)} ids, the prompt {prefix}: they must match",
         )
-    if not all(0 <= i < model.text_vocab for i in guidance.negative_ids):
-        raise _refuse(NEGATIVE_IDS, f"{NEGATIVE_IDS} must hold text ids below {model.text_vocab}")
+    if model.aligns and not model.is_begun(guidance.negative_ids, prefix):
+        raise _refuse(
+            NEGATIVE_IDS, f"{NEGATIVE_IDS} must end in the ids {list(model.begin)}, as the prompt does"
+        )
+    if not all(0 <= i < model.text_vocab and not model.is_drawn(i) for i in guidance.negative_ids):
+        raise _refuse(NEGATIVE_IDS, f"{NEGATIVE_IDS} must hold text ids {_text_range(model)}")
+
+
+def align_request(request: Any, model: ImageModel) -> None:
+    """Make both branches of an ``EngineCoreRequest`` equally long, for a model that aligns them, in place.
+
+    A guided request without a negative prompt gets the model's own. The shorter of the two prompts is filled
+    up at its beginning. What is wrong with the request otherwise is left for `admit_request` to say; what is
+    aligned is left as it is.
+    """
+    ids, params = request.prompt_token_ids, request.sampling_params
+    if not model.aligns or ids is None or params is None:
+        return
+    prefix = model.prefix_length(ids)
+    try:
+        guidance = GuidanceParams.read(params.extra_args, model.guidance_scale)
+    except ValueError:
+        return
+    negative = guidance.negative_ids or (() if guidance.scale == 1 else model.negative)
+    if not negative or not model.is_begun(ids, prefix):
+        return
+    request.prompt_token_ids = model.aligned(ids, len(negative) + len(ids) - prefix)
+    params.extra_args = {**(params.extra_args or {}), NEGATIVE_IDS: model.aligned(negative, prefix)}
+
+
+def _text_range(model: ImageModel) -> str:
+    """Which ids are not image tokens, as a message says it."""
+    return f"below {model.first_code}" if model.eol < 0 else f"below {model.first_code} but not {model.eol}"
 
 
 def admit_request(

@@ -55,6 +55,10 @@ def calibrate(
     kv_cache_memory_bytes: Annotated[
         int | None, typer.Option(min=1, help="As for vllm serve, instead; on CPUs 1 GiB if neither is given.")
     ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="WIDTHxHEIGHT, for models that draw more than one, as the server's."),
+    ] = None,
 ) -> None:
     """Measure what each attention head of MODEL needs, with a full cache on built-in prompts.
 
@@ -67,7 +71,7 @@ def calibrate(
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise typer.BadParameter(f"cannot write in {existing}", param_hint="-o")
     try:
-        profile = _measure(model, dtype, force, gpu_memory_utilization, kv_cache_memory_bytes)
+        profile = _measure(model, dtype, force, gpu_memory_utilization, kv_cache_memory_bytes, size)
         profile.save(output)
     except Exception as error:
         _fail(error)
@@ -81,7 +85,7 @@ def calibrate(
 
 
 def _measure(
-    model: str, dtype: Any, force: bool, utilization: float | None, memory: int | None
+    model: str, dtype: Any, force: bool, utilization: float | None, memory: int | None, size: str | None
 ) -> HeadProfile:
     """Start an engine as a server would; it calibrates on its way up."""
     # In this process, so that its errors are exceptions rather than another process's traceback.
@@ -92,7 +96,7 @@ def _measure(
 
     from vllm_kvcompress.config import BACKEND, KEY
 
-    section = {"preset": "decoupled", "head_profile": "auto", "recalibrate": force}
+    section = {"preset": "decoupled", "head_profile": "auto", "recalibrate": force, "size": size}
     room: dict[str, Any] = {}
     if utilization is not None:
         room["gpu_memory_utilization"] = utilization

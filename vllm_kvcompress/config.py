@@ -16,7 +16,7 @@ Choice = Literal["auto", "torch", "cpu", "triton"]  # of kernels
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of an 8-bit cache of e4m3 numbers
 MAX_WINDOW = 16  # places of a row in one step: lanes of a GPU kernel's matrix unit
 WITH_ANY_CACHE = frozenset(
-    {"window", "window_rows", "limits", "strict", "playground"}
+    {"window", "window_rows", "limits", "strict", "playground", "size", "default_texts"}
 )  # settings that do not need the backend
 _POLICY_FIELDS = frozenset(Policy.__dataclass_fields__)
 
@@ -75,6 +75,11 @@ class CompressionConfig(BaseModel):
         Whether the images route refuses what it can't give (another size, a quality) instead of noting it.
     playground : bool
         Whether ``/playground`` is a page to draw with.
+    size : str, optional
+        Of all pictures, ``WIDTHxHEIGHT`` in pixels, for models that draw more than one.
+    default_texts : bool
+        Whether requests that say nothing else have the model's own texts: what it adds to a prompt, and its
+        negative prompt.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -100,6 +105,16 @@ class CompressionConfig(BaseModel):
     limits: Limits = Limits()
     strict: bool = False
     playground: bool = False
+    size: Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$")] | None = None
+    default_texts: bool = True
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """``size`` as width and height."""
+        if self.size is None:
+            return None
+        width, height = self.size.split("x")
+        return int(width), int(height)
 
     @property
     def compresses(self) -> bool:

@@ -29,6 +29,7 @@ NEGATIVE_IDS = "negative_prompt_token_ids"
 MAX_SCALE = 100.0  # far beyond use; a bound, because an overflow in the engine would end it
 NO_IMAGE = 2**30  # a prefix that no sequence reaches
 TEXT_ROW = -1.0  # stands for the guidance scale in rows whose next token is text
+LINE_END = -2.0  # and in rows whose next token is the end of a line, whatever the model would say
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,15 @@ class RequestFacts:
         Whether sampling it takes logits of the whole vocabulary.
     drawing : Drawing or None
         The picture's tokens and noise, where the host knows them (the V1 runner).
+    begins : (int, int)
+        How many padding ids each branch's prompt begins with, where the model aligns them.
     """
 
     guidance: GuidanceParams
     prefix: int
     names_ids: bool = False
     drawing: Drawing | None = field(default=None, compare=False)
+    begins: tuple[int, int] = (0, 0)
 
     @property
     def is_text(self) -> bool:
@@ -97,7 +101,8 @@ class RequestFacts:
             # Admission has not looked at a text request's arguments, and they mean nothing here.
             return cls(GuidanceParams(model.guidance_scale), NO_IMAGE)
         guidance = GuidanceParams.read(getattr(params, "extra_args", None), model.guidance_scale)
-        return cls(guidance, end, names_ids(params))
+        begins = model.padding(ids[:end]), model.padding(guidance.negative_ids or ids[:end])
+        return cls(guidance, end, names_ids(params), begins=begins)
 
 
 class RequestRows:
@@ -107,7 +112,9 @@ class RequestRows:
     is float32 and ``prefix`` int32, both ``[max_rows]`` on the model's device; ``negative`` int32
     ``[max_rows, context]`` holds the users' own unconditional prompts, of which ``negative_length`` int32
     ``[max_rows]`` says how long they are, 0 in a row without; ``is_text`` is bool ``[max_rows]``;
-    ``token_rows`` is int64 ``[max_tokens]``, the row of each of the step's tokens.
+    ``token_rows`` is int64 ``[max_tokens]``, the row of each of the step's tokens; ``begins`` is int32
+    ``[max_rows, 2]``, where each branch's prompt begins, or None where the model's are always as long as each
+    other.
     """
 
     def __init__(self, max_rows: int, model: ImageModel, context: int = 0, max_tokens: int = 0) -> None:
@@ -118,8 +125,10 @@ class RequestRows:
         self.negative_length = torch.zeros(max_rows, dtype=torch.int32)
         self.is_text = torch.zeros(max_rows, dtype=torch.bool)
         self.token_rows = torch.zeros(max_tokens, dtype=torch.int64)
+        self.begins = torch.zeros(max_rows, 2, dtype=torch.int32) if model.aligns else None
         self._tokens = torch.arange(max_tokens, dtype=torch.int32)
         self.narrow_allowed = True
+        self.replays = False  # whether tokens come outside steps, `token_rows` written by who feeds them
         self.places: list[int] | None = None  # this step's tokens to sample after, by row; None: one each
         self.window: Window | None = None  # their drafts (the V1 runner)
         self.shared_plan: Any = None  # where its rows start, and what the step's head types have in common
@@ -138,6 +147,7 @@ class RequestRows:
         )
         self.negative, self.negative_length = self.negative.to(device), self.negative_length.to(device)
         self.token_rows, self._tokens = self.token_rows.to(device), self._tokens.to(device)
+        self.begins = None if self.begins is None else self.begins.to(device)
 
     def place_tokens(self, starts: Tensor, tokens: int | None = None) -> None:
         """Write ``token_rows``, without waiting. Once per step, before the forward.
@@ -189,9 +199,10 @@ class RequestRows:
         self._dirty = False
         count = len(self.scale)
         scale, prefix, lengths = [self.model.guidance_scale] * count, [NO_IMAGE] * count, [0] * count
-        is_text = [False] * count
+        is_text, begins = [False] * count, [(0, 0)] * count
         for row, facts in self._rows.items():
             scale[row], prefix[row], is_text[row] = facts.guidance.scale, facts.prefix, facts.is_text
+            begins[row] = facts.begins
             ids = facts.guidance.negative_ids or ()
             lengths[row] = len(ids)
             if ids and self._written.get(row) != ids:
@@ -201,6 +212,8 @@ class RequestRows:
         async_tensor_h2d(prefix, out=self.prefix)
         async_tensor_h2d(lengths, out=self.negative_length)
         async_tensor_h2d(is_text, out=self.is_text)
+        if self.begins is not None:
+            async_tensor_h2d(begins, out=self.begins)
 
     def take_narrow(self) -> bool:
         """Whether image codes are all that the step flushed for can draw; asked once, for its sampling.
@@ -244,6 +257,11 @@ class RequestRows:
         facts = self._rows.get(row)
         return NO_IMAGE if facts is None else facts.prefix
 
+    def begins_of(self, row: int) -> tuple[int, int]:
+        """What ``begins`` holds for a row, from the host's own memory."""
+        facts = self._rows.get(row)
+        return (0, 0) if facts is None else facts.begins
+
     @property
     def negatives(self) -> bool:
         """Whether any row has an unconditional prompt of its own."""
@@ -274,7 +292,8 @@ def unconditional_ids(input_ids: Tensor, positions: Tensor, model: ImageModel) -
 
     Every text id becomes the pad id, except the first token and begin-of-image; image tokens are
     shared by the branches (deepseek-ai/Janus generation_inference.py:70-73). A class becomes the null class
-    (LlamaGen, autoregressive/models/generate.py).
+    (LlamaGen, autoregressive/models/generate.py). A model that aligns its branches has no such prompt: the
+    branches are alike unless the request has a negative one.
 
     Parameters
     ----------
@@ -286,7 +305,9 @@ def unconditional_ids(input_ids: Tensor, positions: Tensor, model: ImageModel) -
     Tensor
         ``[tokens]`` of input_ids' dtype.
     """
-    kept = input_ids >= model.text_vocab
+    if model.aligns:
+        return input_ids  # who is guided has a negative prompt: `splice_negatives`
+    kept = model.is_drawn(input_ids)
     if not model.classes:
         kept |= (positions == 0) | (input_ids == model.boi)
     return torch.where(kept, input_ids, model.pad)
@@ -309,7 +330,7 @@ def splice_negatives(
     Tensor
         ``[tokens]``, a new tensor.
     """
-    mine = (positions < rows.negative_length[token_rows]) & (input_ids < rows.model.text_vocab)
+    mine = (positions < rows.negative_length[token_rows]) & ~rows.model.is_drawn(input_ids)
     own = rows.negative[token_rows, positions.clamp(max=rows.negative.shape[1] - 1)]
     return torch.where(mine, own.to(uncond.dtype), uncond)
 
@@ -334,6 +355,25 @@ def blend(cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
     """
     cond, uncond, scale = cond.float(), uncond.float(), scale[:, None]
     return torch.where(scale == 1.0, cond, uncond + scale * (cond - uncond))
+
+
+def with_line_ends(logits: Tensor, ends: Tensor) -> Tensor:
+    """Logits of codes, then of the end of a line: certain where it is due, impossible elsewhere.
+
+    Parameters
+    ----------
+    logits : Tensor
+        ``[rows, codes]`` float32.
+    ends : Tensor
+        ``[rows]`` bool: where a line's end is due.
+
+    Returns
+    -------
+    Tensor
+        ``[rows, codes + 1]`` float32.
+    """
+    last = torch.where(ends, 0.0, -torch.inf).to(logits.dtype)
+    return torch.cat([logits.masked_fill(ends[:, None], -torch.inf), last[:, None]], -1)
 
 
 def pack_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:

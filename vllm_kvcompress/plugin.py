@@ -82,9 +82,12 @@ def _models() -> list[Change]:
     from vllm_kvcompress.models.vllm_config import JanusArchConvertor, JanusConfigCheck
 
     set_item = operator.setitem
+    # vLLM warns of a name that is taken, in servers of other models too.
+    taken = [name for name in ARCHITECTURES if name in ModelRegistry.models]
     return [
         # The calls come first: they could fail, entries of a table can't.
         *(partial(register_chat_template_fallback_path, kind, path) for kind, path in CHAT_TEMPLATES.items()),
+        *(partial(ModelRegistry.models.pop, name) for name in taken),
         *(partial(ModelRegistry.register_model, name, path) for name, path in ARCHITECTURES.items()),
         *(partial(set_item, MODELS_CONFIG_MAP, name, JanusConfigCheck) for name in ARCHITECTURES),
         partial(set_item, _CONFIG_REGISTRY, ORIGINAL_LAYOUT, MultiModalityConfig),

@@ -68,7 +68,8 @@ class RequestTracker(V1LogitsProcessor, V2LogitsProcessor):
     def _drawing(self, params: Any, prompt: Sequence[int], outputs: list[int], prefix: int) -> Drawing:
         # vLLM's own generator, so that an engine's seed decides unseeded pictures too.
         seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
-        return Drawing(seed, self.rows.model.raster.width, prompt[prefix:], outputs)
+        model = self.rows.model
+        return Drawing(seed, model.raster.width, prompt[prefix:], outputs, model.eol)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         return False

@@ -86,7 +86,7 @@ class ImageSampler(Sampler):
         states, index = self.req_states, batch.idx_mapping
         states.draft_tokens[index] = next_drafts(
             samples, places.counts, stands, states.all_token_ids.gpu[index], first, prefix, raster.width,
-            states.draft_tokens.shape[1],
+            states.draft_tokens.shape[1], rows.model.eol,
         ).to(states.draft_tokens.dtype)  # fmt: skip
         rows.accept(stands)
 
@@ -96,19 +96,19 @@ class ImageSampler(Sampler):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """As vLLM's; ``how`` is ``use_fused_sampler``, from vLLM 0.33 on after ``has_topp_only_rows``."""
         where = expanded_idx_mapping, idx_mapping_np, pos
-        first, codes = self.rows.model.text_vocab, self.rows.model.codes
+        model = self.rows.model
         if self.num_speculative_tokens:
             how = (*how[:-1], False)  # the fused sampler's noise is not a function of the position
-        few = None if top_k is None else top_k.clamp(max=codes)
+        few = None if top_k is None else top_k.clamp(max=model.codes)
         # vLLM reckons with all ids whether a row has top-p alone; a top-k beyond the codes is none either.
         among_codes = how if top_k is None else (*(True for _ in how[:-1]), *how[-1:])
         choose, logits = super()._sample_random, processed_logits
         if is_narrow(logits, self.rows):
             return choose(logits, *where, few, top_p, *among_codes)
-        code, _ = choose(logits[:, first:].clone(), *where, few, top_p, *among_codes)
+        code, _ = choose(model.among(logits).clone(), *where, few, top_p, *among_codes)
         sampled, processed = choose(logits, *where, top_k, top_p, *how)
         is_text = self.rows.is_text[: len(code)] if self._row_of is None else self.rows.is_text[self._row_of]
-        return torch.where(is_text, sampled, code + first), processed
+        return torch.where(is_text, sampled, model.ids(code)), processed
 
 
 class JanusModelState(DefaultModelState):

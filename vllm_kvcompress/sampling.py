@@ -49,15 +49,17 @@ def mark(logits: Tensor, rows: "RequestRows") -> Tensor:
 
 
 def is_narrow(logits: Tensor, rows: "RequestRows") -> bool:
-    """Whether the logits are of image codes, not of ids."""
-    return logits.shape[-1] == rows.model.codes
+    """Whether the logits are of image tokens alone, not of all ids."""
+    return logits.shape[-1] == rows.model.choices
 
 
 def move_up(output: Any, rows: "RequestRows") -> Any:
-    """A sampler's output over codes, in place, as ids; either runner's."""
-    output.sampled_token_ids += rows.model.text_vocab
+    """A sampler's output over image tokens, in place, as ids; either runner's."""
+    drawn = [output.sampled_token_ids]
     if output.logprobs_tensors is not None:
-        output.logprobs_tensors.logprob_token_ids.add_(rows.model.text_vocab)
+        drawn.append(output.logprobs_tensors.logprob_token_ids)
+    for numbers in drawn:
+        numbers.copy_(rows.model.ids(numbers))
     return output
 
 
@@ -107,11 +109,10 @@ def patch_v1() -> None:
         if is_narrow(logits, rows):
             return sample(self, logits, image, *args, **kwargs)
         # Sampling works in place, hence the copy; each generator is used once.
-        codes_only = logits[:, rows.model.text_vocab :].clone()
-        code, _ = sample(self, codes_only, image, *args, **kwargs)
+        code, _ = sample(self, rows.model.among(logits).clone(), image, *args, **kwargs)
         writing = {row: made for row, made in whole.generators.items() if row in text}
         sampled, logprobs = sample(self, logits, replace(whole, generators=writing), *args, **kwargs)
-        return torch.where(rows.is_text[: len(code)], sampled, code + rows.model.text_vocab), logprobs
+        return torch.where(rows.is_text[: len(code)], sampled, rows.model.ids(code)), logprobs
 
     setattr(forward_marked, _MARK, True)
     Sampler.forward = forward_marked  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_kvcompress.log import logger_for
 
 if TYPE_CHECKING:
-    from vllm_kvcompress.models.vq import VQDecoder
+    from vllm_kvcompress.models.vq import PictureDecoder
 
 logger = logger_for(__name__)
 
@@ -26,7 +26,7 @@ def kvcompress_decode_image(self: Any, codes: list[int]) -> tuple[int, int, byte
     """
     if self.rank != 0:
         return None
-    decoder: VQDecoder = self.model_runner.get_model().vq
+    decoder: PictureDecoder = self.model_runner.get_model().vq
     return decoder.picture(codes)
 
 

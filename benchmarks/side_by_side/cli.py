@@ -26,9 +26,7 @@ class Mode(StrEnum):
 
 @app.command()
 def run(
-    mode: Annotated[
-        Mode, typer.Argument(help="quick: half an hour on two cores; full: hours; tiny*: tests")
-    ],
+    mode: Annotated[Mode, typer.Argument(help="quick: half an hour on two cores; full: hours; tiny*: tests")],
     only: Annotated[str, typer.Option(help="groups to run, with commas between: bars,memory,http,...")] = "",
     minutes: Annotated[float, typer.Option(help="begin nothing after so many; 0: no limit")] = 0,
     threads: Annotated[int, typer.Option(help="of every contender; 0: all cores")] = 0,

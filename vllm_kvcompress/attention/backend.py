@@ -84,9 +84,10 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
     ) -> StepPlan:
         m = common_attn_metadata
         prefix, length = self.rows.prefix[: m.num_reqs], m.seq_lens[: m.num_reqs].to(torch.int32)
+        begins = None if self.rows.begins is None else self.rows.begins[: m.num_reqs]
         table = m.block_table_tensor[: m.num_reqs]
         if m.max_query_len == 1:
-            return StepPlan(m.query_start_loc, table, None, None, Plan(prefix, length))
+            return StepPlan(m.query_start_loc, table, None, None, Plan(prefix, length, begins))
         starts = m.query_start_loc_cpu[: m.num_reqs + 1]
         ends = starts.tolist()
         shared = self.rows.shared_plan
@@ -99,20 +100,23 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
             known = m.seq_lens.cpu()
         prefixes = [self.rows.prefix_of(row) for row in range(m.num_reqs)]
         many = (counts > 1).tolist()
-        window = self._window(ends, prefix, length)
+        window = self._window(ends, prefix, length, begins)
         drafted = set(window.rows) if window else set()
         lengths = [
             int(known[row]) if several and row not in drafted else 0 for row, several in enumerate(many)
         ]
         rows = async_tensor_h2d(single, device=table.device)
         tokens = async_tensor_h2d(starts[single].long(), device=table.device)
-        plan = Plan(prefix[rows], length[rows])
-        prompts = PrefillPlan.of(ends, prefixes, lengths, table.device)
+        plan = Plan(prefix[rows], length[rows], None if begins is None else begins[rows])
+        firsts = None if begins is None else [self.rows.begins_of(row) for row in range(m.num_reqs)]
+        prompts = PrefillPlan.of(ends, prefixes, lengths, table.device, firsts)
         made = StepPlan(m.query_start_loc, table, rows, tokens, plan, prompts, window)
         self.rows.shared_plan = ends, made
         return made
 
-    def _window(self, starts: list[int], prefix: Tensor, length: Tensor) -> WindowPlan | None:
+    def _window(
+        self, starts: list[int], prefix: Tensor, length: Tensor, begins: Tensor | None
+    ) -> WindowPlan | None:
         """The rows whose places after the first are drafts."""
         counts = self.rows.places
         if counts is None:
@@ -126,6 +130,7 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
             [counts[row] for row in rows],
             prefix[at],
             length[at] - drafts,
+            None if begins is None else begins[at],
         )
 
 

@@ -54,7 +54,7 @@ def decode(
             warn_layout()
         reference.decode(q, k, v, types, plan, scale, out)
         return
-    step = step_of(q, k, v, plan.prefix, plan.length, scale, out)
+    step = step_of(q, k, v, plan, scale, out)
     if library().kvc_decode(pointers_to(natives), len(natives), byref(step)):  # type: ignore[union-attr]
         raise MemoryError(NO_SCRATCH)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan
+from vllm_kvcompress.attention.window import WindowPlan
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.policy.rule import HeadRule
 
@@ -18,7 +19,7 @@ logger = logger_for(__name__)
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 ISAS = ("portable", "avx2", "avx512")
-_ABI = 4
+_ABI = 5
 _PAGED = ("kv", "score", "token", "victim")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -36,9 +37,9 @@ class PackedType(Structure):
 
 class Step(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "k", "v", "out", "prefix", "length")),
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "prefix", "length", "begins")),
         *((f"{name}_{axis}", c_int64) for name in ("q", "k", "v", "out") for axis in ("row", "head")),
-        *((name, c_int32) for name in ("rows", "group", "dim", "dtype", "threads")),
+        *((name, c_int32) for name in ("rows", "group", "dim", "dtype", "threads", "kv_heads")),
         ("scale", c_float),
     )
 
@@ -143,7 +144,8 @@ def native_of(kind: HeadType) -> Native | None:
 
 def is_plain(plan: Plan) -> bool:
     """Whether the kernels can read a plan."""
-    return all(t.dtype == torch.int32 and t.is_contiguous() and t.is_cpu for t in (plan.prefix, plan.length))
+    tensors = [plan.prefix, plan.length, *([] if plan.begins is None else [plan.begins])]
+    return all(t.dtype == torch.int32 and t.is_contiguous() and t.is_cpu for t in tensors)
 
 
 def readable(q: Tensor, k: Tensor, v: Tensor, out: Tensor, types: Sequence[HeadType]) -> list[Native] | None:
@@ -156,19 +158,19 @@ def readable(q: Tensor, k: Tensor, v: Tensor, out: Tensor, types: Sequence[HeadT
     return None
 
 
-def step_of(
-    q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, length: Tensor, scale: float, out: Tensor
-) -> Step:
+def step_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan | WindowPlan, scale: float, out: Tensor) -> Step:
     """A step's tensors as the kernels see them; whoever has it keeps the tensors alive."""
     return Step(
-        *(x.data_ptr() for x in (q, k, v, out, prefix, length)),
+        *(x.data_ptr() for x in (q, k, v, out, plan.prefix, plan.length)),
+        None if plan.begins is None else plan.begins.data_ptr(),
         *(x.stride(axis) for x in (q, k, v, out) for axis in (0, 1)),
         *(
-            len(prefix),
+            len(plan.prefix),
             q.shape[1] // k.shape[1],
             q.shape[2],
             _DTYPES[q.dtype],
             torch.get_num_threads(),
+            k.shape[1] // 2,
             scale,
         ),
     )

@@ -68,7 +68,7 @@ def verify(
     held = Held(
         natives,
         [(native.struct.block_table, native.struct.table_row) for native in natives],
-        step_of(q, k, v, plan.prefix, plan.length, scale, out),
+        step_of(q, k, v, plan, scale, out),
         Window(start.data_ptr(), count.data_ptr(), None, addressof(pointers), places),
         (q, k, v, out, plan, list(types), mass, pointers),
     )

@@ -61,8 +61,9 @@ class Line:
 
 
 def attend_line(
-    q: Tensor, k: Tensor, v: Tensor, kind: HeadType, prefix: int, token: int, scale: float
-) -> Line:
+    q: Tensor, k: Tensor, v: Tensor, kind: HeadType, prefix: int, token: int, scale: float,
+    begins: Tensor | None = None,
+) -> Line:  # fmt: skip
     """Attend with image tokens from ``token`` on as if each had been written in its turn, to the line's end.
 
     Tokens past that end have no slots yet. They see what the line has left, and can't be kept.
@@ -77,6 +78,8 @@ def attend_line(
         Prompt tokens of the row, and the first token's index in the picture.
     scale : float
         Factor of q . k before the softmax.
+    begins : Tensor, optional
+        [heads] int64: the first slot that each head sees; by default they see all.
     """
     pages, rule, (count, heads) = kind.pages, kind.rule, q.shape[:2]
     nth = torch.arange(count, device=q.device)
@@ -92,6 +95,8 @@ def attend_line(
     until = torch.full((heads, prefix + rule.capacity), count, device=q.device)
     until = until.scatter(1, slot.T, inside.expand(heads, -1))[:, :held]
     seen_old = nth[:, None] < until[:, None]
+    if begins is not None:
+        seen_old &= (old >= begins[:, None])[:, None]
     seen_new = (nth <= nth[:, None]).expand(heads, -1, -1)
     mask = torch.cat((seen_old, seen_new), -1)  # [heads, n, held + n]
     logits = torch.einsum("nhgd,shd->hgns", q.float(), key) * scale

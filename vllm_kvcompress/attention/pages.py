@@ -91,10 +91,35 @@ class Plan:
     length : Tensor
         [rows] int32: tokens of the row, that of this step included, at most prefix + image. 0 is a
         padding row: it writes nowhere and its output is zero.
+    begins : Tensor, optional
+        [rows, 2] int32: the logical slot that each branch's prompt begins at, at most ``prefix``. What lies
+        before it fills the shorter prompt up: none of the branch's queries sees it, but its own does. None
+        stands for zeros, and costs nothing.
     """
 
     prefix: Tensor
     length: Tensor
+    begins: Tensor | None = None
+
+
+def begins_of(begins: Tensor, head_index: Tensor, heads: int) -> Tensor:
+    """``begins`` of a head type's heads.
+
+    Parameters
+    ----------
+    begins : Tensor
+        [rows, 2] int32, as in `Plan`.
+    head_index : Tensor
+        [n] int32, as in `HeadType`.
+    heads : int
+        ``2 * Hkv``.
+
+    Returns
+    -------
+    Tensor
+        [rows, n] int64.
+    """
+    return begins.long()[:, (head_index >= heads // 2).long()]
 
 
 def slot_bytes(head_size: int, dtype: torch.dtype, scores: bool) -> int:

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_kvcompress.attention.line import attend_line
-from vllm_kvcompress.attention.pages import HeadType, Plan
-from vllm_kvcompress.attention.prefill_plan import Chunks, Drawn, PrefillPlan
+from vllm_kvcompress.attention.pages import HeadType, Plan, begins_of
+from vllm_kvcompress.attention.prefill_plan import Begun, Chunks, Drawn, PrefillPlan
 from vllm_kvcompress.attention.prompt import attend_prompts
 from vllm_kvcompress.attention.select import select_victims
 
@@ -58,8 +58,8 @@ def prefill(
     if plan.written is not None:
         for kind in types:
             _write(k, v, kind, plan)
-    if plan.begun_counts:
-        _begin(q, k, v, types, plan, scale, out)
+    for begun in plan.begun:
+        _begin(q, k, v, types, begun, scale, out)
     for number, chunk in enumerate(plan.chunks):
         for kind in types:
             _continue(q, kind, chunk, plan.located(number, kind.block_table, kind.pages.page), scale, out)
@@ -81,13 +81,17 @@ def _write(k: Tensor, v: Tensor, kind: HeadType, plan: PrefillPlan) -> None:
 
 
 def _begin(
-    q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], plan: PrefillPlan, scale: float, out: Tensor
+    q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], begun: Begun, scale: float, out: Tensor
 ) -> None:
-    """Attention of the prompts that begin in this step, all heads at once."""
-    at = plan.begun
+    """Attention of the prompts that begin in this step, all heads at once, or all of a branch."""
+    if begun.branch is not None:
+        half = k.shape[1] // 2
+        q, k, v, out = (x[:, begun.branch * half : (begun.branch + 1) * half] for x in (q, k, v, out))
+        out[begun.padding] = 0  # what nobody looks at must still be numbers
+    at = begun.tokens
     # As decode steps will see them.
     key, value = (x[at].to(types[0].pages.kv.dtype).to(q.dtype) for x in (k, v))
-    got = attend_prompts(q[at].flatten(1, 2), key, value, plan.begun_counts, scale)
+    got = attend_prompts(q[at].flatten(1, 2), key, value, begun.counts, scale)
     out[at] = got.view(-1, *q.shape[1:]).to(out.dtype)
 
 
@@ -99,11 +103,14 @@ def _continue(
     held = kind.pages.kv[block, :, place].to(q.dtype).transpose(1, 2)  # [rows, heads, slots, 2 * D]
     key, value = held.chunk(2, -1)
     query = q[chunk.queries.at[:, :, None], heads]  # [rows, chunk, heads, group, D]
+    mask = chunk.mask
+    if mask.shape[1] == 2:
+        mask = mask[:, (heads >= q.shape[1] // 2).long()].repeat_interleave(query.shape[3], 1)
     got = scaled_dot_product_attention(
         query.flatten(2, 3).transpose(1, 2),
         key,
         value,
-        attn_mask=chunk.mask,
+        attn_mask=mask,
         scale=scale,
         enable_gqa=True,
     )
@@ -118,12 +125,14 @@ def _replay(
     # Indexing heads copies, so each type works on its own slice and `out` is written here.
     mine = [replace(kind, block_table=kind.block_table[row.row : row.row + 1]) for kind in types]
     at, token, line = row.first, row.token, types[0].rule.line
+    first = torch.tensor([row.begins], device=q.device) if any(row.begins) else None
     while at < row.last:
         end = min(row.last, at + line - token % line)
         for kind in mine:
             heads = kind.head_index.long()
             part = q[at:end, heads], k[at:end, heads], v[at:end, heads]
-            drawn = attend_line(*part, kind, row.prefix, token, scale)
+            begins = None if first is None else begins_of(first, kind.head_index, k.shape[1])[0]
+            drawn = attend_line(*part, kind, row.prefix, token, scale, begins)
             drawn.keep(end - at)
             if (token + end - at) % line == 0:
                 bounds = torch.tensor([row.prefix, row.prefix + token + end - at], device=q.device)

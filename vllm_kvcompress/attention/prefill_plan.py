@@ -16,12 +16,13 @@ MOST_SLOTS = 2**14  # that one call gathers, unless a single row has more: 256 M
 
 
 class Row(NamedTuple):
-    """A row's tokens in the step, and the prefix and length that they take it to."""
+    """A row's tokens in the step, the prefix and length that they take it to, where its branches begin."""
 
     first: int
     last: int
     prefix: int
     length: int
+    begins: tuple[int, int] = (0, 0)
 
     @property
     def before(self) -> int:
@@ -49,6 +50,53 @@ class Written:
     position: Tensor
 
 
+class Begun(NamedTuple):
+    """Prompts that begin in this step, in all heads or in those of one branch.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        [n] int64: the step's tokens of one prompt after another.
+    counts : list of int
+        How many each prompt has.
+    branch : int or None
+        0 or 1, where the branches' prompts are of unlike length; None for all heads.
+    padding : Tensor or None
+        [n] int64: the tokens before the branch's prompts.
+    """
+
+    tokens: Tensor
+    counts: list[int]
+    branch: int | None = None
+    padding: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: torch.device) -> "list[Begun]":
+        """Of rows that begin, in the order of their tokens; for all heads at once unless branches differ."""
+        if not rows:
+            return []
+        if not any(any(row.begins) for row in rows):
+            tokens = [i for row in rows for i in range(row.first, row.first + row.prompt)]
+            return [cls(_indices(tokens, device), [row.prompt for row in rows])]
+        found = []
+        for branch in range(2):
+            skipped = [min(row.begins[branch], row.prompt) for row in rows]
+            spans = [
+                (row.first, row.first + n, row.first + row.prompt)
+                for row, n in zip(rows, skipped, strict=True)
+            ]
+            tokens = [i for _, begin, end in spans for i in range(begin, end)]
+            padding = [i for first, begin, _ in spans for i in range(first, begin)]
+            counts = [end - begin for _, begin, end in spans if end > begin]
+            if counts or padding:
+                found.append(cls(_indices(tokens, device), counts, branch, _indices(padding, device)))
+        return found
+
+
+def _indices(numbers: Sequence[int], device: torch.device) -> Tensor:
+    return async_tensor_h2d(list(numbers), device=device, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Chunks:
     """Later chunks of prompts, of rows that are alike in chunk and length.
@@ -62,7 +110,8 @@ class Chunks:
     slot : Tensor
         [rows, slots] int64: logical slots from 0; beyond a row's tokens its last one, which exists.
     mask : Tensor
-        [rows, 1, chunk, slots] bool: what each query sees.
+        [rows, 1, chunk, slots] bool: what each query sees; [rows, 2, chunk, slots] where the branches'
+        prompts are of unlike length.
     """
 
     queries: Padded
@@ -88,18 +137,25 @@ class Chunks:
             dtype=torch.int64,
         )
         slot = torch.arange(size[1], device=device)
-        mask = slot <= (queries.at + ahead[:, None])[:, :, None]
-        return cls(queries, number, slot.minimum(last[:, None]), mask[:, None])
+        at = queries.at + ahead[:, None]
+        mask = (slot <= at[:, :, None])[:, None]
+        if any(any(row.begins) for row in mine):
+            begins = async_tensor_h2d([row.begins for row in mine], device=device, dtype=torch.int64)
+            begin = begins[:, :, None].minimum(at[:, None])  # a token of the padding sees itself
+            mask = mask & (slot >= begin[..., None])
+        return cls(queries, number, slot.minimum(last[:, None]), mask)
 
 
 class Drawn(NamedTuple):
-    """A row's image tokens: the row, the step's first and last (exclusive), and where the picture stands."""
+    """A row's image tokens: the row, the step's first and last (exclusive), prefix, the picture's first, and
+    where its branches begin."""
 
     row: int
     first: int
     last: int
     prefix: int
     token: int
+    begins: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -110,10 +166,8 @@ class PrefillPlan:
     ----------
     written : Written or None
         All prompt tokens.
-    begun : Tensor
-        [n] int64: the tokens of prompts that begin here, one prompt after another.
-    begun_counts : list of int
-        How many each of them has.
+    begun : list of Begun
+        The prompts that begin here.
     chunks : list of Chunks
         Prompts' later chunks.
     drawn : list of Drawn
@@ -121,16 +175,16 @@ class PrefillPlan:
     """
 
     written: Written | None
-    begun: Tensor
-    begun_counts: list[int]
+    begun: list[Begun]
     chunks: list[Chunks]
     drawn: list[Drawn]
     _located: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, starts: Sequence[int], prefixes: Sequence[int], lengths: Sequence[int], device: torch.device
-    ) -> "PrefillPlan | None":
+        cls, starts: Sequence[int], prefixes: Sequence[int], lengths: Sequence[int], device: torch.device,
+        begins: Sequence[tuple[int, int]] | None = None,
+    ) -> "PrefillPlan | None":  # fmt: skip
         """The plan of rows; None if none has anything to do.
 
         Parameters
@@ -141,14 +195,23 @@ class PrefillPlan:
             Prompt tokens of each row, and its tokens up to and including these; with 0 it is left out.
         device : torch.device
             Where the cache is.
+        begins : sequence of (int, int), optional
+            Where each row's branches begin, as in `Plan`.
         """
-        spans = zip(pairwise(starts), prefixes, lengths, strict=True)
-        rows = [Row(*span, prefix, length) for span, prefix, length in spans]
+        spans = zip(pairwise(starts), prefixes, lengths, begins or [(0, 0)] * len(prefixes), strict=True)
+        rows = [Row(*span, prefix, length, begin) for span, prefix, length, begin in spans]
         live = [n for n, row in enumerate(rows) if row.length]
         if not live:
             return None
         drawn = [
-            Drawn(n, row.first + row.prompt, row.last, row.prefix, row.before + row.prompt - row.prefix)
+            Drawn(
+                n,
+                row.first + row.prompt,
+                row.last,
+                row.prefix,
+                row.before + row.prompt - row.prefix,
+                row.begins,
+            )
             for n in live
             if (row := rows[n]).prompt < row.last - row.first
         ]
@@ -160,11 +223,9 @@ class PrefillPlan:
             for size, group in groups.items()
             for part in _parts(group, size[1])
         ]
-        tokens = [i for n in begun for i in range(rows[n].first, rows[n].first + rows[n].prompt)]
         return cls(
             _written([*begun, *later], rows, device),
-            async_tensor_h2d(tokens, device=device, dtype=torch.int64),
-            [rows[n].prompt for n in begun],
+            Begun.of([rows[n] for n in begun], device),
             chunks,
             drawn,
         )

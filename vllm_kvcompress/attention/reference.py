@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.attention.pages import HeadType, Plan, locate
+from vllm_kvcompress.attention.pages import HeadType, Plan, begins_of, locate
 from vllm_kvcompress.attention.select import select_victims
 
 __all__ = ["decode", "select_all", "select_victims", "slot_of"]
@@ -45,13 +45,16 @@ def decode(
     live = (plan.length > 0).nonzero().flatten()
     if not len(live):
         return
+    cache_heads = k.shape[1]
     prefix, length = plan.prefix[live].long(), plan.length[live].long()
     q, k, v = q[live].unflatten(1, (-1, group)), k[live], v[live]
     out = out.unflatten(1, (-1, group))
     for kind in types:
         heads, table = kind.head_index.long(), kind.block_table[live]
         _write(k[:, heads], v[:, heads], kind, table, prefix, length)
-        out[live[:, None], heads] = _attend(q[:, heads], kind, table, prefix, length, scale).to(out.dtype)
+        begin = None if plan.begins is None else begins_of(plan.begins[live], kind.head_index, cache_heads)
+        got = _attend(q[:, heads], kind, table, prefix, length, begin, scale)
+        out[live[:, None], heads] = got.to(out.dtype)
 
 
 def select_all(types: Sequence[HeadType], plan: Plan) -> None:
@@ -105,18 +108,32 @@ def _write(k: Tensor, v: Tensor, kind: HeadType, table: Tensor, prefix: Tensor, 
         pages.score[block, head, place] = 0.0
 
 
-def _attend(q: Tensor, kind: HeadType, table: Tensor, prefix: Tensor, length: Tensor, scale: float) -> Tensor:
-    """[rows, heads, group, D] float32 outputs; adds the probabilities to the scores."""
+def _attend(
+    q: Tensor,
+    kind: HeadType,
+    table: Tensor,
+    prefix: Tensor,
+    length: Tensor,
+    begin: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """[rows, heads, group, D] float32 outputs; adds the probabilities to the scores.
+
+    ``begin`` is [rows, heads] int64, or None for zeros.
+    """
     pages, rule = kind.pages, kind.rule
     visible = length.minimum(prefix + rule.capacity)
     logical = torch.arange(int(visible.max()), device=q.device).expand(len(q), -1)
     mask = logical < visible[:, None]
     block, place = locate(table, logical, pages.page, mask)
+    seen = mask[:, None]  # [rows, heads or 1, slots]
+    if begin is not None:
+        seen = seen & (logical[:, None] >= begin.minimum(length[:, None] - 1)[:, :, None])
     key, value = pages.kv[block, :, place].float().chunk(2, -1)  # [rows, slots, heads, D]
     logits = torch.einsum("rhgd,rshd->rhgs", q.float(), key) * scale
-    probability = logits.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
+    probability = logits.masked_fill(~seen[:, :, None], -torch.inf).softmax(-1)
     # An unused slot may hold anything, a NaN too, and 0 * NaN is NaN.
-    value = value.masked_fill(~mask[:, :, None, None], 0)
+    value = value.masked_fill(~seen.transpose(1, 2)[..., None], 0)
     if rule.scores:
         row, slot = (mask & (logical >= prefix[:, None])).nonzero(as_tuple=True)
         pages.score[block[row, slot], :, place[row, slot]] += probability.sum(2)[row, :, slot]

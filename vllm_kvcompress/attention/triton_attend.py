@@ -27,8 +27,8 @@ def to_cache(x, cache: tl.constexpr):
 
 @triton.jit
 def attend_single(
-    query, key, value, pages, kv_block, table, page, per_slot, visible, own, prefix, logits, scale, scores,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    query, key, value, pages, kv_block, table, page, per_slot, begin, visible, own, prefix, logits, scale,
+    scores, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A single query head, on the vector units: every place of a tile is an online softmax of its own.
 
@@ -44,8 +44,8 @@ def attend_single(
         Pointer to K of this cache head in page 0; ``kv_block`` is the step to the next page.
     table, page, per_slot
         Pointer to the row's block table; slots per page, and 1 / page as in `KindArgs`.
-    visible, own, prefix
-        Resident slots; logical slot of the new token; prompt tokens.
+    begin, visible, own, prefix
+        First slot that is seen; resident slots; logical slot of the new token; prompt tokens.
     logits
         Pointer to scratch for logical slot 0; [capacity] float32 from the prefix's end on, written if
         ``scores``.
@@ -62,9 +62,9 @@ def attend_single(
     total = tl.zeros([BLOCK], tl.float32)
     mixed = tl.zeros([BLOCK, WIDTH], tl.float32)
     # The page numbers of a tile are loaded one tile ahead: K and V need not wait for them.
-    nth = ((place + 0.5) * per_slot).to(tl.int32)
-    block = tl.load(table + nth, mask=place < visible, other=0)
-    for start in tl.range(0, visible, BLOCK, num_stages=STAGES):
+    nth = ((begin + place + 0.5) * per_slot).to(tl.int32)
+    block = tl.load(table + nth, mask=begin + place < visible, other=0)
+    for start in tl.range(begin, visible, BLOCK, num_stages=STAGES):
         slot = start + place
         use = (slot < visible) & (slot != own)
         nth = ((slot + 0.5) * per_slot).to(tl.int32)
@@ -103,9 +103,9 @@ def product(a, b, onto):
 
 @triton.jit
 def attend_group(
-    query, key, value, pages, kv_block, table, page, per_slot, visible, own, prefix, logits, logits_group,
-    scale, scores, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    query, key, value, pages, kv_block, table, page, per_slot, begin, visible, own, prefix, logits,
+    logits_group, scale, scores, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Several query heads of one KV head, on the matrix units; arguments as in `attend_single`.
 
@@ -120,7 +120,7 @@ def attend_group(
     total = tl.full([LANES], 1.0, tl.float32)
     mixed = tl.zeros([LANES, WIDTH], tl.float32) + value.to(tl.float32)[None, :]
     since = tl.where(scores, prefix, visible)  # a branch would cost registers, and save no barrier here
-    for start in tl.range(0, visible, BLOCK, num_stages=STAGES):
+    for start in tl.range(begin, visible, BLOCK, num_stages=STAGES):
         slot = start + place
         use = (slot < visible) & (slot != own)
         nth = ((slot + 0.5) * per_slot).to(tl.int32)

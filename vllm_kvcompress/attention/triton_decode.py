@@ -38,6 +38,15 @@ LIMITS = (MAX_HEAD_SIZE, MAX_GROUP)  # what `kernels.check_shape` holds a model 
 
 
 @triton.jit
+def first_seen(begins, row, place, ALIGNED: tl.constexpr):
+    """First slot that a cache head sees, of its place on k's head axis."""
+    begin = 0
+    if ALIGNED:
+        begin = tl.load(begins + 2 * row + (place >= ALIGNED).to(tl.int32))
+    return begin
+
+
+@triton.jit
 def _victim(kind, n, table, head, token):
     """Image slot of a token of a scored head that is full: the victim chosen for it."""
     start = token - token % n.line
@@ -48,14 +57,16 @@ def _victim(kind, n, table, head, token):
     return tl.load(kind.victim + at).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=("scratch_row", "prefix", "length"))
+@triton.jit(do_not_specialize=("scratch_row", "prefix", "length", "begins"))
 def _decode(
-    kinds, q, k, v, out, scratch, prefix, length,
+    kinds, q, k, v, out, scratch, prefix, length, begins,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, scratch_row, scale,
     TYPES: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    LANES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: cache heads of all types, rows. LANES: query heads, padded to what the products need."""
+    """Grid: cache heads of all types, rows. LANES: query heads, padded to what the products need.
+    ALIGNED: KV heads of a branch where branches may begin at unlike slots; else 0: ``begins`` is not read.
+    """
     row = tl.program_id(1)
     prefix, length = tl.load(prefix + row), tl.load(length + row)
     row = row.to(tl.int64)
@@ -70,6 +81,7 @@ def _decode(
         tl.store(out_at, tl.zeros([LANES, WIDTH], out.dtype.element_ty), mask=lanes)
     else:
         table = kind.table + row * n.table_row
+        begin = first_seen(begins, row, place, ALIGNED)
         token = length - 1 - prefix
         own = length - 1
         if token >= n.capacity:
@@ -100,12 +112,12 @@ def _decode(
         logits = scratch + ((row * scratch_row + (n.scratch + head * n.capacity)) * GROUP - prefix)
         if LANES == 1:
             mixed, top, total, own_logit = attend_single(
-                tl.reshape(query, [WIDTH]), key, value, pages, kv_block, table, n.page, kind.per_slot,
+                tl.reshape(query, [WIDTH]), key, value, pages, kv_block, table, n.page, kind.per_slot, begin,
                 visible, own, prefix, logits, scale, scores, DIM, WIDTH, BLOCK, STAGES,
             )  # fmt: skip
         else:
             mixed, top, total, own_logit = attend_group(
-                query, key, value, pages, kv_block, table, n.page, kind.per_slot, visible, own, prefix,
+                query, key, value, pages, kv_block, table, n.page, kind.per_slot, begin, visible, own, prefix,
                 logits, n.capacity, scale, scores, GROUP, DIM, WIDTH, LANES, BLOCK, STAGES,
             )  # fmt: skip
         tl.store(out_at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=lanes)
@@ -156,10 +168,11 @@ def launch(
     constants: dict[str, Any] = {
         "TYPES": len(kinds), "ALIGN": align, "GROUP": group, "DIM": dim, "WIDTH": width,
         "LANES": 1 if group == 1 else MAX_GROUP, "STAGES": 1 if group == 1 else 3, "BLOCK": block,
-        "num_warps": 4, "enable_fp_fusion": True,
+        "num_warps": 4, "enable_fp_fusion": True, **aligned(plan.begins, k),
     }  # fmt: skip
     strides = [stride for x in (q, k, v, out) for stride in x.stride()[:2]]
-    given = (kinds, q, k, v, out, scratch, plan.prefix, plan.length, *strides, kept, scale * LOG2E)
+    begins = plan.prefix if plan.begins is None else plan.begins
+    given = (kinds, q, k, v, out, scratch, plan.prefix, plan.length, begins, *strides, kept, scale * LOG2E)
     return Launch((sum(len(kind.head_index) for kind in types), rows), given, constants)
 
 
@@ -185,6 +198,11 @@ def decode(
     if len(q):
         grid, args, constants = launch(q, k, v, types, plan, scale, out)
         _decode[grid](*args, **constants)
+
+
+def aligned(begins: Tensor | None, k: Tensor) -> dict[str, int]:
+    """The constant of `first_seen`: models with branches of unlike length have variants of their own."""
+    return {"ALIGNED": 0 if begins is None else k.shape[1] // 2}
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], out: Tensor, group: int) -> None:

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from vllm_kvcompress.attention.pages import HeadType
 from vllm_kvcompress.attention.triton_attend import LOW, product, to_cache
-from vllm_kvcompress.attention.triton_decode import LOG2E, Launch, check_inputs, longest_first
+from vllm_kvcompress.attention.triton_decode import (
+    LOG2E,
+    Launch,
+    aligned,
+    check_inputs,
+    first_seen,
+    longest_first,
+)
 from vllm_kvcompress.attention.triton_kinds import RING, SCORES, KindArgs, packed, pick
 from vllm_kvcompress.attention.window import WindowPlan
 
@@ -63,12 +70,14 @@ def _program(kinds, row, prefix, length, count, TYPES: tl.constexpr, PLACES: tl.
 
 @triton.jit(do_not_specialize=("scratch_row", "tops_row"))
 def _verify(
-    kinds, q, k, v, out, logits, tops, starts, counts, prefix, length,
+    kinds, q, k, v, out, logits, tops, starts, counts, prefix, length, begins,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, scratch_row, tops_row, scale,
     TYPES: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr, SPREAD: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: cache heads of all types, rows. SPREAD: query heads of a group, padded to a power of two."""
+    """Grid: cache heads of all types, rows. SPREAD: query heads of a group, padded to a power of two.
+    ALIGNED: as in ``triton_decode``."""
     LANES: tl.constexpr = PLACES * SPREAD
     row = tl.program_id(1)
     first, count = tl.load(starts + row).to(tl.int64), tl.load(counts + row)
@@ -110,7 +119,7 @@ def _verify(
     pages = kind.kv + head.to(tl.int64) * (n.kv_head * ALIGN)
     kv_block = n.kv_block * ALIGN
     slots = tl.arange(0, BLOCK)
-    for start in tl.range(0, held, BLOCK, num_stages=STAGES):
+    for start in tl.range(first_seen(begins, row, place, ALIGNED), held, BLOCK, num_stages=STAGES):
         slot = start + slots
         use = slot < held
         number = ((slot + 0.5) * kind.per_slot).to(tl.int32)
@@ -245,12 +254,13 @@ def launch_verify(
     constants = {
         "TYPES": len(kinds), "ALIGN": align, "GROUP": group, "SPREAD": triton.next_power_of_2(group),
         "DIM": dim, "WIDTH": width, "PLACES": PLACES, "BLOCK": block,
-        "STAGES": 2, "num_warps": 4 if one else 8,
+        "STAGES": 2, "num_warps": 4 if one else 8, **aligned(plan.begins, k),
     }  # fmt: skip
     strides = [stride for x in (q, k, v, out) for stride in x.stride()[:2]]
     args = (
         kinds, q, k, v, out, held.logits, held.tops, *plan.on_device, plan.prefix,
-        plan.length, *strides, kept, k.shape[1], scale * LOG2E,
+        plan.length, plan.prefix if plan.begins is None else plan.begins, *strides, kept, k.shape[1],
+        scale * LOG2E,
     )  # fmt: skip
     return Launch((sum(len(kind.head_index) for kind in types), rows), args, constants), held
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvcompress.attention.line import Line, attend_line
-from vllm_kvcompress.attention.pages import HeadType
+from vllm_kvcompress.attention.pages import HeadType, begins_of
 
 
 @dataclass
@@ -27,6 +27,8 @@ class WindowPlan:
         the end of its line of the picture can't stand.
     prefix, length : Tensor
         ``[n]`` int32, where the cache is: prompt tokens, and tokens up to and including the window's first.
+    begins : Tensor, optional
+        ``[n, 2]`` int32, as in `Plan`.
     """
 
     rows: list[int]
@@ -34,6 +36,7 @@ class WindowPlan:
     counts: list[int]
     prefix: Tensor
     length: Tensor
+    begins: Tensor | None = None
 
     @cached_property
     def on_device(self) -> tuple[Tensor, Tensor]:
@@ -74,6 +77,7 @@ def verify(
         What `commit` needs, by row and type.
     """
     q, out = (x.unflatten(1, (-1, q.shape[1] // k.shape[1])) for x in (q, out))
+    begins = plan.begins
     held: list[list[Line]] = []
     for row, (start, count, prefix, token) in enumerate(plan.spans):
         at = slice(start, start + count)
@@ -81,7 +85,9 @@ def verify(
         for kind in types:
             mine = replace(kind, block_table=kind.block_table[row : row + 1])
             heads = kind.head_index.long()
-            line = attend_line(q[at, heads], k[at, heads], v[at, heads], mine, prefix, token, scale)
+            part = q[at, heads], k[at, heads], v[at, heads]
+            first = None if begins is None else begins_of(begins[row, None], kind.head_index, k.shape[1])[0]
+            line = attend_line(*part, mine, prefix, token, scale, first)
             out[at, heads] = line.out.to(out.dtype)
             held[-1].append(line)
     return held

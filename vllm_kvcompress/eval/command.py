@@ -58,8 +58,7 @@ def evaluate(
     from vllm_kvcompress.eval.prompts import CATEGORIES
     from vllm_kvcompress.eval.run import Evaluation
 
-    if pictures:
-        _check_sentences(model)
+    _check_family(model, pictures)
     chosen = CATEGORIES if categories == "all" else tuple(name.strip() for name in categories.split(","))
     unknown = [name for name in chosen if name not in CATEGORIES]
     if unknown:
@@ -93,8 +92,8 @@ def _shown(argument: str) -> str:
     )
 
 
-def _check_sentences(model: str) -> None:
-    """Raise ValueError, one line, for a model whose prompts are no sentences, or that is none of ours."""
+def _check_family(model: str, pictures: int) -> None:
+    """Raise ValueError, one line, for a model that is none of ours, or that can't be asked for this."""
     from vllm.transformers_utils.config import get_config
 
     from vllm_kvcompress.models.registry import family_of
@@ -105,7 +104,9 @@ def _check_sentences(model: str) -> None:
         family = family_of(get_config(model, trust_remote_code=False))
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-    if not family.sentences:
+    if not family.evaluated:
+        raise ValueError(f"{family.name}: evaluations do not know guidance branches of unlike length yet")
+    if pictures and not family.sentences:
         raise ValueError(
             f"pictures: they are drawn from sentences, which {family.name} does not read; give --pictures 0, "
             "and known pictures whose captions are prompts with --scenes-file"

@@ -10,7 +10,7 @@ can be told how much memory a picture takes. Nothing here knows what model it is
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,9 @@ class Subject:
         layer -> ``[hidden, query heads * head_size]``.
     agree : callable
         Drawn ids ``[n]`` -> those of the first rank: all ranks draw the same picture.
+    rows : callable
+        A context in which the rows that are fed are those of these prompts, in their order. It gives the
+        slots that the branches of each begin at, ``[rows, 2]`` int64, or None where they begin together.
     """
 
     layers: int
@@ -81,6 +84,9 @@ class Subject:
     recording: Callable[[Any], AbstractContextManager]
     output_weight: Callable[[int], Tensor]
     agree: Callable[[Tensor], Tensor] = lambda ids: ids
+    rows: Callable[[Sequence[Sequence[int]]], AbstractContextManager[Tensor | None]] = lambda prompts: (
+        nullcontext(None)
+    )
 
 
 @dataclass
@@ -97,6 +103,8 @@ class FullCache:
         Tokens of a picture; a row that has drawn them is no longer looked at.
     neighbourhood : int
         Image tokens before the query that count as near.
+    begins : Tensor or None
+        ``[rows, 2]`` int64: the first slot that each branch sees; a token before it sees itself.
     """
 
     layers: int
@@ -107,6 +115,7 @@ class FullCache:
     image: int
     neighbourhood: int
     dtype: torch.dtype
+    begins: Tensor | None = None
     step: int = 0
     outside: Tensor = field(init=False)
     queries: Tensor = field(init=False)
@@ -125,7 +134,12 @@ class FullCache:
         keys[:, :, self.step], values[:, :, self.step] = k, v
         keys, values = keys[:, :, : self.step + 1], values[:, :, : self.step + 1]
         grouped = q.view(rows, k.shape[1], -1, size)
-        weights = (torch.einsum("rhgd,rhsd->rhgs", grouped.float(), keys.float()) * scale).softmax(-1)
+        logits = torch.einsum("rhgd,rhsd->rhgs", grouped.float(), keys.float()) * scale
+        if self.begins is not None:
+            begins = self.begins.clamp(max=self.step).repeat_interleave(self.kv_heads, 1)
+            hidden = torch.arange(self.step + 1, device=q.device) < begins[..., None]
+            logits = logits.masked_fill(hidden[:, :, None], -torch.inf)
+        weights = logits.softmax(-1)
         self._score(weights, layer)
         return torch.einsum("rhgs,rhsd->rhgd", weights, values.float()).to(q.dtype).reshape(q.shape)
 
@@ -180,24 +194,25 @@ def draw_full(
     device, image = subject.device, subject.raster.tokens
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     steps = int(lengths.max()) + image - 1
-    full = FullCache(
-        subject.layers, subject.kv_heads, subject.head_size, steps, lengths, image, neighbourhood,
-        subject.dtype,
-    )  # fmt: skip
     generator = torch.Generator(device=device).manual_seed(seed)
     ids = torch.tensor([p[0] for p in prompts], device=device)
     seen = [ids]
-    with subject.recording(full):
-        for full.step in range(steps):
-            logits = subject.step(ids, torch.full_like(ids, full.step))
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator).flatten()
-            drawn = subject.agree(drawn)
-            given = [p[full.step + 1] if full.step + 1 < len(p) else -1 for p in prompts]
-            forced = torch.tensor(given, device=device)
-            ids = torch.where(forced >= 0, forced, drawn)
-            seen.append(ids)
-            if progress is not None:
-                progress(full.step + 1, steps)
+    with subject.rows(prompts) as begins:
+        full = FullCache(
+            subject.layers, subject.kv_heads, subject.head_size, steps, lengths, image, neighbourhood,
+            subject.dtype, begins,
+        )  # fmt: skip
+        with subject.recording(full):
+            for full.step in range(steps):
+                logits = subject.step(ids, torch.full_like(ids, full.step))
+                drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator).flatten()
+                drawn = subject.agree(drawn)
+                given = [p[full.step + 1] if full.step + 1 < len(p) else -1 for p in prompts]
+                forced = torch.tensor(given, device=device)
+                ids = torch.where(forced >= 0, forced, drawn)
+                seen.append(ids)
+                if progress is not None:
+                    progress(full.step + 1, steps)
     rows = torch.stack(seen, 1).tolist()
     return Drawn([row[: len(p) + image] for row, p in zip(rows, prompts, strict=True)], full.scores)
 
@@ -245,8 +260,10 @@ def measure_losses(
         rows = torch.tensor(
             [[*ids, *[ids[0]] * (steps - len(ids))] for _, ids in part], device=subject.device
         )
-        meter.begin(torch.tensor([prefix for prefix, _ in part], device=subject.device))
-        with subject.recording(Counted):
+        prefix = torch.tensor([prefix for prefix, _ in part], device=subject.device)
+        prompts = [ids[:prefix] for prefix, ids in part]
+        with subject.rows(prompts) as begins, subject.recording(Counted):
+            meter.begin(prefix, begins)
             subject.forward(rows.flatten(), torch.arange(steps, device=subject.device).repeat(len(part)))
     return meter.curves
 

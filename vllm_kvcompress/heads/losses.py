@@ -42,6 +42,7 @@ class LossMeter:
     cache_heads: int
     output_weight: Callable[[int], Tensor]
     prefix: Tensor = field(init=False)
+    begins: Tensor | None = field(init=False, default=None)
     total: Tensor = field(init=False)
     queries: int = 0
 
@@ -54,16 +55,19 @@ class LossMeter:
         """``[layers, cache_heads, candidates]`` float64: mean loss of a query."""
         return self.total / max(1, self.queries)
 
-    def begin(self, prefix: Tensor) -> None:
-        """The next pass has these rows: ``prefix [rows]`` prompt tokens, then a whole picture each."""
-        self.prefix = prefix
+    def begin(self, prefix: Tensor, begins: Tensor | None = None) -> None:
+        """The next pass has these rows: ``prefix [rows]`` prompt tokens, then a whole picture each.
+
+        ``begins [rows, 2]`` are the first tokens that each branch sees.
+        """
+        self.prefix, self.begins = prefix, begins
         self.queries += len(prefix) * self.candidates[0].image
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
         """Full causal attention; ``q [rows * steps, 2 * Hq, D]``, k and v alike, rows of one length."""
         rows = len(self.prefix)
         q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (q, k, v))
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        out = causal(q, k, v, scale, self.begins)
         self._waiting = layer, self._errors(q, k, v, layer, scale)
         return out.transpose(1, 2).flatten(0, 1)
 
@@ -91,7 +95,10 @@ class LossMeter:
         query, key, value = (x[row, :, at].transpose(1, 2).float() for x in (q, k, v))
         query = query.unflatten(1, (heads, -1)) * scale
         word_key, word_value = (x[:, :, :words].float() for x in (k, v))
-        unseen = torch.arange(words, device=q.device) >= self.prefix[:, None]
+        word = torch.arange(words, device=q.device)
+        unseen = (word >= self.prefix[:, None])[:, None]  # [rows, heads or 1, words]
+        if self.begins is not None:
+            unseen = unseen | (word < self.begins.repeat_interleave(heads // 2, 1)[..., None])
         weight = self.output_weight(layer).float().view(-1, heads // 2, query.shape[2] * size)
         gram = torch.einsum("ohx,ohy->hxy", weight, weight).repeat(2, 1, 1)
 
@@ -103,7 +110,7 @@ class LossMeter:
             last = first + rule.line
             mine, keys, values = query[..., first:last, :], key[:, :, :last], value[:, :, :last]
             to_words = torch.einsum("rhgnd,rhsd->rhgns", mine, word_key)
-            to_words = to_words.masked_fill(unseen[:, None, None, None], -torch.inf)
+            to_words = to_words.masked_fill(unseen[:, :, None, None], -torch.inf)
             to_image = torch.einsum("rhgnd,rhsd->rhgns", mine, keys)
             top = torch.maximum(to_words.amax(-1), to_image.amax(-1))[..., None]
             causal = torch.ones(rule.line, last, dtype=torch.bool, device=q.device).tril(first)
@@ -141,6 +148,24 @@ class LossMeter:
         score.mul_(held.rule.decay).add_((weight @ mass.flatten(2, 3))[:, :, 0])
         if held.rule.victims_due(drawn):
             held.end_line(held.refined(score, values))
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, begins: Tensor | None) -> Tensor:
+    """Full causal attention of rows of one length, ``[rows, heads, steps, D]`` each; zeros before ``begins``.
+
+    ``begins`` is ``[rows, 2]``, of the first and the second half of the heads; None stands for zeros.
+    """
+    if begins is None:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    out = torch.zeros_like(q)
+    for row, both in enumerate(begins.tolist()):
+        for branch, first in enumerate(both):
+            query, key, value = (x[row, None].chunk(2, 1)[branch][:, :, first:] for x in (q, k, v))
+            got = scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            )
+            out[row, None].chunk(2, 1)[branch][:, :, first:] = got
+    return out
 
 
 class _Line(NamedTuple):

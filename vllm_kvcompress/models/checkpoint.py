@@ -5,18 +5,18 @@ is asked for, or an engine that dies with three hundred lines after it has loade
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_kvcompress.models.config import raster_of
+from vllm_kvcompress.models.config import text_vocab_size
 from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.models.vision_sizes import described, is_vision
-from vllm_kvcompress.models.vq import VQDecoder
 from vllm_kvcompress.models.weights import CheckpointError, Ledger
+from vllm_kvcompress.policy.raster import Raster
 
 INDEX = "model.safetensors.index.json"
 READ = ("auto", "hf", "safetensors")  # load formats that read the checkpoint's own files
@@ -42,10 +42,34 @@ TEXT_SIZES = {
 MULTIPLIERS, MULTIPLIER = 8, 64  # resolutions of the VQ decoder, and the most of each
 
 
+def check_checkpoint(hf_config: Any) -> None:
+    """Raise ValueError, one line, on a config.json that looks like Janus's but can't be served."""
+    vq = getattr(hf_config, "vq_config", None)
+    if vq is None:
+        raise ValueError("config.json describes no image tokenizer (vq_config): not a Janus checkpoint")
+    check_sizes(hf_config)
+    patch = 2 ** (len(vq.channel_multiplier) - 1)
+    vision = getattr(hf_config, "vision_config", None)
+    size = vision.get("params", {}).get("image_size") if isinstance(vision, dict) else None
+    size = size or getattr(vision, "image_size", None) or vq.num_patches * patch
+    if size != vq.num_patches * patch:
+        raise ValueError(
+            f"unsupported image size {size}: the VQ decoder draws {vq.num_patches} x {vq.num_patches} tokens "
+            f"of {patch} pixels, {vq.num_patches * patch} in all"
+        )
+    if text_vocab_size(hf_config) + vq.num_embeddings >= 2**31:
+        raise ValueError("text and image vocabularies together exceed 31-bit token ids")
+
+
 def check_sizes(hf_config: Any) -> None:
     """Raise ValueError, one line, naming a size in config.json that is none, or beyond any model's."""
-    vq, text = hf_config.vq_config, hf_config.get_text_config()
-    multipliers = vq.channel_multiplier
+    check_channels(hf_config.vq_config.channel_multiplier)
+    check_numbers(hf_config.vq_config, VQ_SIZES)
+    check_text(hf_config.get_text_config())
+
+
+def check_channels(multipliers: Any) -> None:
+    """`check_sizes` of a VQ decoder's resolutions."""
     if not isinstance(multipliers, (list, tuple)) or not 1 <= len(multipliers) <= MULTIPLIERS:
         raise ValueError(
             f"config.json: channel_multiplier must be a list of 1 to {MULTIPLIERS} numbers, "
@@ -53,9 +77,17 @@ def check_sizes(hf_config: Any) -> None:
         )
     for multiplier in multipliers:
         _check("channel_multiplier", multiplier, 1, MULTIPLIER)
-    for section, sizes in ((vq, VQ_SIZES), (text, TEXT_SIZES)):
-        for name, (least, most) in sizes.items():
-            _check(name, getattr(section, name), least, most)
+
+
+def check_numbers(section: Any, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """`check_sizes` of a section: name -> least, most."""
+    for name, (least, most) in sizes.items():
+        _check(name, getattr(section, name), least, most)
+
+
+def check_text(text: Any) -> None:
+    """`check_sizes` of a Llama's configuration."""
+    check_numbers(text, TEXT_SIZES)
     if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads:
         raise ValueError(
             f"config.json: hidden_size {text.hidden_size} must be a multiple of num_attention_heads "
@@ -99,7 +131,8 @@ def check_files(folder: Path, hf_config: Any, load_format: str, vision: bool = F
         _check_pickles(folder, hf_config)
         return
     with torch.device("meta"):
-        vq = VQDecoder(hf_config.vq_config, raster_of(hf_config), torch.float32)
+        # Names and shapes do not depend on the raster.
+        vq = family_of(hf_config).decoder(hf_config, Raster(1, 1), torch.float32)
     ledger = Ledger(hf_config, vq, vision=vision)
     for file in files:
         for name, shape in _header(file):

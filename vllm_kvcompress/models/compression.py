@@ -31,6 +31,7 @@ from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.config import cached_head_size
 from vllm_kvcompress.models.ranks import Ranks
 from vllm_kvcompress.models.registry import family_of
+from vllm_kvcompress.models.replayed import place, replaying
 from vllm_kvcompress.policy import AUTO, Raster
 
 if TYPE_CHECKING:
@@ -223,6 +224,7 @@ def subject_of(vllm_config: "VllmConfig", model: "BranchedImageModel") -> Subjec
         run(ids, positions)
 
     def run(ids: Tensor, positions: Tensor) -> Tensor:
+        place(model, len(ids))
         with set_forward_context(None, vllm_config, num_tokens=len(ids), skip_compiled=True):
             return model(ids, positions)
 
@@ -257,6 +259,7 @@ def subject_of(vllm_config: "VllmConfig", model: "BranchedImageModel") -> Subjec
         recording=recording,
         output_weight=lambda layer: _output_weight(layers[layer].self_attn, model.dtype, device),
         agree=ranks.agree_on,
+        rows=lambda prompts: replaying(model, prompts),
     )
 
 

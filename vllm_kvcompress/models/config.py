@@ -7,7 +7,7 @@ Two layouts exist (facts and traps: the project's notes on Janus-Pro): deepseek-
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -105,17 +105,33 @@ class MultiModalityConfig(PreTrainedConfig):
 
 
 @dataclass(frozen=True)
+class ModelSettings:
+    """What the operator decides about the model itself.
+
+    Parameters
+    ----------
+    size : (int, int) or None
+        Width and height of the pictures in pixels; None is the model's own.
+    default_texts : bool
+        Whether requests that say nothing else have the model's own texts.
+    """
+
+    size: tuple[int, int] | None = None
+    default_texts: bool = True
+
+
+@dataclass(frozen=True)
 class ImageModel:
     """What serving an autoregressive image model needs to know about it.
 
-    Image token ids are ``text_vocab + code``: one id space for prompts and drawn tokens.
+    There is one id space for prompts and drawn tokens; ids of codes are ``first_code + code``.
 
     Parameters
     ----------
     raster : Raster
         The picture's token grid.
     text_vocab, codes : int
-        Sizes of the text vocabulary and of the image codebook.
+        Sizes of the tokenizer's vocabulary and of the image codebook.
     bos, pad, boi : int
         Text ids of begin-of-sentence, padding and begin-of-image. Families differ, so they come
         from the checkpoint's tokenizer. -1 where there is no such id.
@@ -127,6 +143,21 @@ class ImageModel:
     classes : int
         Of a class-conditional model, whose prompts are one class id below this (and whose ``pad``, for the
         unconditional branch, is the null class); 0 in others, whose prompts end in begin-of-image.
+    first_code : int
+        Id of the first code; by default the text's vocabulary ends there. Otherwise codes are ids of it.
+    eol : int
+        Id of the end-of-line token that every line of the raster ends in, no code's id; -1 without.
+    grid_ids : tuple of int
+        Ids between begin-of-image and the first code, the same in every prompt: they say the grid.
+    writes : bool
+        Whether it answers with text where a prompt asks for no picture.
+    negative : tuple of int
+        Of a model whose unconditional branch is a prompt of its own, of any length: the one that it has where
+        a request says none. Then the branches' prompts end together and the shorter one is filled up with
+        ``pad`` at its beginning, which nothing sees: `aligned`. Empty in others.
+    suffix, negative_text : str
+        The model's own texts: what the images route adds to a prompt, and the negative prompt where a request
+        has none; the request can do without (``default_texts``).
     """
 
     raster: Raster
@@ -138,22 +169,58 @@ class ImageModel:
     guidance_scale: float = 5.0
     top_k: int = 0
     classes: int = 0
+    first_code: int = -1
+    eol: int = -1
+    grid_ids: tuple[int, ...] = ()
+    writes: bool = True
+    negative: tuple[int, ...] = ()
+    suffix: str = ""
+    negative_text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.first_code < 0:
+            object.__setattr__(self, "first_code", self.text_vocab)
+        if (self.eol >= 0) != bool(self.raster.ends):
+            raise ValueError(f"eol: id {self.eol} with {self.raster.ends} end-of-line tokens a line")
+
+    @property
+    def aligns(self) -> bool:
+        """Whether prompts of the two branches may be of unlike length."""
+        return bool(self.negative)
+
+    def aligned(self, ids: Sequence[int], length: int) -> list[int]:
+        """A prompt filled up at its beginning to at least ``length`` ids."""
+        return [*[self.pad] * (length - len(ids)), *ids]
+
+    def padding(self, ids: Sequence[int]) -> int:
+        """How many ids at a prompt's beginning only fill it up."""
+        return next((n for n, one in enumerate(ids) if one != self.pad), len(ids)) if self.aligns else 0
 
     @property
     def vocab(self) -> int:
-        """Size of the one id space: text ids, then image ids."""
-        return self.text_vocab + self.codes
+        """Size of the one id space."""
+        return max(self.text_vocab, self.first_code + self.codes)
+
+    @property
+    def choices(self) -> int:
+        """What an image token is drawn from: the codes, then the end of a line where there is one."""
+        return self.codes + self.raster.ends
+
+    @property
+    def begin(self) -> tuple[int, ...]:
+        """The ids that a picture's prompt ends in; of no use where prompts are classes."""
+        return (self.boi, *self.grid_ids)
 
     def is_begun(self, ids: Sequence[int], prefix: int) -> bool:
         """Whether a prompt asks for a picture: its ``prefix`` ends in begin-of-image, or is a class."""
         if self.classes:
             return prefix == 1 and 0 <= ids[0] < self.classes
-        return prefix > 0 and ids[prefix - 1] == self.boi
+        return tuple(ids[max(0, prefix - len(self.begin)) : prefix]) == self.begin
 
     def prefix_length(self, prompt_ids: Sequence[int]) -> int:
         """Tokens of a prompt before the image tokens at its end."""
         end = len(prompt_ids)
-        while end and prompt_ids[end - 1] >= self.text_vocab:
+        while end and self.is_drawn(prompt_ids[end - 1]):
             end -= 1
         return end
 
@@ -161,11 +228,38 @@ class ImageModel:
         """``[tokens]`` ids -> bool: after which of them a code comes, if the prompt asks for a picture."""
         if self.classes:
             return ids.new_ones(ids.shape, dtype=torch.bool)
-        return (ids == self.boi) | (ids >= self.text_vocab)
+        return (ids == self.begin[-1]) | self.is_drawn(ids)
+
+    @overload
+    def is_drawn(self, ids: int) -> bool: ...
+
+    @overload
+    def is_drawn(self, ids: Tensor) -> Tensor: ...
+
+    def is_drawn(self, ids: Any) -> Any:
+        """Which ids are image tokens: codes, or the end of a line."""
+        code = (ids >= self.first_code) & (ids < self.first_code + self.codes)
+        return code | (ids == self.eol) if self.eol >= 0 else code
 
     def code(self, token_id: int) -> int:
-        """Codebook index of an image token id."""
-        return token_id - self.text_vocab
+        """Codebook index of a code's id."""
+        return token_id - self.first_code
+
+    def ids(self, choices: Tensor) -> Tensor:
+        """Ids of numbers below `choices`, any shape."""
+        ids = choices + self.first_code
+        return torch.where(choices == self.codes, self.eol, ids) if self.eol >= 0 else ids
+
+    def among(self, logits: Tensor) -> Tensor:
+        """Of logits ``[n, vocab]``, or ``[n, choices]``, those of image tokens: the latter, maybe a view."""
+        if logits.shape[-1] == self.choices:
+            return logits
+        codes = logits[:, self.first_code : self.first_code + self.codes]
+        return torch.cat([codes, logits[:, self.eol, None]], -1) if self.eol >= 0 else codes
+
+    def ends(self, tokens: Tensor) -> Tensor:
+        """Which of the picture's tokens, counted from 0, are ends of lines; negative ones never are."""
+        return (tokens >= 0) & (tokens % self.raster.width >= self.raster.columns)
 
 
 def text_vocab_size(hf_config: PreTrainedConfig) -> int:

@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
-    from vllm_kvcompress.models.config import ImageModel
+    from vllm_kvcompress.models.config import ImageModel, ModelSettings
+    from vllm_kvcompress.models.vq import PictureDecoder
+    from vllm_kvcompress.policy.raster import Raster
 
 
 class Family(Protocol):
@@ -22,13 +25,30 @@ class Family(Protocol):
     sentences: ClassVar[bool]
     """Whether a prompt may be any sentence, as the prompts of an evaluation are."""
 
+    evaluated: ClassVar[bool]
+    """Whether `vllm_kvcompress.eval` can replay its pictures."""
+
+    def check(self, hf_config: "PreTrainedConfig") -> None:
+        """Raise ValueError, one line, on a config.json that is not the family's, or beyond reason."""
+
+    def canonical_name(self, name: str) -> str | None:
+        """This package's name of a checkpoint's tensor; None if knowingly skipped.
+
+        Those of the picture decoder come back with ``model.vqmodel.`` or ``gen_vision_model.`` in front.
+        """
+
     def shapes(self, hf_config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that a checkpoint must hold, the VQ decoder's aside."""
 
-    def resolve(self, hf_config: "PreTrainedConfig", tokenizer: Any) -> None:
+    def decoder(
+        self, hf_config: "PreTrainedConfig", raster: "Raster", dtype: "torch.dtype | None" = None
+    ) -> "PictureDecoder":
+        """What turns codes into pixels, on torch's default device, its weights not loaded."""
+
+    def resolve(self, hf_config: "PreTrainedConfig", tokenizer: Any, settings: "ModelSettings") -> None:
         """At start-up: check the tokenizer, and keep with the configuration what ``describe`` needs of it.
 
-        Raises ValueError, one line.
+        ``settings`` are the operator's. Raises ValueError, one line.
         """
 
     def describe(self, hf_config: "PreTrainedConfig", defaults: Mapping[str, Any]) -> "ImageModel":
@@ -53,4 +73,40 @@ class Family(Protocol):
         """
 
     def calibration_ids(self, tokenizer: Any, model: "ImageModel", number: int) -> list[int]:
-        """The prompt of the ``number``-th picture that heads are measured on, from 0."""
+        """The prompt of the ``number``-th picture that heads are measured on, from 0.
+
+        Of a model that aligns its branches at least as long as the model's own negative prompt.
+        """
+
+
+class JanusLike:
+    """What families with Janus's configuration, VQ decoder and names have in common."""
+
+    evaluated: ClassVar[bool] = True
+
+    def check(self, hf_config: "PreTrainedConfig") -> None:
+        from vllm_kvcompress.models.checkpoint import check_checkpoint
+
+        check_checkpoint(hf_config)
+
+    def canonical_name(self, name: str) -> str | None:
+        from vllm_kvcompress.models.weights import canonical_name
+
+        return canonical_name(name)
+
+    def decoder(
+        self, hf_config: "PreTrainedConfig", raster: "Raster", dtype: "torch.dtype | None" = None
+    ) -> "PictureDecoder":
+        from vllm_kvcompress.models.vq import VQDecoder
+
+        return VQDecoder(hf_config.vq_config, raster, dtype)
+
+    def one_size(self, hf_config: "PreTrainedConfig", settings: "ModelSettings") -> None:
+        """Raise ValueError, one line, if another size than the checkpoint's is set."""
+        from vllm_kvcompress.models.config import raster_of
+
+        width, height = raster_of(hf_config).pixel_size
+        if settings.size not in (None, (width, height)):
+            raise ValueError(
+                f"additional_config.kvcompress.size: this model draws {width}x{height} only; leave it out"
+            )

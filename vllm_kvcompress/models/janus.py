@@ -31,6 +31,7 @@ from vllm_kvcompress.attention.layer import attention_layer
 from vllm_kvcompress.cache.store import CompressedCache
 from vllm_kvcompress.config import is_compressed
 from vllm_kvcompress.guidance import (
+    LINE_END,
     TEXT_ROW,
     blend,
     pack_scale,
@@ -38,16 +39,16 @@ from vllm_kvcompress.guidance import (
     splice_negatives,
     unconditional_ids,
     unpack_scale,
+    with_line_ends,
 )
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.compression import plan_cache
 from vllm_kvcompress.models.config import cached_head_size
 from vllm_kvcompress.models.pictures import PIXELS, DummyPictures, PictureInfo, PictureProcessor, looks
-from vllm_kvcompress.models.registry import image_model_of
+from vllm_kvcompress.models.registry import family_of, image_model_of
 from vllm_kvcompress.models.tokenizer import IMAGE
 from vllm_kvcompress.models.vision import JanusVision, pixels_of
 from vllm_kvcompress.models.vision_sizes import vision_sizes
-from vllm_kvcompress.models.vq import VQDecoder
 from vllm_kvcompress.models.weights import load_weights
 from vllm_kvcompress.requests_v1 import hear_token_rows
 from vllm_kvcompress.sampling import mark
@@ -159,11 +160,11 @@ class BranchedLlama(LlamaModel):
         inputs_embeds: Tensor | None = None,
         **extra: Any,
     ) -> Tensor:
-        """``positions`` ``[tokens]``; ``inputs_embeds`` ``[tokens, 2 * hidden]``, and the same comes out."""
+        """``positions`` ``[tokens]``, or each branch's own ``[tokens, 2]``; ``inputs_embeds``
+        ``[tokens, 2 * hidden]``, and the same comes out."""
         assert inputs_embeds is not None
-        hidden: Any = super().forward(
-            None, positions.repeat_interleave(BRANCHES), None, inputs_embeds.view(-1, self.config.hidden_size)
-        )
+        both = positions.repeat_interleave(BRANCHES) if positions.ndim == 1 else positions.flatten()
+        hidden: Any = super().forward(None, both, None, inputs_embeds.view(-1, self.config.hidden_size))
         return hidden.view(positions.shape[0], -1)
 
 
@@ -172,8 +173,8 @@ class BranchedImageModel(nn.Module):
 
     A family's class says which decoder it has, and makes what is around it. ``forward`` returns
     ``[tokens, 2 * hidden + 2]``: the branches' hidden states, and the row's guidance scale in two columns
-    (``TEXT_ROW`` where the next token is text), which is how ``compute_logits``, which sees nothing but
-    hidden rows, knows what to do with each of them.
+    (``TEXT_ROW`` where the next token is text, ``LINE_END`` where it is the end of a line), which is how
+    ``compute_logits``, which sees nothing but hidden rows, knows what to do with each of them.
     """
 
     packed_modules_mapping = LlamaForCausalLM.packed_modules_mapping  # what quantisers name apart
@@ -206,25 +207,28 @@ class BranchedImageModel(nn.Module):
             vllm_config=vllm_config.with_hf_config(text, architectures=["LlamaForCausalLM"]),
             prefix=maybe_prefix(prefix, "language_model"),
         )
-        self.image_embedding = VocabParallelEmbedding(self.image.codes, text.hidden_size)
+        self._make_embedding(text.hidden_size)
         self._make_heads(text, prefix)
         self.image_logits = LogitsProcessor(self.image.codes)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._full_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
-        self._embeds = (
-            torch.zeros(tokens, BRANCHES * text.hidden_size, dtype=self.dtype)
-            if vllm_config.compilation_config.cudagraph_mode.has_piecewise_cudagraphs()
-            else None
-        )
+        self._embeds = self._places = None
+        if vllm_config.compilation_config.cudagraph_mode.has_piecewise_cudagraphs():
+            self._embeds = torch.zeros(tokens, BRANCHES * text.hidden_size, dtype=self.dtype)
+            self._places = torch.zeros(tokens, BRANCHES, dtype=torch.int64) if self.image.aligns else None
         if self.compressed is None:
             logger.info("%s", describe(vllm_config))
-        self.vq = VQDecoder(config.vq_config, self.image.raster)
+        self.vq = family_of(config).decoder(config, self.image.raster)
         self.vision: JanusVision | None = None  # of a model that takes pictures, where they are allowed
         self._v2 = vllm_config.use_v2_model_runner
         if not self._v2:
             for layer in self.modules():
                 if isinstance(layer, Attention):
                     hear_token_rows(layer, self.rows)
+
+    def _make_embedding(self, hidden_size: int) -> None:
+        """``image_embedding`` of the codes, where they are not the decoder's own ids."""
+        self.image_embedding = VocabParallelEmbedding(self.image.codes, hidden_size)
 
     def _make_heads(self, text: Any, prefix: str) -> None:
         """``gen_head`` and what else makes logits. ``text`` is the decoder's configuration."""
@@ -245,27 +249,14 @@ class BranchedImageModel(nn.Module):
 
         return JanusModelState
 
-    def embed_input_ids(
-        self,
-        input_ids: Tensor,
-        multimodal_embeddings: MultiModalEmbeddings | None = None,
-        *,
-        is_multimodal: Tensor | None = None,
-    ) -> Tensor:
-        """``[tokens]`` ids of the one id space -> ``[tokens, hidden]``.
-
-        ``multimodal_embeddings`` take the places that ``is_multimodal`` (bool ``[tokens]``) marks, in order.
-        """
-        is_image = input_ids >= self.image.text_vocab
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """``[tokens]`` ids of the one id space -> ``[tokens, hidden]``."""
+        is_image = self.image.is_drawn(input_ids)
         # A place without a draft holds -1: any id will do there, since no sample is ever -1.
         text = torch.where(is_image, self.image.pad, input_ids.clamp(min=0))
         text = self.language_model.embed_tokens(text)
-        codes = (input_ids - self.image.text_vocab).clamp_(0, self.image.codes - 1)
-        embeds = torch.where(is_image[:, None], self.image_embedding(codes), text)
-        if multimodal_embeddings is None or not len(multimodal_embeddings):
-            return embeds
-        assert is_multimodal is not None
-        return _merge_multimodal_embeddings(embeds, multimodal_embeddings, is_multimodal)
+        codes = (input_ids - self.image.first_code).clamp_(0, self.image.codes - 1)
+        return torch.where(is_image[:, None], self.image_embedding(codes), text)
 
     def forward(
         self,
@@ -289,10 +280,17 @@ class BranchedImageModel(nn.Module):
         else:
             embeds = torch.stack([inputs_embeds, self.embed_input_ids(uncond)], 1)
         embeds = self._in_place(embeds.view(input_ids.shape[0], -1))
-        hidden = self.language_model(None, positions, None, embeds)
+        places = positions
+        if self.rows.begins is not None:  # to its branch a token is where it would be without the padding
+            begins = self.rows.begins[token_rows]
+            places = _held(self._places, (positions[:, None] - begins).clamp(min=0))
+        hidden = self.language_model(None, places, None, embeds)
         # Begin-of-image is in texts too, in front of a picture that was sent.
         draws = self.image.draws(input_ids) & ~self.rows.is_text[token_rows]
         scale = torch.where(draws, self.rows.scale[token_rows], TEXT_ROW)
+        if self.image.eol >= 0:
+            coming = positions + 1 - self.rows.prefix[token_rows]
+            scale = torch.where(draws & self.image.ends(coming), LINE_END, scale)
         return torch.cat([hidden, pack_scale(scale, hidden.dtype)], dim=-1)
 
     def _in_place(self, embeds: Tensor) -> Tensor:
@@ -300,15 +298,17 @@ class BranchedImageModel(nn.Module):
 
         More tokens than vLLM schedules in a step (calibration, replays) are of no graph and stay as they are.
         """
-        if self._embeds is None or len(embeds) > len(self._embeds):
-            return embeds
-        held = self._embeds[: embeds.shape[0]]
-        return held.copy_(embeds)
+        return _held(self._embeds, embeds)
 
     def _token_rows(self, input_ids: Tensor) -> Tensor:
-        """``[tokens]`` int64: the batch row of each token, as the runner has told; one each outside steps."""
+        """``[tokens]`` int64: the batch row of each token, as the runner has told; one each outside steps.
+
+        But where known rows are replayed outside steps, whoever does that has told.
+        """
         tokens = input_ids.shape[0]
         metadata: Any = get_forward_context().attn_metadata
+        if not metadata and self.rows.replays:
+            return self.rows.token_rows
         if not metadata:
             rows = torch.arange(tokens, device=input_ids.device)
             return rows.clamp_(max=len(self.rows.scale) - 1)
@@ -317,38 +317,49 @@ class BranchedImageModel(nn.Module):
         return self.rows.token_rows[:tokens]
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """``[rows, 2 * hidden + 2]`` -> float32 ``[rows, text_vocab + codes]``, or ``[rows, codes]``.
+        """``[rows, 2 * hidden + 2]`` -> float32 ``[rows, vocab]``, or ``[rows, choices]``.
 
         The latter for a step's sampling where every row draws (``vllm_kvcompress.sampling``). Otherwise a row
-        has either text or image logits, never both; the other range is -inf. A text row can't begin an
+        has either text or image logits, never both; the others are -inf. A text row can't begin an
         image: that is what a prompt ending in begin-of-image is for.
         """
         scale = unpack_scale(hidden_states[:, -2:])
         branches = hidden_states[:, :-2].reshape(-1, BRANCHES, self.hidden_size)
         if self.rows.take_narrow():
             return mark(self._guided(branches, scale), self.rows)
-        is_text = scale < 0
-        logits = hidden_states.new_full((len(scale), self.image.vocab), -torch.inf, dtype=torch.float32)
+        image = self.image
+        # A model without words is asked for them by half-read prompts alone, whose samples are thrown away.
+        is_text = (scale == TEXT_ROW) if image.writes else torch.zeros_like(scale, dtype=torch.bool)
+        logits = hidden_states.new_full((len(scale), image.vocab), -torch.inf, dtype=torch.float32)
         rows = torch.nonzero(~is_text).flatten()
         if len(rows):
-            logits[rows, self.image.text_vocab :] = self._guided(branches[rows], scale[rows])
+            guided = self._guided(branches[rows], scale[rows])
+            logits[rows, image.first_code : image.first_code + image.codes] = guided[:, : image.codes]
+            if image.eol >= 0:
+                logits[rows, image.eol] = guided[:, image.codes]
         rows = torch.nonzero(is_text).flatten()
         if len(rows):
             text = self._text_logits(branches[rows, 0]).float()
-            text[:, self.image.boi] = -torch.inf
-            logits[rows, : self.image.text_vocab] = text
+            text[:, image.boi] = -torch.inf
+            logits[rows, : image.text_vocab] = text
         return mark(logits, self.rows)
 
     def _guided(self, branches: Tensor, scale: Tensor) -> Tensor:
-        """``[rows, 2, hidden]`` -> guided image logits, float32 ``[rows, codes]``."""
+        """``[rows, 2, hidden]`` -> guided image logits, float32 ``[rows, choices]``."""
         logits = self._code_logits(branches.flatten(0, 1))
         logits = logits.view(-1, BRANCHES, self.image.codes)
-        return blend(logits[:, 0], logits[:, 1], scale)
+        guided = blend(logits[:, 0], logits[:, 1], scale)
+        return guided if self.image.eol < 0 else with_line_ends(guided, scale == LINE_END)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """See ``vllm_kvcompress.models.weights``."""
         with last_word.heard():
             return load_weights(self, weights)
+
+
+def _held(memory: Tensor | None, value: Tensor) -> Tensor:
+    """``value``, at the beginning of ``memory`` where there is one and it fits."""
+    return value if memory is None or len(value) > len(memory) else memory[: len(value)].copy_(value)
 
 
 @MULTIMODAL_REGISTRY.register_processor(PictureProcessor, info=PictureInfo, dummy_inputs=DummyPictures)
@@ -363,6 +374,23 @@ class JanusForImageGeneration(BranchedImageModel, SupportsMultiModal):
         if looks(vllm_config.model_config):
             name = maybe_prefix(prefix, "vision")
             self.vision = JanusVision(vision_sizes(self.config), self.hidden_size, name)
+
+    def embed_input_ids(
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: MultiModalEmbeddings | None = None,
+        *,
+        is_multimodal: Tensor | None = None,
+    ) -> Tensor:
+        """``[tokens]`` ids of the one id space -> ``[tokens, hidden]``.
+
+        ``multimodal_embeddings`` take the places that ``is_multimodal`` (bool ``[tokens]``) marks, in order.
+        """
+        embeds = super().embed_input_ids(input_ids)
+        if multimodal_embeddings is None or not len(multimodal_embeddings):
+            return embeds
+        assert is_multimodal is not None
+        return _merge_multimodal_embeddings(embeds, multimodal_embeddings, is_multimodal)
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:

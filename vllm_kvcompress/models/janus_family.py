@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_kvcompress.models.config import ImageModel, raster_of, text_vocab_size
+from vllm_kvcompress.models.config import ImageModel, ModelSettings, raster_of, text_vocab_size
+from vllm_kvcompress.models.family import JanusLike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 _SPECIAL_IDS = "kvcompress_special_ids"
 
 
-class JanusFamily:
+class JanusFamily(JanusLike):
     """Prompts are text that ends in begin-of-image; image ids come after the text's."""
 
     name: ClassVar[str] = "Janus or Janus-Pro"
@@ -22,10 +23,11 @@ class JanusFamily:
 
         return expected_shapes(hf_config)
 
-    def resolve(self, hf_config: "PreTrainedConfig", tokenizer: Any) -> None:
+    def resolve(self, hf_config: "PreTrainedConfig", tokenizer: Any, settings: ModelSettings) -> None:
         """Find begin-of-sentence, padding and begin-of-image by name: ids differ between checkpoints."""
         from vllm_kvcompress.models.tokenizer import check_tokenizer, resolve_special_ids
 
+        self.one_size(hf_config, settings)
         check_tokenizer(tokenizer)
         setattr(hf_config, _SPECIAL_IDS, resolve_special_ids(tokenizer))
 

@@ -18,7 +18,7 @@ from vllm_kvcompress.models.tokenizer import resolve_special_ids, token_id
 if TYPE_CHECKING:
     from vllm_kvcompress.models.config import ImageModel
 
-__all__ = ["image_prompt_ids", "lengthened", "negative_ids", "resolve_special_ids"]
+__all__ = ["encode_plain", "image_prompt_ids", "lengthened", "negative_ids", "resolve_special_ids"]
 
 _USER, _ASSISTANT = "<|User|>", "<|Assistant|>"
 _CONTROL = re.compile(r"<.*>", re.DOTALL)
@@ -50,17 +50,14 @@ def image_prompt_ids(tokenizer: Any, image_model: "ImageModel", text: str) -> li
     ValueError
         ``text`` is not valid Unicode (a lone surrogate), or the tokenizer is not a fast one.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text is not valid Unicode at character {error.start}") from None
+    check_unicode(text)
     text = text.strip()
     said = f": {text}\n\n" if text else ":"
     user, assistant = token_id(tokenizer, _USER), token_id(tokenizer, _ASSISTANT)
     if user is None or assistant is None:  # Janus-1.3B, whose roles are words
-        body = _encode_plain(tokenizer, f"User{said}Assistant:")
+        body = encode_plain(tokenizer, f"User{said}Assistant:")
     else:
-        body = [user, *_encode_plain(tokenizer, said), assistant, *_encode_plain(tokenizer, ":")]
+        body = [user, *encode_plain(tokenizer, said), assistant, *encode_plain(tokenizer, ":")]
     return [image_model.bos, *body, image_model.boi]
 
 
@@ -114,7 +111,17 @@ def lengthened(image_model: "ImageModel", prompt_ids: list[int], length: int) ->
     return [*prompt_ids[:1], *[image_model.pad] * (length - len(prompt_ids)), *prompt_ids[1:]]
 
 
-def _encode_plain(tokenizer: Any, text: str) -> list[int]:
+def check_unicode(text: str) -> None:
+    """Raise ValueError for a lone surrogate, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is not valid Unicode at character {error.start}") from None
+
+
+def encode_plain(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text in which control tokens are text; safe and errors as in `image_prompt_ids`."""
+    check_unicode(text)
     return _plain_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
 
 

@@ -17,12 +17,14 @@ ARCHITECTURES = {
     "MultiModalityCausalLM": "vllm_kvcompress.models.janus:JanusForImageGeneration",
     "JanusForConditionalGeneration": "vllm_kvcompress.models.janus:JanusForImageGeneration",
     "LlamaGenForImageGeneration": "vllm_kvcompress.models.llamagen.model:LlamaGenForImageGeneration",
+    "Emu3ForConditionalGeneration": "vllm_kvcompress.models.emu3.model:Emu3ForImageGeneration",
 }
 # model_type in config.json -> the module that holds its ``FAMILY``
 FAMILIES = {
     ORIGINAL_LAYOUT: "vllm_kvcompress.models.janus_family",
     TRANSFORMERS_LAYOUT: "vllm_kvcompress.models.janus_family",
     "llamagen": "vllm_kvcompress.models.llamagen.family",
+    "emu3": "vllm_kvcompress.models.emu3.family",
 }
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -30,13 +32,16 @@ _TEMPLATES = Path(__file__).parent / "templates"
 CHAT_TEMPLATES = {
     ORIGINAL_LAYOUT: _TEMPLATES / "janus_pro.jinja",  # Janus-Pro's roles
     "llamagen": _TEMPLATES / "no_chat.jinja",  # an error that says so
+    "emu3": _TEMPLATES / "no_chat.jinja",
 }
 
 _DEFAULTS = "kvcompress_defaults"
 
 
 def serves(model_config: "ModelConfig") -> bool:
-    """Whether the model is one of ours."""
+    """Whether the model is one of ours, and the operator has not asked for transformers' implementation."""
+    if getattr(model_config, "model_impl", "auto") == "transformers":
+        return False
     return any(arch in ARCHITECTURES for arch in getattr(model_config.hf_config, "architectures", None) or ())
 
 

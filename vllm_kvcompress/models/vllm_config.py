@@ -7,16 +7,17 @@ from vllm import envs
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress import last_word, patches, served
-from vllm_kvcompress.config import FP8, KEY, is_compressed, parse_config
+from vllm_kvcompress.config import FP8, KEY, CompressionConfig, is_compressed, parse_config
 from vllm_kvcompress.log import logger_for
-from vllm_kvcompress.models.checkpoint import check_files, check_sizes
-from vllm_kvcompress.models.config import raster_of, text_vocab_size
+from vllm_kvcompress.models.checkpoint import check_files
+from vllm_kvcompress.models.config import ModelSettings
 from vllm_kvcompress.models.pictures import check_pictures, looks
-from vllm_kvcompress.models.registry import family_of, image_model, store_defaults
+from vllm_kvcompress.models.registry import family_of, image_model, serves, store_defaults
 from vllm_kvcompress.patches import media
-from vllm_kvcompress.policy import AUTO
+from vllm_kvcompress.policy import AUTO, Raster
 from vllm_kvcompress.windows.settings import reserve_places
 
 if TYPE_CHECKING:
@@ -30,11 +31,12 @@ REQUEST_TRACKER = "vllm_kvcompress.requests_v1:RequestTracker"
 
 
 class JanusArchConvertor(ModelArchConfigConvertorBase):
-    """The engine's vocabulary is text ids, then image ids."""
+    """The engine's vocabulary is text ids, and image ids."""
 
     def get_vocab_size(self) -> int:
         vq = getattr(self.hf_config, "vq_config", None)
-        return super().get_vocab_size() + (vq.num_embeddings if vq is not None else 0)
+        # Codes that the text's vocabulary holds already (Emu3) are counted under another name.
+        return super().get_vocab_size() + getattr(vq, "num_embeddings", 0)
 
 
 class JanusConfigCheck(VerifyAndUpdateConfig):
@@ -42,17 +44,23 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        if not serves(model_config):
+            return
         last_word.listen()
         with last_word.heard():
-            check_checkpoint(model_config.hf_config)
+            family_of(model_config.hf_config).check(model_config.hf_config)
 
     @staticmethod
     @last_word.heard()
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         model_config = vllm_config.model_config
+        if not serves(model_config):
+            return
         vision, load_format = looks(model_config), str(vllm_config.load_config.load_format)
         check_files(Path(model_config.model), model_config.hf_config, load_format, vision)
-        resolve_tokens(model_config)
+        config = parse_config(vllm_config.additional_config)  # a misplaced key is an error without it too
+        resolve_tokens(model_config, ModelSettings(config.pixels, config.default_texts))
+        check_context(model_config)
         if vision:
             check_pictures(model_config)
         media.apply()
@@ -62,14 +70,15 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
             )
         if envs.VLLM_USE_RUST_FRONTEND:
             raise ValueError("VLLM_USE_RUST_FRONTEND: that front end has no images route; unset it")
-        config = parse_config(vllm_config.additional_config)  # a misplaced key is an error without it too
+        if image_model(model_config).aligns and not is_compressed(vllm_config):
+            config = use_own_backend(vllm_config, config)
         if not is_compressed(vllm_config) and config.compresses:
             raise ValueError(
                 f"additional_config.{KEY} goes with --attention-backend kvcompress; add it, or drop the "
                 "settings"
             )
         if is_compressed(vllm_config):
-            check_conflicts(vllm_config)
+            check_conflicts(vllm_config, image_model(model_config).raster)
             compilation = vllm_config.compilation_config
             if current_platform.is_cuda_alike() and compilation.splitting_ops is None:
                 # Piecewise CUDA graphs must not swallow the cache's bookkeeping. vLLM's own operations stay
@@ -91,36 +100,45 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
         width, height = image.raster.pixel_size
         logger.info(
             "Image model: %d x %d tokens a picture, %d x %d pixels, image ids from %d.",
-            image.raster.lines, image.raster.width, width, height, image.text_vocab,
+            image.raster.lines, image.raster.width, width, height, image.first_code,
         )  # fmt: skip
         served.prepare(vllm_config)
         patches.serve_images_route()
 
 
-def check_checkpoint(hf_config: Any) -> None:
-    """Raise ValueError, one line, on a checkpoint that looks like ours but can't be served."""
-    vq = getattr(hf_config, "vq_config", None)
-    if vq is None:
-        raise ValueError("config.json describes no image tokenizer (vq_config): not a Janus checkpoint")
-    check_sizes(hf_config)
-    patch = 2 ** (len(vq.channel_multiplier) - 1)
-    vision = getattr(hf_config, "vision_config", None)
-    size = vision.get("params", {}).get("image_size") if isinstance(vision, dict) else None
-    size = size or getattr(vision, "image_size", None) or vq.num_patches * patch
-    if size != vq.num_patches * patch:
+def use_own_backend(vllm_config: "VllmConfig", config: CompressionConfig) -> CompressionConfig:
+    """Serve with the full cache of our own backend a model whose guidance branches are of unlike length.
+
+    vLLM's backends can't hide a row's first slots from half of its heads. Returns the settings; raises
+    ValueError, one line, for settings that want a compressed cache.
+    """
+    if config.compresses:
+        return config  # and the caller refuses them
+    given: Any = vllm_config.additional_config or {}
+    vllm_config.additional_config = {**given, KEY: {**given.get(KEY, {}), "preset": "full"}}
+    vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
+    logger.info(
+        "This model's guidance branches are of unlike length, which vLLM's attention backends can't do: it "
+        "runs on --attention-backend kvcompress with preset full, which keeps everything."
+    )
+    return parse_config(vllm_config.additional_config)
+
+
+def check_context(model_config: "ModelConfig") -> None:
+    """Raise ValueError, one line, where no prompt leaves room for a picture of the size that is set."""
+    image, context = image_model(model_config), model_config.max_model_len
+    if image.aligns and image.raster.tokens + len(image.begin) > context:
+        width, height = image.raster.pixel_size
         raise ValueError(
-            f"unsupported image size {size}: the VQ decoder draws {vq.num_patches} x {vq.num_patches} tokens "
-            f"of {patch} pixels, {vq.num_patches * patch} in all"
+            f"a picture of {width}x{height} takes {image.raster.tokens} tokens, but the context holds "
+            f"{context}: set additional_config.{KEY}.size to a smaller one, or raise --max-model-len"
         )
-    if text_vocab_size(hf_config) + vq.num_embeddings >= 2**31:
-        raise ValueError("text and image vocabularies together exceed 31-bit token ids")
 
 
-def check_conflicts(vllm_config: "VllmConfig") -> None:
-    """Refuse, in one line, what the compressed cache can't be combined with."""
+def check_conflicts(vllm_config: "VllmConfig", raster: Raster) -> None:
+    """Refuse, in one line, what the compressed cache can't be combined with, or not on this grid."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    raster = raster_of(vllm_config.model_config.hf_config)
     config = parse_config(vllm_config.additional_config)
     config.policy.check(raster)
     if config.head_profile != AUTO and config.policy.types in ("profile", "fitted"):
@@ -163,7 +181,7 @@ def check_conflicts(vllm_config: "VllmConfig") -> None:
             raise ValueError(f"--attention-backend kvcompress does not work with {mend}")
 
 
-def resolve_tokens(model_config: "ModelConfig") -> None:
+def resolve_tokens(model_config: "ModelConfig", settings: ModelSettings) -> None:
     """Have the family look at the checkpoint's tokenizer, and read generation_config.json's defaults."""
     from vllm.tokenizers import get_tokenizer
 
@@ -175,7 +193,7 @@ def resolve_tokens(model_config: "ModelConfig") -> None:
         trust_remote_code=model_config.trust_remote_code,
         revision=model_config.tokenizer_revision,
     )
-    family_of(model_config.hf_config).resolve(model_config.hf_config, tokenizer)
+    family_of(model_config.hf_config).resolve(model_config.hf_config, tokenizer, settings)
     defaults: dict[str, Any] = {}
     generation = model_config.try_get_generation_config()
     # transformers' own fields; small models are at their best well below Janus-Pro's guidance of 5.

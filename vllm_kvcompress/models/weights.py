@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm_kvcompress.models.config import head_size
 from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.models.vision_sizes import NO_PICTURES, is_vision, vision_name, vision_shapes
-from vllm_kvcompress.models.vq import VQDecoder, vq_name
+from vllm_kvcompress.models.vq import PictureDecoder, vq_name
 
 if TYPE_CHECKING:
     from vllm_kvcompress.models.janus import BranchedImageModel
@@ -54,7 +54,7 @@ class CheckpointError(ValueError):
 def canonical_name(name: str) -> str | None:
     """This package's name of a checkpoint tensor of either layout; None if knowingly skipped.
 
-    Names of the VQ model come back as they are (``VQDecoder`` maps them).
+    Names of the VQ model come back as they are (`PictureDecoder.own_name` maps them).
     """
     if _SKIP.search(name):
         return None
@@ -122,8 +122,8 @@ class Ledger:
     ----------
     config
         The checkpoint's, of either layout.
-    vq : VQDecoder, optional
-        Checks the VQ model's tensors too; without it they are left to ``VQDecoder.load_weights``.
+    vq : PictureDecoder, optional
+        Checks the VQ model's tensors too; without it they are left to ``PictureDecoder.load_weights``.
     packed : mapping, optional
         `quantised_tensors` of the served model. Without it, and if config.json says that layers are
         quantised, the tensors of such layers are left to vLLM's loaders.
@@ -134,7 +134,7 @@ class Ledger:
     def __init__(
         self,
         config: Any,
-        vq: VQDecoder | None = None,
+        vq: PictureDecoder | None = None,
         packed: Mapping[str, set[str]] | None = None,
         vision: bool = False,
     ) -> None:
@@ -165,7 +165,7 @@ class Ledger:
             seen = vision_name(original)
             name = None if seen is None else f"vision.{seen}"
         else:
-            name = canonical_name(original)
+            name = self._family.canonical_name(original)
         if name is None:
             return None
         if _VQ.match(name):
@@ -287,6 +287,9 @@ def load_weights(model: "BranchedImageModel", weights: Iterable[tuple[str, Tenso
     if "gen_embed.weight" in small:
         # gen_aligner(gen_embed(code)) for every code: one look-up instead of two matrix products.
         small["image_embedding.weight"] = fold_image_embedding(small).to(model.dtype)
+    if "lm_head.weight" in small and "gen_head.weight" not in small:  # codes are ids of the vocabulary
+        first = model.image.first_code
+        small["gen_head.weight"] = small["lm_head.weight"][first : first + model.image.codes]
     parameters = dict(model.named_parameters())
     for name, tensor in small.items():
         if name in parameters:

@@ -19,12 +19,14 @@ def changes() -> list[Callable[[], object]]:
         from vllm_kvcompress.models.registry import image_model, serves
 
         if serves(self.model_config):
-            from vllm_kvcompress.admission import admit_request, text_room
+            from vllm_kvcompress.admission import admit_request, align_request, text_room
             from vllm_kvcompress.config import parse_config
 
+            image = image_model(self.model_config)
+            align_request(request, image)
             admit_request(
                 request,
-                image_model(self.model_config),
+                image,
                 self.model_config.max_model_len,
                 room=text_room(self.vllm_config),
                 limits=parse_config(self.vllm_config.additional_config).limits,

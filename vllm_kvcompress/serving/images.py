@@ -162,7 +162,7 @@ class ImagesEndpoint:
     def _facts(self, painter: Painter) -> dict[str, Any]:
         return {
             "lines": painter.model.raster.lines,
-            "columns": painter.model.raster.width,
+            "columns": painter.model.raster.columns,
             "guidance_scale": painter.model.guidance_scale,
             "cache": self._cache,
         }

@@ -53,11 +53,11 @@ class KeptReader:
 
     def _over_ranks(self, ranks: list[tuple[int, list[tuple[str, int, list[int]]]]]) -> Kept:
         """One answer of those of an engine's ranks, each of which has some of the heads."""
-        types = []
+        types, raster = [], self._raster
         for parts in zip(*(types for _, types in ranks), strict=True):
             heads = sum(part[1] for part in parts)
             counts = [sum(held) for held in zip(*(part[2] for part in parts), strict=True)]
-            percent = [round(100 * held / heads) for held in counts]
+            percent = [round(100 * held / heads) for held in raster.cells(counts)]
             types.append(KeptOfType(name=parts[0][0], heads=heads, percent=percent))
-        raster = self._raster
-        return Kept(lines=raster.lines, columns=raster.width, drawn=ranks[0][0], types=types)
+        drawn = len(raster.cells(range(ranks[0][0])))
+        return Kept(lines=raster.lines, columns=raster.columns, drawn=drawn, types=types)

@@ -137,17 +137,18 @@ class Painter:
         """
         if self.engine.errored:
             raise self.engine.dead_error
-        prompt_ids = await self._tokenized("prompt", self._prompt_ids, request.prompt)
+        suffix = self.model.suffix if request.default_texts else ""
+        prompt_ids = await self._tokenized("prompt", self._prompt_ids, request.prompt + suffix)
         self._check_room("prompt", prompt_ids)
-        negative = request.negative_prompt
-        if negative:
+        scale = self.model.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        negative = self._negative(request, scale)
+        if negative is not None:
             # As long as the longer of the two: both branches of a token share its position.
             alone = await self._tokenized("negative_prompt", self._prompt_ids, negative)
             self._check_room("negative_prompt", alone)
             prompt_ids = self._lengthened(self.model, prompt_ids, len(alone))
-        scale = self.model.guidance_scale if request.guidance_scale is None else request.guidance_scale
         extra_args: dict[str, Any] = {GUIDANCE_SCALE: scale}
-        if negative:
+        if negative is not None:
             extra_args[NEGATIVE_IDS] = await self._tokenized(
                 "negative_prompt", self._negative_ids, negative, len(prompt_ids)
             )
@@ -155,6 +156,16 @@ class Painter:
         # The random part keeps ids apart when a client repeats its X-Request-Id.
         name = f"img-{request_id}-{random_uuid()}"
         return Job(request, prompt_ids, extra_args, name, trace_headers, tuple(notes))
+
+    def _negative(self, request: ImageRequest, scale: float) -> str | None:
+        """The unconditional branch's text; None where it has none."""
+        if not self.model.aligns:
+            return request.negative_prompt or None
+        if scale == 1:
+            return None
+        if request.negative_prompt is not None:
+            return request.negative_prompt  # an empty one is a prompt too
+        return self.model.negative_text if request.default_texts else ""
 
     def _check_room(self, parameter: str, ids: list[int]) -> None:
         limit = parse_config(self.engine.vllm_config.additional_config).limits.prompt_tokens
@@ -195,27 +206,27 @@ class Painter:
         due = partial_lines(raster.lines, job.request.partial_images)
         if every := job.request.partial_lines:
             due = list(range(every, raster.lines, every))
-        codes: list[int] = []
+        tokens: list[int] = []
         output: RequestOutput | None = None
         async with contextlib.aclosing(self._outputs(job, index, streaming=bool(due))) as outputs:
             async for output in outputs:
-                codes += self._codes(output)
-                lines = len(codes) // raster.width
+                tokens += output.outputs[0].token_ids
+                lines = len(tokens) // raster.width
                 if output.finished or not due or lines < due[0] or self._decoder.busy:
                     continue
                 due = [line for line in due if line > lines]
                 kept = None
                 if job.request.kept:
                     kept = await self._kept(f"{job.request_id}-{index}", len(job.prompt_ids))
-                yield Picture(await self._picture(codes[: lines * raster.width], job.request), kept=kept)
-        if output is None or not output.finished or len(codes) != raster.tokens:
+                yield Picture(await self._picture(tokens[: lines * raster.width], job.request), kept=kept)
+        if output is None or not output.finished or len(tokens) != raster.tokens:
             reason = output.outputs[0].finish_reason if output is not None else None
             if reason == "abort":  # nobody else than the engine itself aborts what is still waited for
                 raise RetryableRequestError("the server is shutting down: ask again, or another server")
             raise GenerationError(
-                f"the picture ended after {len(codes)} of {raster.tokens} tokens (finish reason {reason})"
+                f"the picture ended after {len(tokens)} of {raster.tokens} tokens (finish reason {reason})"
             )
-        yield Picture(await self._picture(codes, job.request), output)
+        yield Picture(await self._picture(tokens, job.request), output)
 
     async def _outputs(self, job: Job, index: int, streaming: bool) -> AsyncGenerator["RequestOutput", None]:
         """The engine's outputs for one picture; each holds the tokens since the one before."""
@@ -254,13 +265,11 @@ class Painter:
             stream_interval=raster.width if streaming else None,  # nobody looks between line ends
         )
 
-    def _codes(self, output: "RequestOutput") -> list[int]:
-        codes = [self.model.code(token) for token in output.outputs[0].token_ids]
+    async def _picture(self, tokens: list[int], request: ImageRequest) -> str:
+        """Encoded picture of whole lines' token ids. Raises GenerationError."""
+        codes = [self.model.code(token) for token in self.model.raster.cells(tokens)]
         if any(not 0 <= code < self.model.codes for code in codes):
             raise GenerationError("the model drew a token that is not an image token")
-        return codes
-
-    async def _picture(self, codes: list[int], request: ImageRequest) -> str:
         try:
             pixels = await self._decoder.decode(codes)
             return await asyncio.to_thread(

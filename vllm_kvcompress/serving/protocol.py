@@ -104,6 +104,11 @@ class ImageRequest(BaseModel):
         max_length=MAX_PROMPT_CHARACTERS,
         description="What to keep away from: the unconditional branch's text.",
     )
+    default_texts: bool = Field(
+        True,
+        description="Whether the model's own texts are used, where it has any (Emu3): what it adds to a "
+        "prompt, and its negative prompt where none is given. Not OpenAI's.",
+    )
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -267,7 +272,9 @@ class KeptOfType(BaseModel):
 
     name: str = Field(description="The rule: `full`, `ring N` or `scored N`, N slots a head.")
     heads: int = Field(description="Cache heads of this type, over layers and branches.")
-    percent: list[int] = Field(description="Heads that hold each image token, in raster order, 0-100.")
+    percent: list[int] = Field(
+        description="Heads that hold each token that stands for pixels, in raster order, 0-100."
+    )
 
 
 class Kept(BaseModel):
@@ -275,7 +282,9 @@ class Kept(BaseModel):
 
     lines: int
     columns: int
-    drawn: int = Field(description="Image tokens written when this was read: the picture may be ahead.")
+    drawn: int = Field(
+        description="Of these tokens, those written when this was read: the picture may be ahead."
+    )
     types: list[KeptOfType]
 
 

@@ -6,14 +6,13 @@ when the last one is drawn.
 
 from typing import TYPE_CHECKING
 
-from vllm_kvcompress.models.config import raster_of
 from vllm_kvcompress.serving.encode import Pixels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from vllm.engine.protocol import EngineClient
 
-    from vllm_kvcompress.models.vq import VQDecoder
+    from vllm_kvcompress.models.vq import PictureDecoder
 
 WEIGHTS_METHOD = "kvcompress_decoder_weights"
 
@@ -33,7 +32,7 @@ class SpareDecoder:
 
     def __init__(self, config: "PreTrainedConfig", weights: bytes) -> None:
         self._config, self._weights = config, weights
-        self._vq: VQDecoder | None = None
+        self._vq: PictureDecoder | None = None
 
     @classmethod
     async def of(cls, engine: "EngineClient") -> "SpareDecoder | None":
@@ -50,20 +49,20 @@ class SpareDecoder:
     def decode(self, codes: list[int]) -> Pixels:
         """Pixels of whole lines. Takes up to seconds: keep it off the event loop, one call at a time.
 
-        Raises ValueError as ``VQDecoder.decode`` does.
+        Raises ValueError as ``PictureDecoder.decode`` does.
         """
         if self._vq is None:
             self._vq = self._built()
         return Pixels(*self._vq.picture(codes))
 
-    def _built(self) -> "VQDecoder":
+    def _built(self) -> "PictureDecoder":
         from safetensors.torch import load
 
-        from vllm_kvcompress.models.vq import VQDecoder
+        from vllm_kvcompress.models.registry import family_of, image_model_of
 
         state = load(self._weights)
         dtype = next(iter(state.values())).dtype
-        vq = VQDecoder(self._config.vq_config, raster_of(self._config), dtype)
+        vq = family_of(self._config).decoder(self._config, image_model_of(self._config).raster, dtype)
         vq.load_state_dict(state)
         self._weights = b""
         return vq

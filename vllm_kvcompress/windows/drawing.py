@@ -19,12 +19,15 @@ class Drawing:
         Image token ids at the prompt's end.
     outputs : list of int
         Ids drawn since. The runner's own list, which grows as it keeps its books.
+    eol : int
+        Id that every line ends in; -1 without.
     """
 
     seed: int
     line: int
     given: Sequence[int]
     outputs: list[int]
+    eol: int = -1
     _kept: list[int] = field(default_factory=list)
 
     @property
@@ -37,7 +40,8 @@ class Drawing:
 
         Any draft is right: a wrong one costs a step, not the picture. Copied is what stands as far back as
         would have been right most often in the last line's length: a line (the token above), a token (the
-        left neighbour), or twice that, as in patterns. At least one token must be known.
+        left neighbour), or twice that, as in patterns. At least one token must be known. A line's end is
+        always right.
         """
         drafts = self._kept[:count]
         if len(drafts) < count:
@@ -45,7 +49,8 @@ class Drawing:
             back = self._habit(recent)
             recent += drafts
             for _ in range(count - len(drafts)):
-                recent.append(recent[-back])
+                ends = self.eol >= 0 and (self.known + len(drafts) + 1) % self.line == 0
+                recent.append(self.eol if ends else recent[-back])
                 drafts.append(recent[-1])
         return drafts
 

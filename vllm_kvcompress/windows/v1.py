@@ -48,10 +48,8 @@ def settle(
         n: position_generator(drawings[row].seed, drawings[row].known + nth, logits.device)
         for n, (row, nth) in enumerate(later)
     }
-    codes, _ = sample(
-        logits[at, -rows.model.codes :].float(), _repeated(metadata, of, rows.model.codes, noise)
-    )
-    ids = iter((codes + rows.model.text_vocab).tolist())
+    codes, _ = sample(rows.model.among(logits[at]).float(), _repeated(metadata, of, rows.model.codes, noise))
+    ids = iter(rows.model.ids(codes).tolist())
     firsts = output.sampled_token_ids[:, 0].tolist()
     table = torch.full((len(counts), max(counts)), PLACEHOLDER_TOKEN_ID, dtype=torch.int32)
     standing = []

@@ -59,7 +59,7 @@ def standing(samples: Tensor, inputs: Tensor, counts: Tensor, limit: Tensor) -> 
 
 def next_drafts(
     samples: Tensor, counts: Tensor, stands: Tensor, known: Tensor, places: Tensor, prefix: Tensor, line: int,
-    count: int,
+    count: int, eol: int = -1,
 ) -> Tensor:  # fmt: skip
     """Drafts for the places after the tokens that stand.
 
@@ -78,6 +78,8 @@ def next_drafts(
         ``[rows]`` tokens before the picture's first.
     line, count : int
         Tokens a line; drafts wanted.
+    eol : int
+        Id that every line ends in, a draft that is always right; -1 without.
 
     Returns
     -------
@@ -92,4 +94,7 @@ def next_drafts(
     held = known.gather(1, above.clamp(min=0, max=known.shape[1] - 1)).to(samples.dtype)
     last = samples.gather(1, (counts - 1)[:, None])
     fill = torch.where((above >= prefix[:, None]) & (above <= places[:, None]), held, last)
-    return torch.where(at < counts[:, None], kept, fill)
+    drafts = torch.where(at < counts[:, None], kept, fill)
+    if eol < 0:
+        return drafts
+    return torch.where((position - prefix[:, None] + 1) % line == 0, eol, drafts)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_kvcompress.models.config import ImageModel, raster_of
+from vllm_kvcompress.models.config import ImageModel, ModelSettings, raster_of
+from vllm_kvcompress.models.family import JanusLike
 from vllm_kvcompress.models.llamagen.tokenizer import check_names, class_of
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 GUIDANCE_SCALE, TOP_K = 4.0, 2000  # LlamaGen's own demo (autoregressive/sample/sample_c2i.py)
 
 
-class LlamaGenFamily:
+class LlamaGenFamily(JanusLike):
     """A prompt is one class; the unconditional branch has the null class, or another class of the user's."""
 
     name: ClassVar[str] = "LlamaGen"
@@ -25,7 +26,8 @@ class LlamaGenFamily:
         table = (hf_config.vq_config.num_embeddings, text.hidden_size)
         return {**decoder_shapes(text), "image_embedding.weight": table, "gen_head.weight": table}
 
-    def resolve(self, hf_config: "PreTrainedConfig", tokenizer: Any) -> None:
+    def resolve(self, hf_config: "PreTrainedConfig", tokenizer: Any, settings: ModelSettings) -> None:
+        self.one_size(hf_config, settings)
         check_names(tokenizer, hf_config.num_classes)
 
     def describe(self, hf_config: "PreTrainedConfig", defaults: Mapping[str, Any]) -> ImageModel:
@@ -38,6 +40,7 @@ class LlamaGenFamily:
             pad=classes,
             boi=-1,
             classes=classes,
+            writes=False,
             **{"guidance_scale": GUIDANCE_SCALE, "top_k": TOP_K, **defaults},
         )
 

@@ -1,0 +1,46 @@
+"""Asking a server for pictures over HTTP, and reading what it answers."""
+
+import base64
+import io
+import json
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+PATH = "/v1/images/generations"
+
+
+def asked(http: httpx.Client, prompt: str, **fields: Any) -> dict[str, Any]:
+    """The answer to a request that must succeed."""
+    answer = http.post(PATH, json={"prompt": prompt, **fields})
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def pixels(b64: str) -> np.ndarray:
+    """int ``[height, width, 3]`` of an encoded file."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))).convert("RGB")).astype(int)
+
+
+def picture(http: httpx.Client, prompt: str, **fields: Any) -> np.ndarray:
+    """The pixels of the one picture asked for."""
+    return pixels(asked(http, prompt, **fields)["data"][0]["b64_json"])
+
+
+def refused(http: httpx.Client, **fields: Any) -> tuple[str, str]:
+    """Parameter and message of a 400."""
+    answer = http.post(PATH, json=fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, 400), answer.text
+    return error["param"], error["message"]
+
+
+def streamed(http: httpx.Client, prompt: str, **fields: Any) -> list[dict[str, Any]]:
+    """The events of a stream."""
+    with http.stream("POST", PATH, json={"prompt": prompt, "stream": True, **fields}) as answer:
+        assert answer.status_code == 200
+        lines = [line[5:] for line in answer.iter_lines() if line.startswith("data:")]
+    return [json.loads(line) for line in lines if line.strip() != "[DONE]"]

@@ -1,0 +1,265 @@
+"""Emu3 from published-looking files to pictures, against transformers' own ``generate`` and decoder."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_emu3 import dense, greedy
+from engine_process import V2, EngineProcess
+from inprocess import KERNELS, Engine, in_process  # noqa: F401
+from safetensors.torch import save
+from typer.testing import CliRunner
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+
+from vllm_kvcompress.cli import app
+from vllm_kvcompress.heads.calibrate import measure
+from vllm_kvcompress.heads.curves import candidate_types
+from vllm_kvcompress.models.compression import subject_of
+from vllm_kvcompress.models.registry import family_of
+from vllm_kvcompress.scheduler import REPORT
+from vllm_kvcompress.serving.encode import Pixels
+from vllm_kvcompress.serving.spare import SpareDecoder
+from vllm_kvcompress.testing.emu3 import make_emu3
+
+SIZES = {"wide": "28x16", "high": "12x24"}  # 4 lines of 7 codes, 6 of 3
+GRIDS = {"wide": (4, 7), "high": (6, 3)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_emu3(tmp_path_factory.mktemp("emu3"))
+
+
+def started(
+    folder: Path, size: str, backend: str | None = "kvcompress", batch: int = 256, **section: Any
+) -> Engine:
+    config = {"kvcompress": {"window": 1, "size": SIZES[size], **section}}
+    return Engine.get(
+        folder, backend, additional_config=config, max_model_len=256, max_num_batched_tokens=batch
+    )
+
+
+def prompts(engine: Engine) -> list[tuple[list[int], list[int] | None, float]]:
+    """Prompt, negative, guidance: the negative longer, shorter, as long, none said, and no guidance."""
+    ids = engine.prompt
+    return [
+        (ids("a cat"), ids("lowres, bad anatomy, blurry"), 3.0),
+        (ids("a portrait of a girl with a very long name"), ids("blurry"), 2.0),
+        (ids("a dog"), ids("a cat"), 5.0),
+        (ids("a bird on a tree"), None, 3.0),
+        (ids("a bird on a tree"), None, 1.0),
+    ]
+
+
+def params(negative: Sequence[int] | None, scale: float, **more: Any) -> SamplingParams:
+    extra: dict[str, Any] = {"guidance_scale": scale}
+    if negative is not None:
+        extra["negative_prompt_token_ids"] = list(negative)
+    return SamplingParams(temperature=0.0, extra_args=extra, **more)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend", [None, "kvcompress"])
+def test_greedy_pictures_equal_transformers(folder: Path, size: str, backend: str | None) -> None:
+    """Whole pictures that join one another in mid-picture; plain ``vllm serve`` finds the backend itself."""
+    engine = started(folder, size, backend, **({"preset": "full"} if backend else {}))
+    asked, done = prompts(engine), {}
+    for number, (ids, negative, scale) in enumerate(asked):
+        engine.add(str(number), ids, params(negative, scale))
+        done |= engine.steps(3)
+    done |= engine.steps()
+    drawn = [list(done[str(n)].outputs[0].token_ids) for n in range(len(asked))]
+    own = list(engine.image.negative)
+    wanted = [
+        greedy(folder, ids, own if negative is None else negative, scale, *GRIDS[size])
+        for ids, negative, scale in asked
+    ]
+    assert drawn == wanted
+    lines, columns = GRIDS[size]
+    assert all(tokens[columns :: columns + 1] == [engine.image.eol] * lines for tokens in drawn)
+    assert all(len(set(tokens)) > lines for tokens in drawn), "pictures are not one code"
+    assert len({tuple(tokens) for tokens in drawn}) == len(drawn)
+
+
+@pytest.mark.parametrize(("preset", "size", "budget"), [("line_ar", "wide", 0.5), ("fitted", "high", 0.45)])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_compressed_pictures_equal_the_reference(
+    folder: Path, preset: str, size: str, budget: float, kernels: str
+) -> None:
+    """Every head under its rule, either branch the shorter one; ends of lines are evicted as codes are."""
+    short = {"default_texts": False}  # calibration draws with prompts that are no longer than they need be
+    engine = started(folder, size, preset=preset, budget=budget, kernels=kernels, **short)
+    asked = [(ids, negative, scale) for ids, negative, scale in prompts(engine)[:3] if negative is not None]
+    outputs = engine.outputs([ids for ids, *_ in asked], [params(*rest) for _, *rest in asked])
+    layout = engine.model.compressed._layout
+    wanted = [
+        dense(folder, *one[:2], lambda n, h: layout.rules[layout.types[n][h]], one[2], GRIDS[size][1])
+        for one in asked
+    ]
+    drawn = [list(out.outputs[0].token_ids) for out in outputs]
+    assert drawn == [tokens for tokens, _ in wanted]
+    assert min(lead for _, lead in wanted) > 1e-4, "no draw was a matter of rounding"
+    whole = [greedy(folder, *one, *GRIDS[size]) for one in asked]
+    assert drawn != whole, "what was evicted mattered"
+    reports = [out.kv_transfer_params[REPORT] for out in outputs]
+    assert all(report["evicted_spatial"] + report["evicted_semantic"] > 0 for report in reports)
+
+
+def test_a_whole_budget_is_the_full_cache(folder: Path) -> None:
+    full, whole = (started(folder, "wide", preset=name, budget=1.0) for name in ("full", "line_ar"))
+    asked = prompts(full)
+    ids, settings = [one[0] for one in asked], [params(*one[1:]) for one in asked]
+    assert full.draw(ids, settings) == whole.draw(ids, settings)
+
+
+SAMPLED = [
+    SamplingParams(
+        temperature=1.0, seed=n, top_k=(0, 40, 3)[n % 3], extra_args={"guidance_scale": 1.0 + n / 2}
+    )
+    for n in range(6)
+]
+
+
+@pytest.mark.parametrize("preset", ["full", "line_ar"])
+def test_windows_chunks_company_and_memory_change_nothing(folder: Path, preset: str) -> None:
+    """Seeded pictures alone; joining one another, in windows, their prompts in chunks, wide logits beside."""
+    plain = started(folder, "wide", preset=preset, budget=0.5)
+    texts = ["a cat", "a dog with a long, long leash", "a bird", "grass", "the sea at night", "a"]
+    ids = [plain.prompt(text) for text in texts]
+    alone = [plain.draw([one], setting)[0] for one, setting in zip(ids, SAMPLED, strict=True)]
+    windowed = started(folder, "wide", batch=32, preset=preset, budget=0.5, window=5)
+    biased = SamplingParams(temperature=0.0, logit_bias={plain.image.first_code + 3: 1.0})
+    for engine in (plain, windowed):
+        done = {}
+        for n, one in enumerate(ids):
+            engine.add(f"{preset}{n}", one, SAMPLED[n])
+            done |= engine.steps(1 + n % 3)
+            if n == 2:
+                engine.add(f"{preset}wide", ids[0], biased)  # logits of all ids for as long as it draws
+        done |= engine.steps()
+        assert [list(done[f"{preset}{n}"].outputs[0].token_ids) for n in range(len(ids))] == alone
+    steps = [done[f"{preset}{n}"].kv_transfer_params[REPORT]["steps"] for n in range(len(ids))]
+    assert min(steps) < plain.image.raster.tokens, "the ends of lines, at least, were drafted right"
+
+
+def test_log_probabilities_of_a_forced_token_are_certain(folder: Path) -> None:
+    engine = started(folder, "wide", preset="full")
+    [out] = engine.outputs([engine.prompt("a cat")], SamplingParams(temperature=1.0, seed=1, logprobs=0))
+    tokens, columns = list(out.outputs[0].token_ids), GRIDS["wide"][1]
+    found = [entry[token].logprob for entry, token in zip(out.outputs[0].logprobs, tokens, strict=True)]
+    assert [n for n, token in enumerate(tokens) if token == engine.image.eol] == [7, 15, 23, 31]
+    assert all(value == 0 for value in found[columns :: columns + 1])
+    assert all(value < 0 for n, value in enumerate(found) if n % (columns + 1) != columns)
+
+
+def test_a_picture_that_was_begun_goes_on(folder: Path) -> None:
+    """From any cut, ends of lines included; a code in an end's place is refused."""
+    engine = started(folder, "wide", preset="line_ar", budget=0.5)
+    ids, negative, scale = prompts(engine)[0]
+    whole = engine.draw([ids], params(negative, scale))[0]
+    cuts = (1, 7, 8, 20)
+    rest = engine.draw([[*ids, *whole[:cut]] for cut in cuts], params(negative, scale))
+    assert rest == [whole[cut:] for cut in cuts]
+    with pytest.raises(VLLMValidationError, match=r"token 7 has id \d+: every 8th token, and no other"):
+        engine.draw([[*ids, *whole[:7], whole[0]]], params(negative, scale))
+
+
+def test_what_is_not_a_prompt_of_this_server_is_refused_in_one_line(folder: Path) -> None:
+    wide, high = (started(folder, size, preset="full") for size in SIZES)
+    with pytest.raises(VLLMValidationError, match="this model draws pictures and writes no text"):
+        wide.draw([high.prompt("a cat")], params(None, 3.0))
+    with pytest.raises(VLLMValidationError, match="negative_prompt_token_ids must end in the ids"):
+        wide.draw([wide.prompt("a cat")], params(high.prompt("blurry"), 3.0))
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs is about words"):
+        wide.draw([wide.prompt("a cat")], params(None, 3.0, prompt_logprobs=1))
+    assert wide.draw([wide.prompt("a cat")], params(None, 1.0)), "and the engine goes on"
+
+
+def test_several_pictures_of_a_request_and_a_decoder_without_its_engine(folder: Path) -> None:
+    """``n`` of one request have seeds of their own; a draining server decodes what its engine would."""
+    engine = started(folder, "wide", preset="full")
+    setting = SamplingParams(temperature=1.0, seed=3, n=2, extra_args={"guidance_scale": 2.0})
+    [out] = engine.outputs([engine.prompt("a cat")], setting)
+    pictures = [list(one.token_ids) for one in out.outputs]
+    assert pictures[0] != pictures[1]
+    vq = engine.model.vq
+    spare = SpareDecoder(
+        engine.model.config, save({name: x.contiguous() for name, x in vq.state_dict().items()})
+    )
+    for tokens in pictures:
+        codes = [engine.image.code(token) for token in engine.image.raster.cells(tokens)]
+        assert spare.decode(codes) == Pixels(*vq.picture(codes))
+
+
+def test_commands_say_what_they_need(folder: Path, tmp_path: Path) -> None:
+    """A size that fits the context; and evaluations that do not know such models."""
+    result = CliRunner().invoke(app, ["eval", str(folder), "-o", str(tmp_path / "eval"), "--pictures", "0"])
+    assert (result.exit_code, "branches of unlike length" in result.output) == (1, True)
+    for size, said in (
+        (None, "a picture of 720x720 takes 32580 tokens, but the context holds 1024: set"),
+        ("30x16", "30x16 is no multiple of the model's 4 pixels a token"),
+        ("30by16", "size: string should match pattern"),
+    ):
+        section = {} if size is None else {"size": size}
+        with pytest.raises(ValueError, match=said):
+            EngineArgs(str(folder), additional_config={"kvcompress": section}).create_engine_config()
+
+
+def test_calibration_does_not_see_the_padding(folder: Path) -> None:
+    """Locality and loss curves of the same pictures are the same behind five tokens more of it."""
+    engine = started(folder, "high", preset="fitted", budget=0.45, kernels="cpu", default_texts=False)
+    model, image, raster = engine.model, engine.image, engine.image.raster
+    family, subject = family_of(model.config), subject_of(engine.core.vllm_config, model)
+    step = subject.step
+
+    def greedily(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        logits = step(ids, positions)
+        return torch.where(logits == logits.max(-1, keepdim=True).values, 0.0, -torch.inf)
+
+    subject = replace(subject, step=greedily)
+    tokenizer, candidates = engine.llm.get_tokenizer(), candidate_types(raster)[:4]
+    ids = [family.calibration_ids(tokenizer, image, n) for n in range(5)]
+    found = [
+        measure(subject, [image.aligned(one, len(one) + more) for one in ids], 2, candidates, lambda *_: None)
+        for more in (0, 5)
+    ]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert found[0][0].std() > 0
+
+
+def test_the_v2_runner_draws_the_same(folder: Path, tmp_path: Path) -> None:
+    """The runner of GPUs, on the CPU: with a full cache, and compressed in windows."""
+    base = started(folder, "high", preset="line_ar", budget=0.5)
+    asked = [
+        {"ids": ids, "params": {"temperature": 0.0, "extra_args": params(*rest).extra_args}, "at": n}
+        for n, (ids, *rest) in enumerate(prompts(base)[:2])
+    ]
+    args = {
+        "model": str(folder), "dtype": "float32", "enforce_eager": True, "max_model_len": 256,
+        "max_num_seqs": 4, "max_num_batched_tokens": 48, "kv_cache_memory_bytes": 2**23,
+        "attention_backend": "kvcompress",
+    }  # fmt: skip
+    sections = {
+        "full": {"preset": "full", "window": 1},
+        "windows": {"preset": "line_ar", "budget": 0.5, "window": 4},
+    }
+    engines = [
+        {
+            "name": name, "waves": [asked],
+            "args": {**args, "additional_config": {"kvcompress": {"size": SIZES["high"], **section}}},
+        }
+        for name, section in sections.items()
+    ]  # fmt: skip
+    found = EngineProcess(tmp_path, V2, engines).finish()
+    assert {one["runner"] for one in found.values()} == {"vllm.v1.worker.cpu.model_runner"}
+    ids = [one["ids"] for one in asked]
+    settings = [SamplingParams(**one["params"]) for one in asked]
+    full = started(folder, "high", preset="full")
+    assert found["full"]["waves"][0] == full.draw(ids, settings)
+    assert found["windows"]["waves"][0] == base.draw(ids, settings)
