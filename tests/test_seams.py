@@ -434,7 +434,7 @@ def test_metrics_have_vllms_labels() -> None:
 def test_llama_takes_another_attention() -> None:
     from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
 
-    from vllm_kvcompress.models.janus import BranchedAttention
+    from vllm_kvcompress.models.branched_llama import BranchedAttention
 
     assert "attn_layer_type" in inspect.signature(LlamaDecoderLayer.__init__).parameters
     # Its constructor hides behind the decorator for torch.compile.

@@ -13,7 +13,7 @@ from inprocess import Engine, in_process  # noqa: F401
 from vllm import SamplingParams
 
 from vllm_kvcompress.guidance import GuidanceParams, RequestFacts, RequestRows
-from vllm_kvcompress.models import janus
+from vllm_kvcompress.models import branched
 from vllm_kvcompress.models.config import ImageModel
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.requests_v2 import JanusModelState
@@ -115,14 +115,14 @@ def test_backend_whose_metadata_does_not_say_where_rows_start(
     stock: Engine, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FlashInfer's, which is vLLM's choice on Blackwell."""
-    context, asked = janus.get_forward_context, []
+    context, asked = branched.get_forward_context, []
 
     def other_backend() -> Any:
         asked.append(context().attn_metadata is not None)
         layers = {"language_model.layers.0.self_attn.attn": FlashInferMetadata()}
         return SimpleNamespace(attn_metadata=layers if asked[-1] else None)
 
-    monkeypatch.setattr(janus, "get_forward_context", other_backend)
+    monkeypatch.setattr(branched, "get_forward_context", other_backend)
     assert draw(stock, requests(stock)) == alone
     assert sum(asked) > MODEL.raster.tokens
 

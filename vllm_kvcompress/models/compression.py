@@ -37,7 +37,7 @@ from vllm_kvcompress.policy import AUTO, Raster
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_kvcompress.models.janus import BranchedImageModel
+    from vllm_kvcompress.models.branched import BranchedImageModel
 
 logger = logger_for(__name__)
 

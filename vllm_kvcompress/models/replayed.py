@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_kvcompress.guidance import GuidanceParams, RequestFacts, RequestRows
 
 if TYPE_CHECKING:
-    from vllm_kvcompress.models.janus import BranchedImageModel
+    from vllm_kvcompress.models.branched import BranchedImageModel
 
 
 @contextmanager

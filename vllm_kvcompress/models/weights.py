@@ -19,7 +19,7 @@ from vllm_kvcompress.models.vision_sizes import NO_PICTURES, is_vision, vision_n
 from vllm_kvcompress.models.vq import PictureDecoder, vq_name
 
 if TYPE_CHECKING:
-    from vllm_kvcompress.models.janus import BranchedImageModel
+    from vllm_kvcompress.models.branched import BranchedImageModel
     from vllm_kvcompress.models.vision import JanusVision
 
 _RENAME = (

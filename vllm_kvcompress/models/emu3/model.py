@@ -9,7 +9,7 @@ from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import maybe_prefix
 
-from vllm_kvcompress.models.janus import BranchedImageModel
+from vllm_kvcompress.models.branched import BranchedImageModel
 
 
 class Emu3ForImageGeneration(BranchedImageModel):

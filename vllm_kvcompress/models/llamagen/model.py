@@ -10,12 +10,8 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import maybe_prefix
 
-from vllm_kvcompress.models.janus import (
-    BranchedAttention,
-    BranchedImageModel,
-    BranchedLayer,
-    BranchedLlama,
-)
+from vllm_kvcompress.models.branched import BranchedImageModel
+from vllm_kvcompress.models.branched_llama import BranchedAttention, BranchedLayer, BranchedLlama
 from vllm_kvcompress.models.llamagen.config import PREFIX
 
 
