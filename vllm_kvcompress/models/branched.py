@@ -1,4 +1,4 @@
-"""A model that draws pictures, of whatever family: branches, requests, logits and cache around vLLM's Llama."""
+"""A model that draws pictures, of whatever family: branches, requests, logits, cache around vLLM's Llama."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
