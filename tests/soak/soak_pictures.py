@@ -34,7 +34,6 @@ def test_soak(checkpoints: dict[str, Path], preset: str) -> None:
     waiting = [f"{preset}-{n}" for n in range(PICTURES)]
     unfinished: set[str] = set()
     finished, aborted, fewest = 0, 0, free
-    engine.use()
     while waiting or unfinished:
         while waiting and rng.random() < 0.3:
             name = waiting.pop()
