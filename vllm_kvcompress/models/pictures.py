@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 PIXELS = "pixel_values"
+_SEES = "kvcompress_sees_pictures"  # kept with the configuration
 
 # What Janus's own files say; a file that leaves a value out means these, not transformers' (CLIP's colours).
 _DEFAULTS: dict[str, Any] = {
@@ -115,8 +116,11 @@ class PictureInfo(BaseProcessingInfo):
     """What vLLM asks about pictures before it has one."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        # vLLM asks anew for each chat with a picture: the files' headers are read once.
         config = self.ctx.model_config
-        return {"image": None} if has_vision(Path(config.model), config.hf_config) else {}
+        if not hasattr(config.hf_config, _SEES):
+            setattr(config.hf_config, _SEES, has_vision(Path(config.model), config.hf_config))
+        return {"image": None} if getattr(config.hf_config, _SEES) else {}
 
     def validate_num_items(self, modality: str, num_items: int) -> None:
         message = None
