@@ -13,9 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Run, World, bounded, one_thread, worlds
-from test_windows import KERNELS, draw_in_windows
+from test_windows import KERNELS, draw_in_windows, kernels_of
 
-from vllm_kvcompress.attention import cpu
 from vllm_kvcompress.attention.prefill_plan import PrefillPlan
 
 _threads = pytest.fixture(scope="module", autouse=True)(one_thread)
@@ -30,15 +29,9 @@ def aligned(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, int]]]:
     return prefix, [(draw(st.integers(0, p - 1)), draw(st.integers(0, p - 1))) for p in prefix]
 
 
-def of(name: str) -> Any:
-    if name == "cpu" and cpu.isa() is None:
-        pytest.skip("the kernels were not built")
-    return KERNELS[name][0]
-
-
 def started(name: str, world: World, rows: tuple[list[int], list[tuple[int, int]]], seed: int) -> Run:
     prefix, begins = rows
-    kernel, total = of(name), [p + world.rules[0].image for p in prefix]
+    kernel, total = kernels_of(name)[0], [p + world.rules[0].image for p in prefix]
     return Run(world, prefix, total, seed, decode=kernel.decode, select=kernel.select_victims, begins=begins)
 
 
@@ -75,8 +68,7 @@ def test_prompts_chunks_and_replay_equal_the_oracle(name: str, world: World, row
 @few
 @given(worlds(), aligned(), st.integers(0, 999))
 def test_windows_equal_the_oracle(name: str, world: World, rows: Any, seed: int) -> None:
-    of(name)
-    draw_in_windows(*KERNELS[name], world, rows[0], seed, rows[1])
+    draw_in_windows(*kernels_of(name), world, rows[0], seed, rows[1])
 
 
 @kernels
@@ -96,7 +88,7 @@ def test_zeros_are_as_none(name: str, world: World, prefix: list[int], seed: int
 
 def test_a_tiles_place_does_not_depend_on_the_other_heads() -> None:
     """The same head, beside heads that begin elsewhere, in chunks of one head and of many: the same bits."""
-    kernel: Callable = of("cpu").decode
+    kernel: Callable = kernels_of("cpu")[0].decode
     from oracle import world
 
     from vllm_kvcompress.policy.raster import Raster

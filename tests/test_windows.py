@@ -19,10 +19,16 @@ KERNELS = {"torch": (reference, window), "cpu": (cpu, cpu_window)}
 quiet = pytest.fixture(autouse=True)(one_thread)
 
 
+def kernels_of(name: str) -> Any:
+    """Both modules of that name; the test is skipped where they can't be used."""
+    if name == "cpu" and cpu.isa() is None:
+        pytest.skip("the kernels were not built")
+    return KERNELS[name]
+
+
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "cpu" and cpu.isa() is None:
-        pytest.skip("the kernels were not built")
+    kernels_of(request.param)
     yield request.param
     cpu.set_isa(cpu.ISAS[-1])
 

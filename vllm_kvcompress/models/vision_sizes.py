@@ -16,8 +16,9 @@ NO_PICTURES = "--limit-mm-per-prompt '{\"image\": 0}'"
 
 # siglip_vit.py's table; config.json of the original layout names a row of it. A smaller tower states its own
 # sizes beside the name.
+_PUBLISHED = "siglip_large_patch16_384"  # of every Janus
 _SIGLIP = {
-    "siglip_large_patch16_384": {
+    _PUBLISHED: {
         "width": 1024,
         "layers": 24,
         "heads": 16,
@@ -129,13 +130,10 @@ def _unfit(what: str) -> ValueError:
 
 def _original(hf_config: Any) -> tuple[dict[str, Any], Any]:
     params, aligner = section_params(hf_config.vision_config), section_params(hf_config.aligner_config)
-    name, own = (
-        params.get("model_name", "siglip_large_patch16_384"),
-        dict.fromkeys(("width", "layers", "heads")),
-    )
-    if name not in _SIGLIP and not all(key in params for key in own):
+    name = params.get("model_name", _PUBLISHED)
+    if name not in _SIGLIP and not {"width", "layers", "heads"} <= params.keys():
         raise _unfit(f"model_name {name!r:.60} is not one of {', '.join(_SIGLIP)}")
-    table = _SIGLIP.get(name, _SIGLIP["siglip_large_patch16_384"])
+    table = _SIGLIP.get(name, _SIGLIP[_PUBLISHED])
     sizes = {key: params.get(key, value) for key, value in table.items()}
     last = params.get("select_layer", -1)
     if type(last) is not int or type(sizes["layers"]) is not int:

@@ -31,8 +31,7 @@ _RENAME = (
     (r"^model\.generation_head\.proj_out\.|^gen_head\.output_mlp_projector\.", "gen_head_proj."),
     (r"^model\.generation_head\.vision_head\.|^gen_head\.vision_head\.", "gen_head."),
 )
-# Image understanding, which drawing does not need (`Ledger` looks at it first), and old files' rope tables.
-_SKIP = re.compile(r"^(?:model\.)?(?:vision_model|aligner)\.|rotary_emb\.inv_freq$")
+_ROPE = re.compile(r"rotary_emb\.inv_freq$")  # tables that old checkpoints carry
 _VQ = re.compile(r"^(?:model\.vqmodel|gen_vision_model)\.")
 _FLOW = re.compile(r"^vision_gen_(?:enc|dec)_")
 # vLLM's layers of a decoder layer, and the checkpoint's that each holds.
@@ -56,7 +55,8 @@ def canonical_name(name: str) -> str | None:
 
     Names of the VQ model come back as they are (`PictureDecoder.own_name` maps them).
     """
-    if _SKIP.search(name):
+    # Drawing does not need image understanding; `Ledger` looks at it first.
+    if is_vision(name) or _ROPE.search(name):
         return None
     if _VQ.match(name):
         return name if vq_name(name) is not None else None
