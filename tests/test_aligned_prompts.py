@@ -11,9 +11,10 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from vllm_kvcompress.admission import admit_request, align_request, drawn_in_prompt
-from vllm_kvcompress.guidance import NEGATIVE_IDS, RequestFacts, RequestRows, with_line_ends
+from vllm_kvcompress.guidance import with_line_ends
 from vllm_kvcompress.models.config import ImageModel
 from vllm_kvcompress.policy.raster import Raster
+from vllm_kvcompress.rows import NEGATIVE_IDS, RequestFacts, RequestRows
 from vllm_kvcompress.windows.drawing import Drawing
 from vllm_kvcompress.windows.v2 import next_drafts
 

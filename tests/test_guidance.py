@@ -10,22 +10,12 @@ from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
-from vllm_kvcompress import guidance
-from vllm_kvcompress.guidance import (
-    NO_IMAGE,
-    GuidanceParams,
-    RequestFacts,
-    RequestRows,
-    blend,
-    pack_scale,
-    request_rows,
-    splice_negatives,
-    unconditional_ids,
-    unpack_scale,
-)
+from vllm_kvcompress import rows as rows_module
+from vllm_kvcompress.guidance import blend, pack_scale, splice_negatives, unconditional_ids, unpack_scale
 from vllm_kvcompress.models.config import ImageModel
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.requests_v1 import RequestTracker
+from vllm_kvcompress.rows import NO_IMAGE, GuidanceParams, RequestFacts, RequestRows, request_rows
 
 MODEL = ImageModel(Raster(lines=6, width=5), text_vocab=300, codes=200, bos=1, pad=2, boi=3)
 PROMPT = [1, 50, 51, 3]
@@ -46,7 +36,7 @@ def ids(*values):
 
 def test_rows_belong_to_an_engine_not_to_a_model(monkeypatch):
     """Two engines of one configuration object, as in a notebook: each has its own rows."""
-    monkeypatch.setattr(guidance, "image_model", lambda model: MODEL)
+    monkeypatch.setattr(rows_module, "image_model", lambda model: MODEL)
     model = SimpleNamespace(hf_config=object(), max_model_len=32)
 
     def engine(rows):

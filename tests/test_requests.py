@@ -12,12 +12,12 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_kvcompress import requests_v1
-from vllm_kvcompress.guidance import RequestRows
 from vllm_kvcompress.models.config import ImageModel
 from vllm_kvcompress.models.vllm_config import REQUEST_TRACKER
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.requests_v1 import RequestTracker
 from vllm_kvcompress.requests_v2 import ImageSampler, JanusModelState
+from vllm_kvcompress.rows import RequestRows
 
 MODEL = ImageModel(Raster(lines=6, width=5), text_vocab=300, codes=200, bos=1, pad=2, boi=3)
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from inprocess import Engine, in_process  # noqa: F401
 from vllm import SamplingParams
 
-from vllm_kvcompress.guidance import GuidanceParams, RequestFacts, RequestRows
 from vllm_kvcompress.models import branched
 from vllm_kvcompress.models.config import ImageModel
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.requests_v2 import JanusModelState
+from vllm_kvcompress.rows import GuidanceParams, RequestFacts, RequestRows
 
 MODEL = ImageModel(Raster(lines=6, width=5), text_vocab=300, codes=200, bos=1, pad=2, boi=3)
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.exceptions import VLLMValidationError
 
 from vllm_kvcompress.config import KEY, Limits, is_compressed
-from vllm_kvcompress.guidance import NEGATIVE_IDS, GuidanceParams
 from vllm_kvcompress.models.config import ImageModel
+from vllm_kvcompress.rows import NEGATIVE_IDS, GuidanceParams
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

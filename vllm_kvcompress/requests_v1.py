@@ -20,8 +20,8 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirection
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
-from vllm_kvcompress.guidance import RequestFacts, RequestRows, request_rows
 from vllm_kvcompress.patches import drafts, seeds
+from vllm_kvcompress.rows import RequestFacts, RequestRows, request_rows
 from vllm_kvcompress.sampling import patch_v1
 from vllm_kvcompress.windows.drawing import Drawing
 

@@ -15,8 +15,8 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_kvcompress.guidance import RequestFacts, RequestRows
 from vllm_kvcompress.requests_v1 import RequestTracker
+from vllm_kvcompress.rows import RequestFacts, RequestRows
 from vllm_kvcompress.sampling import is_narrow, move_up
 from vllm_kvcompress.windows.v2 import Places, next_drafts, standing
 

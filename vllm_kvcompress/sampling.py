@@ -19,7 +19,7 @@ from vllm_kvcompress.windows.noise import position_generator
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-    from vllm_kvcompress.guidance import RequestRows
+    from vllm_kvcompress.rows import RequestRows
 
 _MARK = "_kvcompress_rows"
 

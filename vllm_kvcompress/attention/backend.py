@@ -24,7 +24,7 @@ from vllm_kvcompress.attention.pages import Plan
 from vllm_kvcompress.attention.prefill_plan import PrefillPlan
 from vllm_kvcompress.attention.window import WindowPlan
 from vllm_kvcompress.config import parse_config
-from vllm_kvcompress.guidance import request_rows
+from vllm_kvcompress.rows import request_rows
 
 
 @dataclass

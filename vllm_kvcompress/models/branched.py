@@ -21,7 +21,6 @@ from vllm_kvcompress.guidance import (
     TEXT_ROW,
     blend,
     pack_scale,
-    request_rows,
     splice_negatives,
     unconditional_ids,
     unpack_scale,
@@ -34,6 +33,7 @@ from vllm_kvcompress.models.registry import family_of, image_model_of
 from vllm_kvcompress.models.vision import JanusVision
 from vllm_kvcompress.models.weights import load_weights
 from vllm_kvcompress.requests_v1 import hear_token_rows
+from vllm_kvcompress.rows import request_rows
 from vllm_kvcompress.sampling import mark
 from vllm_kvcompress.served import prepare_cpu
 from vllm_kvcompress.windows.settings import describe

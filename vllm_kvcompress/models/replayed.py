@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.guidance import GuidanceParams, RequestFacts, RequestRows
+from vllm_kvcompress.rows import GuidanceParams, RequestFacts, RequestRows
 
 if TYPE_CHECKING:
     from vllm_kvcompress.models.branched import BranchedImageModel

@@ -185,7 +185,7 @@ def resolve_tokens(model_config: "ModelConfig", settings: ModelSettings) -> None
     """Have the family look at the checkpoint's tokenizer, and read generation_config.json's defaults."""
     from vllm.tokenizers import get_tokenizer
 
-    from vllm_kvcompress.guidance import MAX_SCALE
+    from vllm_kvcompress.rows import MAX_SCALE
 
     tokenizer = get_tokenizer(
         model_config.tokenizer or model_config.model,

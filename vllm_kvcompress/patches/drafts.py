@@ -28,7 +28,7 @@ def apply() -> None:
         reserved = scheduler_output.scheduled_spec_decode_tokens
         if not reserved or self.speculative_config is not None:
             return prepared
-        from vllm_kvcompress.guidance import request_rows
+        from vllm_kvcompress.rows import request_rows
 
         batch = self.input_batch
         counts = [len(reserved.get(name, ())) for name in batch.req_ids]

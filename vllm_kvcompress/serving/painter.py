@@ -18,8 +18,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.utils import random_uuid
 
 from vllm_kvcompress.config import parse_config
-from vllm_kvcompress.guidance import GUIDANCE_SCALE, NEGATIVE_IDS
 from vllm_kvcompress.log import logger_for
+from vllm_kvcompress.rows import GUIDANCE_SCALE, NEGATIVE_IDS
 from vllm_kvcompress.serving.alive import unless_dead
 from vllm_kvcompress.serving.decoder import Decoder
 from vllm_kvcompress.serving.encode import encode_base64

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 from vllm.exceptions import VLLMValidationError
 
-from vllm_kvcompress.guidance import MAX_SCALE
+from vllm_kvcompress.rows import MAX_SCALE
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 PNG: OutputFormat = "png"

@@ -13,7 +13,7 @@ from vllm_kvcompress.windows.drawing import Window
 from vllm_kvcompress.windows.noise import position_generator
 
 if TYPE_CHECKING:
-    from vllm_kvcompress.guidance import RequestRows
+    from vllm_kvcompress.rows import RequestRows
 
 # (logits [n, codes], vLLM's SamplingMetadata) -> (codes [n], log-probabilities)
 Sample = Callable[[Tensor, Any], tuple[Tensor, Any]]
