@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from dense_emu3 import dense, greedy
-from engine_process import V2, EngineProcess
 from inprocess import KERNELS, Engine, in_process  # noqa: F401
 from safetensors.torch import save
 from typer.testing import CliRunner
@@ -128,11 +127,18 @@ SAMPLED = [
 @pytest.mark.parametrize("preset", ["full", "line_ar"])
 def test_windows_chunks_company_and_memory_change_nothing(folder: Path, preset: str) -> None:
     """Seeded pictures alone; joining one another, in windows, their prompts in chunks, wide logits beside."""
-    plain = started(folder, "wide", preset=preset, budget=0.5)
+    check_company(
+        started(folder, "wide", preset=preset, budget=0.5),
+        started(folder, "wide", batch=32, preset=preset, budget=0.5, window=5),
+        preset,
+    )
+
+
+def check_company(plain: Engine, windowed: Engine, preset: str) -> None:
+    """That six seeded pictures are the same in both engines, together, and alone in the first."""
     texts = ["a cat", "a dog with a long, long leash", "a bird", "grass", "the sea at night", "a"]
     ids = [plain.prompt(text) for text in texts]
     alone = [plain.draw([one], setting)[0] for one, setting in zip(ids, SAMPLED, strict=True)]
-    windowed = started(folder, "wide", batch=32, preset=preset, budget=0.5, window=5)
     biased = SamplingParams(temperature=0.0, logit_bias={plain.image.first_code + 3: 1.0})
     for engine in (plain, windowed):
         done = {}
@@ -231,35 +237,3 @@ def test_calibration_does_not_see_the_padding(folder: Path) -> None:
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     assert found[0][0].std() > 0
-
-
-def test_the_v2_runner_draws_the_same(folder: Path, tmp_path: Path) -> None:
-    """The runner of GPUs, on the CPU: with a full cache, and compressed in windows."""
-    base = started(folder, "high", preset="line_ar", budget=0.5)
-    asked = [
-        {"ids": ids, "params": {"temperature": 0.0, "extra_args": params(*rest).extra_args}, "at": n}
-        for n, (ids, *rest) in enumerate(prompts(base)[:2])
-    ]
-    args = {
-        "model": str(folder), "dtype": "float32", "enforce_eager": True, "max_model_len": 256,
-        "max_num_seqs": 4, "max_num_batched_tokens": 48, "kv_cache_memory_bytes": 2**23,
-        "attention_backend": "kvcompress",
-    }  # fmt: skip
-    sections = {
-        "full": {"preset": "full", "window": 1},
-        "windows": {"preset": "line_ar", "budget": 0.5, "window": 4},
-    }
-    engines = [
-        {
-            "name": name, "waves": [asked],
-            "args": {**args, "additional_config": {"kvcompress": {"size": SIZES["high"], **section}}},
-        }
-        for name, section in sections.items()
-    ]  # fmt: skip
-    found = EngineProcess(tmp_path, V2, engines).finish()
-    assert {one["runner"] for one in found.values()} == {"vllm.v1.worker.cpu.model_runner"}
-    ids = [one["ids"] for one in asked]
-    settings = [SamplingParams(**one["params"]) for one in asked]
-    full = started(folder, "high", preset="full")
-    assert found["full"]["waves"][0] == full.draw(ids, settings)
-    assert found["windows"]["waves"][0] == base.draw(ids, settings)

@@ -14,7 +14,7 @@ from transformers import JanusVQVAE
 from typer.testing import CliRunner
 
 from vllm_kvcompress.cli import app
-from vllm_kvcompress.models.llamagen import convert as module
+from vllm_kvcompress.models import conversion as module
 from vllm_kvcompress.models.llamagen.config import LlamaGenConfig
 from vllm_kvcompress.models.llamagen.convert import DECODER, VQ, VQ_FILE, VQ_PREFIX, convert
 from vllm_kvcompress.models.vq import VQDecoder
@@ -175,7 +175,7 @@ PLACES = {  # where, and which files the next run still writes
     "within it": (module.tqdm, "update", 3, [VQ, DECODER]),
     "between the files": (module, "_write", 1, [DECODER]),
     "after config.json": (Path, "write_text", 2, []),
-    "without a tokenizer": (module, "build_tokenizer", 0, []),
+    "without a tokenizer": (Path, "write_text", 4, []),
     "whole, not yet in its place": (Path, "replace", 2, [VQ, DECODER]),
 }
 

@@ -54,9 +54,9 @@ def state():
 """  # noqa: E501
 MODELS = [
     "MultiModalityCausalLM", "JanusForConditionalGeneration", "LlamaGenForImageGeneration",
-    "Emu3ForConditionalGeneration",
+    "Emu3ForConditionalGeneration", "LuminaMGPTForImageGeneration",
 ]  # fmt: skip
-LAYOUTS = ["multi_modality", "janus", "llamagen", "emu3"]
+LAYOUTS = ["multi_modality", "janus", "llamagen", "emu3", "lumina_mgpt"]
 NOTHING: dict[str, Any] = {
     "architectures": [], "checks": [], "config": False, "convertors": [], "template": False,
     "tokenizer": False, "backend": False, "custom": None, "methods": [], "admission": False, "route": False,

@@ -17,6 +17,7 @@ from rich.table import Table
 from vllm_kvcompress import __version__
 from vllm_kvcompress.eval.command import evaluate
 from vllm_kvcompress.heads.profile import HeadProfile
+from vllm_kvcompress.models.convert import convert
 
 if TYPE_CHECKING:
     import numpy as np
@@ -268,27 +269,15 @@ def _evaluate(**arguments: Any) -> None:
 app.command("eval")(_evaluate)
 
 
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="LlamaGen's c2i_*.pt, or a folder with one.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write, for vllm serve.")],
-    vq: Annotated[
-        Path | None, typer.Option(help="Its VQ model; by default vq_ds16_c2i.pt beside the source.")
-    ] = None,
-    grid: Annotated[
-        int | None, typer.Option(min=1, max=128, help="Tokens a line, if no name tells: 16, 24 or 32.")
-    ] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, of an unpublished size.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
-) -> None:
-    """Turn LlamaGen's class-conditional .pt files into one folder that vllm serve takes."""
-    from vllm_kvcompress.models.llamagen.convert import convert as convert_files
-
+@wraps(convert)
+def _convert(**arguments: Any) -> None:
     try:
-        written = convert_files(source, output, vq=vq, grid=grid, heads=heads, overwrite=overwrite)
+        convert(**arguments)
     except (ValueError, OSError) as error:
         _fail(error)
-    typer.echo(f"{output}: vllm serve {output}" if written else f"{output} is there already: left as it is")
+
+
+app.command("convert")(_convert)
 
 
 @app.command()

@@ -76,12 +76,14 @@ def _models() -> list[Change]:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
-    from vllm_kvcompress.models.config import ORIGINAL_LAYOUT, MultiModalityConfig
-    from vllm_kvcompress.models.llamagen.config import MODEL_TYPE, LlamaGenConfig
+    from vllm_kvcompress.models.config import MultiModalityConfig
+    from vllm_kvcompress.models.llamagen.config import LlamaGenConfig
+    from vllm_kvcompress.models.lumina.config import LuminaConfig
     from vllm_kvcompress.models.registry import ARCHITECTURES, CHAT_TEMPLATES, FAMILIES
     from vllm_kvcompress.models.vllm_config import JanusArchConvertor, JanusConfigCheck
 
     set_item = operator.setitem
+    own = (MultiModalityConfig, LlamaGenConfig, LuminaConfig)
     # vLLM warns of a name that is taken, in servers of other models too.
     taken = [name for name in ARCHITECTURES if name in ModelRegistry.models]
     return [
@@ -90,8 +92,7 @@ def _models() -> list[Change]:
         *(partial(ModelRegistry.models.pop, name) for name in taken),
         *(partial(ModelRegistry.register_model, name, path) for name, path in ARCHITECTURES.items()),
         *(partial(set_item, MODELS_CONFIG_MAP, name, JanusConfigCheck) for name in ARCHITECTURES),
-        partial(set_item, _CONFIG_REGISTRY, ORIGINAL_LAYOUT, MultiModalityConfig),
-        partial(set_item, _CONFIG_REGISTRY, MODEL_TYPE, LlamaGenConfig),
+        *(partial(set_item, _CONFIG_REGISTRY, kind.model_type, kind) for kind in own),
         *(partial(set_item, MODEL_ARCH_CONFIG_CONVERTORS, kind, JanusArchConvertor) for kind in FAMILIES),
     ]
 

@@ -70,12 +70,17 @@ class BranchedAttention(nn.Module):
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k = self.rotary_emb(positions, q, k)
+        q, k = self.placed(positions, q, k)
         out = self.attn(self._rows(q, self.q_size), self._rows(k, self.kv_size), self._rows(v, self.kv_size))
         if self.padding:
             out = out.unflatten(-1, (-1, self.head_size + self.padding))[..., : self.head_size]
         output, _ = self.o_proj(out.reshape(-1, self.q_size))
         return output
+
+    def placed(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as they are attended to and cached: rotated; a model's own may do more."""
+        q, k = self.rotary_emb(positions, q, k)
+        return q, k
 
     def _rows(self, x: Tensor, size: int) -> Tensor:
         """``[2 * tokens, size]`` -> ``[tokens, 2 * size]``, heads filled up with zeros for the cache."""

@@ -108,7 +108,7 @@ def has_vision(folder: Path, hf_config: Any) -> bool:
     if not described(hf_config):
         return False
     try:
-        names = [name for file in _files(folder) for name, _ in _header(file)]
+        names = [name for file in weight_files(folder) for name, _ in header(file)]
     except CheckpointError:
         return False
     return not names or any(map(is_vision, names))
@@ -126,7 +126,7 @@ def check_files(folder: Path, hf_config: Any, load_format: str, vision: bool = F
         One line: a file that is cut off or lies about itself, a tensor that is unknown, missing, or not of
         the size that config.json gives it.
     """
-    files = list(_files(folder)) if load_format in READ else []
+    files = list(weight_files(folder)) if load_format in READ else []
     if not files:
         _check_pickles(folder, hf_config)
         return
@@ -135,7 +135,7 @@ def check_files(folder: Path, hf_config: Any, load_format: str, vision: bool = F
         vq = family_of(hf_config).decoder(hf_config, Raster(1, 1), torch.float32)
     ledger = Ledger(hf_config, vq, vision=vision)
     for file in files:
-        for name, shape in _header(file):
+        for name, shape in header(file):
             ledger.take(name, shape)
     ledger.close()
 
@@ -151,7 +151,7 @@ def _check_pickles(folder: Path, hf_config: Any) -> None:
         )
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def weight_files(folder: Path) -> Iterator[Path]:
     """Those that vLLM would read: what the index names, else all."""
     index = folder / INDEX
     if not index.is_file():
@@ -167,7 +167,8 @@ def _files(folder: Path) -> Iterator[Path]:
         yield folder / name
 
 
-def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+def header(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a safetensors file's tensors. Raises CheckpointError, one line, if it is none."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -28,6 +28,9 @@ class Family(Protocol):
     evaluated: ClassVar[bool]
     """Whether `vllm_kvcompress.eval` can replay its pictures."""
 
+    codes_apart: ClassVar[bool]
+    """Whether codes have ids behind the text's vocabulary, rather than in it."""
+
     def check(self, hf_config: "PreTrainedConfig") -> None:
         """Raise ValueError, one line, on a config.json that is not the family's, or beyond reason."""
 
@@ -83,6 +86,7 @@ class JanusLike:
     """What families with Janus's configuration, VQ decoder and names have in common."""
 
     evaluated: ClassVar[bool] = True
+    codes_apart: ClassVar[bool] = True
 
     def check(self, hf_config: "PreTrainedConfig") -> None:
         from vllm_kvcompress.models.checkpoint import check_checkpoint

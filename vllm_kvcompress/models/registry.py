@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "JanusForConditionalGeneration": "vllm_kvcompress.models.janus:JanusForImageGeneration",
     "LlamaGenForImageGeneration": "vllm_kvcompress.models.llamagen.model:LlamaGenForImageGeneration",
     "Emu3ForConditionalGeneration": "vllm_kvcompress.models.emu3.model:Emu3ForImageGeneration",
+    "LuminaMGPTForImageGeneration": "vllm_kvcompress.models.lumina.model:LuminaForImageGeneration",
 }
 # model_type in config.json -> the module that holds its ``FAMILY``
 FAMILIES = {
@@ -25,6 +26,7 @@ FAMILIES = {
     TRANSFORMERS_LAYOUT: "vllm_kvcompress.models.janus_family",
     "llamagen": "vllm_kvcompress.models.llamagen.family",
     "emu3": "vllm_kvcompress.models.emu3.family",
+    "lumina_mgpt": "vllm_kvcompress.models.lumina.family",
 }
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -33,6 +35,7 @@ CHAT_TEMPLATES = {
     ORIGINAL_LAYOUT: _TEMPLATES / "janus_pro.jinja",  # Janus-Pro's roles
     "llamagen": _TEMPLATES / "no_chat.jinja",  # an error that says so
     "emu3": _TEMPLATES / "no_chat.jinja",
+    "lumina_mgpt": _TEMPLATES / "no_chat.jinja",
 }
 
 _DEFAULTS = "kvcompress_defaults"

@@ -34,9 +34,9 @@ class JanusArchConvertor(ModelArchConfigConvertorBase):
     """The engine's vocabulary is text ids, and image ids."""
 
     def get_vocab_size(self) -> int:
+        apart = family_of(self.hf_config).codes_apart
         vq = getattr(self.hf_config, "vq_config", None)
-        # Codes that the text's vocabulary holds already (Emu3) are counted under another name.
-        return super().get_vocab_size() + getattr(vq, "num_embeddings", 0)
+        return super().get_vocab_size() + (getattr(vq, "num_embeddings", 0) if apart else 0)
 
 
 class JanusConfigCheck(VerifyAndUpdateConfig):

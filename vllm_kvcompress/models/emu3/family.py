@@ -4,10 +4,10 @@ Sources: baaivision/Emu3, emu3/mllm/processing_emu3.py and image_generation.py; 
 """
 
 import re
-from collections.abc import Mapping
 from math import isqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vllm_kvcompress.models.aligned import AlignedLike, Vocabulary, raster_of_size
 from vllm_kvcompress.models.config import ImageModel, ModelSettings
 from vllm_kvcompress.policy.raster import Raster
 
@@ -17,19 +17,17 @@ if TYPE_CHECKING:
 
     from vllm_kvcompress.models.vq import PictureDecoder
 
-GUIDANCE_SCALE, TOP_K = 3.0, 2048  # Emu3's own script (image_generation.py), as the next two
+# Of Emu3's own script (image_generation.py).
 SUFFIX = " masterpiece, film grained, best quality."
 NEGATIVE = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, "
     "worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
 AREA = 720 * 720  # pixels of a picture where no size is set
-MOST_TOKENS = 32767  # of a picture: what a head rule can count
 
 # Ids differ between checkpoints; these strings don't.
 _BOS, _PAD, _EOL = "<|extra_203|>", "<|endoftext|>", "<|extra_200|>"
 _BOI, _IMG, _CODE = "<|image start|>", "<|image token|>", "<|visual token {:06d}|>"
-_RESOLVED = "kvcompress_emu3"
 _RENAME = (
     (re.compile(r"^(?:text_model\.model|model\.text_model)\."), "language_model."),
     (re.compile(r"^text_model\.lm_head\."), "lm_head."),
@@ -46,12 +44,12 @@ VQ_SIZES = {
 }
 
 
-class Emu3Family:
-    """Prompts say the grid; the unconditional branch is a text of its own, of any length."""
+class Emu3Family(AlignedLike):
+    """Prompts say the grid in words; the unconditional branch is a text of its own."""
 
     name: ClassVar[str] = "Emu3"
-    sentences: ClassVar[bool] = True
-    evaluated: ClassVar[bool] = False
+    guidance_scale: ClassVar[float] = 3.0
+    top_k: ClassVar[int] = 2048  # both of Emu3's own script
 
     def check(self, hf_config: "PreTrainedConfig") -> None:
         from vllm_kvcompress.models.checkpoint import check_channels, check_numbers, check_text
@@ -93,95 +91,33 @@ class Emu3Family:
     def raster(self, hf_config: "PreTrainedConfig", settings: ModelSettings) -> Raster:
         """The token grid of the size that is set, by default a square of Emu3's area."""
         patch = 2 ** (len(hf_config.vq_config.channel_multiplier) - 1)
-        side = isqrt(AREA)
-        width, height = (side, side) if settings.size is None else settings.size
-        if width % patch or height % patch:
-            raise ValueError(
-                f"additional_config.kvcompress.size: {width}x{height} is no multiple of the model's {patch} "
-                "pixels a token"
-            )
-        raster = Raster(height // patch, width // patch + 1, patch, ends=1)
-        if raster.tokens > MOST_TOKENS:
-            raise ValueError(
-                f"additional_config.kvcompress.size: {width}x{height} takes {raster.tokens} tokens, and a "
-                f"picture has at most {MOST_TOKENS}"
-            )
-        return raster
+        return raster_of_size(settings, isqrt(AREA), patch, unit=patch)
 
     def resolve(self, hf_config: "PreTrainedConfig", tokenizer: Any, settings: ModelSettings) -> None:
         """Find every id by its string, and the ids that say the grid and the default negative prompt."""
-        vocabulary = _Vocabulary(hf_config, tokenizer)
-        codes = hf_config.vq_config.codebook_size
-        first = vocabulary[_CODE.format(0)]
-        gap = next((n for n in range(codes) if vocabulary.get(_CODE.format(n)) != first + n), None)
-        if gap is not None:
-            raise ValueError(
-                f"config.json: vocabulary_map gives {_CODE.format(gap)} another id than {first + gap}: the "
-                "ids of codes must follow one another"
-            )
+        vocabulary, codes = Vocabulary(hf_config, tokenizer), hf_config.vq_config.codebook_size
+        first = vocabulary.first_code(codes, _CODE.format)
         raster = self.raster(hf_config, settings)
         grid = [*_encoded(tokenizer, f"{raster.lines}*{raster.columns}"), vocabulary[_IMG]]
         begin = [vocabulary[_BOI], *grid]
         words = _encoded(tokenizer, NEGATIVE) if settings.default_texts else []
-        found = {
-            "raster": raster,
-            "bos": vocabulary[_BOS],
-            "pad": vocabulary[_PAD],
-            "boi": vocabulary[_BOI],
-            "eol": vocabulary[_EOL],
-            "first_code": first,
-            "grid_ids": tuple(grid),
-            "negative": (vocabulary[_BOS], *words, *begin),
-        }
-        if settings.default_texts:
-            found |= {"suffix": SUFFIX, "negative_text": NEGATIVE}
-        setattr(hf_config, _RESOLVED, found)
-
-    def describe(self, hf_config: "PreTrainedConfig", defaults: Mapping[str, Any]) -> ImageModel:
-        found = getattr(hf_config, _RESOLVED, None)
-        if found is None:
-            raise RuntimeError("the model's token ids were never resolved: is the kvcompress plugin loaded?")
-        return ImageModel(
-            text_vocab=hf_config.get_text_config().vocab_size,
-            codes=hf_config.vq_config.codebook_size,
-            writes=False,
-            **found,
-            **{"guidance_scale": GUIDANCE_SCALE, "top_k": TOP_K, **defaults},
+        own = {"suffix": SUFFIX, "negative_text": NEGATIVE} if settings.default_texts else {}
+        self.keep(
+            hf_config,
+            raster=raster,
+            codes=codes,
+            bos=vocabulary[_BOS],
+            pad=vocabulary[_PAD],
+            boi=vocabulary[_BOI],
+            eol=vocabulary[_EOL],
+            first_code=first,
+            grid_ids=tuple(grid),
+            negative=(vocabulary[_BOS], *words, *begin),
+            **own,
         )
 
     def prompt_ids(self, tokenizer: Any, model: ImageModel, text: str) -> list[int]:
         return [model.bos, *_encoded(tokenizer, text), *model.begin]
-
-    def negative_ids(self, tokenizer: Any, model: ImageModel, text: str, length: int) -> list[int]:
-        return model.aligned(self.prompt_ids(tokenizer, model, text), length)
-
-    def lengthened(self, model: ImageModel, prompt_ids: list[int], length: int) -> list[int]:
-        return model.aligned(prompt_ids, length)
-
-    def calibration_ids(self, tokenizer: Any, model: ImageModel, number: int) -> list[int]:
-        from vllm_kvcompress.heads.calibrate import PROMPTS
-
-        ids = self.prompt_ids(tokenizer, model, PROMPTS[number] + model.suffix)
-        return model.aligned(ids, len(model.negative))
-
-
-class _Vocabulary:
-    """Ids by string: config.json's ``vocabulary_map``, else the tokenizer's."""
-
-    def __init__(self, hf_config: "PreTrainedConfig", tokenizer: Any) -> None:
-        self._ids: dict[str, int] = getattr(hf_config, "vocabulary_map", None) or tokenizer.get_vocab()
-        self._size = hf_config.get_text_config().vocab_size
-
-    def get(self, token: str) -> int | None:
-        found = self._ids.get(token)
-        return found if type(found) is int and 0 <= found < self._size else None
-
-    def __getitem__(self, token: str) -> int:
-        if (found := self.get(token)) is None:
-            raise ValueError(
-                f"config.json: vocabulary_map has no id for {token} below vocab_size {self._size}"
-            )
-        return found
 
 
 def _encoded(tokenizer: Any, text: str) -> list[int]:

@@ -1,31 +1,31 @@
 """LlamaGen's ``.pt`` files -> one folder that ``vllm serve`` takes: config, weights, tokenizer, defaults."""
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from vllm_kvcompress.models.conversion import (
+    VQSizes,
+    decoder_tensors,
+    is_written,
+    load_state,
+    write_folder,
+)
 from vllm_kvcompress.models.llamagen.config import ARCHITECTURE, CLASS_CONDITIONAL, MODEL_TYPE, LlamaGenConfig
 from vllm_kvcompress.models.llamagen.family import GUIDANCE_SCALE, TOP_K
-from vllm_kvcompress.models.llamagen.source import ROPE_TABLE, DecoderSizes, VQSizes, load_state
+from vllm_kvcompress.models.llamagen.source import ROPE_TABLE, VQ_WRAPPERS, DecoderSizes, vq_sizes
 from vllm_kvcompress.models.llamagen.tokenizer import NULL_CLASS, build_tokenizer, class_names
-from vllm_kvcompress.models.vq import VQDecoder, vq_name
+from vllm_kvcompress.models.vq import VQDecoder
 from vllm_kvcompress.models.weights import CheckpointError
 from vllm_kvcompress.policy.raster import Raster
 
 DECODER, VQ = "model.safetensors", "vq.safetensors"
 VQ_PREFIX = "gen_vision_model."
 VQ_FILE = "vq_ds16_c2i.pt"  # the published one, looked for beside the decoder
-_MARK = "sources.json"
-_CHUNK = 1 << 24  # bytes written at a time
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _OUTSIDE = {
     "cls_embedding.embedding_table.weight": "language_model.embed_tokens.weight",
     "tok_embeddings.weight": "image_embedding.weight",
@@ -79,40 +79,24 @@ def convert(
     CheckpointError
         One line that says what is missing, unknown or contradictory.
     """
-    if folder.exists() and not overwrite:
-        if (folder / "config.json").is_file():
-            return False
-        raise CheckpointError(f"{folder} exists and is no converted model: name another, or give --overwrite")
+    if is_written(folder, overwrite):
+        return False
     source = _decoder_file(source)
     vq = vq or source.with_name(VQ_FILE)
     if not vq.is_file():
         raise CheckpointError(
             f"--vq: {vq} is not there; give LlamaGen's {VQ_FILE}, which turns codes into pixels"
         )
-    state, vq_state = load_state(source), load_state(vq, vq=True)
-    sizes, vq_sizes = DecoderSizes.of(state, source.name, grid, heads), VQSizes.of(vq_state, vq.name)
+    state, vq_state = load_state(source), load_state(vq, VQ_WRAPPERS)
+    sizes, of_vq = DecoderSizes.of(state, source.name, grid, heads), vq_sizes(vq_state, vq.name)
     sizes.check(state, source.name)
-    if vq_sizes.codes != sizes.codes:
+    if of_vq.codes != sizes.codes:
         raise CheckpointError(
-            f"{vq.name} has {vq_sizes.codes} codes, {source.name} {sizes.codes}: not of one model"
+            f"{vq.name} has {of_vq.codes} codes, {source.name} {sizes.codes}: not of one model"
         )
-    config = _config(sizes, vq_sizes, next(iter(state.values())).dtype)
+    config = _config(sizes, of_vq, next(iter(state.values())).dtype)
     parts = {VQ: _vq_tensors(vq_state, config, vq.name), DECODER: dict(_decoder_tensors(state))}
-
-    part = folder.with_name(f"{folder.name}.part")
-    mark = {
-        str(n): [str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for n, f in enumerate((source, vq))
-    }
-    _continue(part, {"files": mark, "config": config})
-    todo = {name: tensors for name, tensors in parts.items() if not (part / name).is_file()}
-    total = sum(tensor.nbytes for tensors in todo.values() for tensor in tensors.values())
-    with tqdm(desc="Converting", total=total, unit="B", unit_scale=True, leave=False) as bar:
-        for name, tensors in todo.items():
-            _write(part / name, tensors, bar)
-    for name, content in _files(sizes, config).items():
-        (part / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    build_tokenizer(class_names(sizes.classes), sizes.codes).save(str(part / "tokenizer.json"))
-    _put(part, folder)
+    write_folder(folder, (source, vq), _texts(sizes, config), parts)
     return True
 
 
@@ -149,7 +133,7 @@ def _config(sizes: DecoderSizes, vq: VQSizes, dtype: torch.dtype) -> dict[str, A
     return config
 
 
-def _files(sizes: DecoderSizes, config: dict[str, Any]) -> dict[str, Any]:
+def _texts(sizes: DecoderSizes, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "config.json": config,
         "generation_config.json": {"do_sample": True, "guidance_scale": GUIDANCE_SCALE, "top_k": TOP_K},
@@ -158,6 +142,7 @@ def _files(sizes: DecoderSizes, config: dict[str, Any]) -> dict[str, Any]:
             "unk_token": NULL_CLASS,
             "clean_up_tokenization_spaces": False,
         },
+        "tokenizer.json": build_tokenizer(class_names(sizes.classes), sizes.codes).to_str(pretty=True),
     }
 
 
@@ -180,55 +165,4 @@ def _vq_tensors(state: Mapping[str, Tensor], config: dict[str, Any], file: str) 
     served = LlamaGenConfig(**config)
     with torch.device("meta"):
         vq = VQDecoder(served.vq_config, Raster(1, 1), torch.float32)
-    try:
-        used = {name: known for name, x in state.items() if (known := vq.checked_name(name, tuple(x.shape)))}
-        vq.check_missing(set(used.values()))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-    return {VQ_PREFIX + name: state[name] for name in used if vq_name(name)}
-
-
-def _continue(part: Path, mark: dict[str, Any]) -> None:
-    """Keep what an interrupted run from the same files has left; else begin anew."""
-    path = part / _MARK
-    if path.is_file() and path.read_text() == json.dumps(mark):
-        return
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    path.write_text(json.dumps(mark))
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], bar: tqdm) -> None:
-    """A safetensors file, a piece of a tensor at a time: sources are larger than memory may be.
-
-    Format: https://huggingface.co/docs/safetensors (header size as u64, JSON header, data).
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end],
-        }  # fmt: skip
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            flat = tensor.detach().reshape(-1) if prod(tensor.shape) else tensor.new_empty(0)
-            for piece in flat.split(_CHUNK // tensor.element_size()):
-                file.write(piece.contiguous().view(torch.uint8).numpy().data)
-                bar.update(piece.nbytes)
-    unfinished.replace(path)
-
-
-def _put(part: Path, folder: Path) -> None:
-    """The finished folder in its place; one that was there goes only when the new one can come."""
-    (part / _MARK).unlink()
-    old = folder.with_name(f"{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.replace(old)
-    part.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    return decoder_tensors(state, vq, VQ_PREFIX, file)

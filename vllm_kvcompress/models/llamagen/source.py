@@ -1,70 +1,22 @@
-"""LlamaGen's published ``.pt`` files, read without trusting them: state dicts, and the sizes they imply."""
+"""LlamaGen's published ``.pt`` files: the sizes that their tensors imply."""
 
-import argparse
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from vllm_kvcompress.models.conversion import WRAPPERS, VQSizes
 from vllm_kvcompress.models.weights import CheckpointError
 
 # Heads of 64 channels but for 3B's of 100; nothing in a file tells (autoregressive/models/gpt.py).
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 2560: 40, 3200: 32, 4096: 32}
 PATCH = 16  # pixels a token in the names of published files: c2i_XL_384.pt has a grid of 24
-_WRAPPERS = ("model", "module", "state_dict")  # autoregressive/sample/sample_c2i.py; FSDP's files have none
-_VQ_WRAPPERS = ("ema", *_WRAPPERS)  # tokenizer/tokenizer_image/reconstruction_vq_ddp.py
+# autoregressive/sample/sample_c2i.py wraps as others do, FSDP's files are bare;
+# tokenizer/tokenizer_image/reconstruction_vq_ddp.py:
+VQ_WRAPPERS = ("ema", *WRAPPERS)
 ROPE_TABLE = "freqs_cis"  # computed, and stored by accident
 _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
-
-
-def load_state(path: Path, *, vq: bool = False) -> dict[str, Tensor]:
-    """The state dict of a ``.pt`` file: wrapped or bare, mapped from disk where the format allows.
-
-    Raises
-    ------
-    CheckpointError
-        One line: not there, not a checkpoint, or one that would have to run code to be read.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file")
-    mapped = zipfile.is_zipfile(path)  # torch's format before 1.6 can't be mapped
-    try:
-        # Training runs leave their command line's arguments in the file: a namespace of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f" ({found.group(1)})" if found else ""
-        raise CheckpointError(
-            f"{path.name} holds more than tensors{what} and is not opened: it could run code; "
-            "save its state dict alone with torch.save"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path.name} can't be read ({reason:.120}): download it again") from None
-    state = _unwrapped(loaded, _VQ_WRAPPERS if vq else _WRAPPERS)
-    if state is None:
-        raise CheckpointError(
-            f"{path.name} holds no state dict: neither bare nor under {', '.join(_WRAPPERS)}"
-        )
-    return state
-
-
-def _unwrapped(loaded: Any, wrappers: tuple[str, ...]) -> dict[str, Tensor] | None:
-    if not isinstance(loaded, Mapping):
-        return None
-    for name in wrappers:
-        if isinstance(loaded.get(name), Mapping):
-            loaded = loaded[name]
-            break
-    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
-    return tensors if tensors and len(tensors) == len(loaded) else None
 
 
 @dataclass(frozen=True)
@@ -195,34 +147,11 @@ def _grid(file: str, table: Tensor | None, said: int | None) -> int:
     return next(iter(sources.values()))
 
 
-@dataclass(frozen=True)
-class VQSizes:
-    """What a VQ model's tensors imply; the fields are those of config.json's ``vq``."""
-
-    codes: int
-    embed: int
-    z: int
-    ch: int
-    ch_mult: list[int]
-    res_blocks: int
-
-    @classmethod
-    def of(cls, state: Mapping[str, Tensor], file: str) -> "VQSizes":
-        """Raises CheckpointError, one line, where it is no VQ model of LlamaGen's."""
-        try:
-            codes, embed = state["quantize.embedding.weight"].shape
-            z = state["post_quant_conv.weight"].shape[0]
-            levels = 1 + max(int(n.split(".")[2]) for n in state if n.startswith("decoder.conv_blocks."))
-            # The decoder goes from the deepest level to the widest picture.
-            widths = [
-                state[f"decoder.conv_blocks.{n}.res.0.conv1.weight"].shape[0] for n in reversed(range(levels))
-            ]
-            blocks = sum(
-                name.startswith("decoder.conv_blocks.0.res.") and name.endswith(".conv1.weight")
-                for name in state
-            )
-        except (KeyError, ValueError, IndexError) as error:
-            raise CheckpointError(
-                f"{file} is no VQ model of LlamaGen (vq_ds16_c2i.pt): no {str(error) or 'tensors'!s:.60}"
-            ) from None
-        return cls(codes, embed, z, widths[0], [width // widths[0] for width in widths], blocks - 1)
+def vq_sizes(state: Mapping[str, Tensor], file: str) -> VQSizes:
+    """Sizes of a VQ model. Raises CheckpointError, one line, where it is none of LlamaGen's."""
+    try:
+        return VQSizes.of(state, levels="decoder.conv_blocks.{}.res", widest_first=False)
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{file} is no VQ model of LlamaGen (vq_ds16_c2i.pt): no {str(error) or 'tensors'!s:.60}"
+        ) from None

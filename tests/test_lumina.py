@@ -1,0 +1,159 @@
+"""Lumina-mGPT from scattered files to pictures, against transformers' Chameleon and a float64 reference."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dense_lumina import Chameleon, DenseLumina, full
+from inprocess import KERNELS, Engine, in_process  # noqa: F401
+from test_emu3 import check_company, params
+
+from vllm_kvcompress.heads.calibrate import PROMPTS
+from vllm_kvcompress.models.registry import family_of
+from vllm_kvcompress.policy.rule import HeadRule
+from vllm_kvcompress.scheduler import REPORT
+from vllm_kvcompress.testing.lumina import (
+    LuminaGeometry,
+    build_tokenizer,
+    decoder_state,
+    make_lumina,
+    published_config,
+    vocabulary_of,
+)
+
+SIZES = {"wide": "32x16", "high": "16x24", "square": "24x24"}
+GRIDS = {"wide": (4, 8), "high": (6, 4), "square": (6, 6)}  # lines and codes a line, of 4 pixels each
+GEOMETRIES = {
+    "published": LuminaGeometry(),
+    "shards": LuminaGeometry(rows=2, codes=96),
+    "heads": LuminaGeometry(rows=4),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("lumina")
+    return {name: make_lumina(root / name, geometry) for name, geometry in GEOMETRIES.items()}
+
+
+def started(
+    folder: Path, size: str, backend: str | None = "kvcompress", batch: int = 256, **section: Any
+) -> Engine:
+    config = {"kvcompress": {"window": 1, "size": SIZES[size], **section}}
+    return Engine.get(
+        folder, backend, additional_config=config, max_model_len=256, max_num_batched_tokens=batch
+    )
+
+
+def ids_of(name: str, size: str, text: str) -> tuple[list[int], list[int]]:
+    """A prompt's ids from its published form, and those that say the picture's size."""
+    vocabulary = vocabulary_of(GEOMETRIES[name].codes)
+    lines, columns = GRIDS[size]
+    begin = ["<racm3:break>", f"<reserved{8800 + lines // 2:05d}>", f"<reserved{8800 + columns // 2:05d}>"]
+    words = f"Generate an image of {SIZES[size]} according to the following prompt:\n{text}"
+    tail = [vocabulary[token] for token in begin]
+    ids = build_tokenizer(GEOMETRIES[name].codes).encode(words).ids
+    return [vocabulary["<s>"], *ids, vocabulary["<reserved08706>"], *tail], tail
+
+
+TEXTS = [
+    ("a cat", None, 3.0),
+    ("a portrait of a girl", None, 4.0),
+    ("a dog", "blurry", 2.0),
+    ("a bird", "a long text", 3.0),
+    ("a bird", None, 1.0),
+]
+
+
+def asked_for(name: str, size: str) -> list[tuple[list[int], list[int], float]]:
+    """Branches and guidance: away from nothing, from a shorter and from a longer text; without guidance."""
+    found = []
+    for text, negative, scale in TEXTS:
+        ids, own = ids_of(name, size, text)
+        found.append((ids, own if negative is None else ids_of(name, size, negative)[0], scale))
+    return found
+
+
+@pytest.mark.parametrize(("name", "size"), [("published", "wide"), ("shards", "high"), ("heads", "wide")])
+@pytest.mark.parametrize("backend", [None, "kvcompress"])
+def test_greedy_pictures_equal_both_references(
+    folders: dict[str, Path], name: str, size: str, backend: str | None
+) -> None:
+    """Whole pictures that join one another in mid-picture; plain ``vllm serve`` finds the backend itself."""
+    engine = started(folders[name], size, backend, **({"preset": "full"} if backend else {}))
+    asked, done = asked_for(name, size), {}
+    for number, (ids, negative, scale) in enumerate(asked):
+        own = TEXTS[number][1] is None and scale != 1
+        engine.add(str(number), ids, params(None if own else negative, scale))
+        done |= engine.steps(3)
+    done |= engine.steps()
+    drawn = [list(done[str(n)].outputs[0].token_ids) for n in range(len(asked))]
+    geometry = GEOMETRIES[name]
+    state, vocabulary = decoder_state(geometry), vocabulary_of(geometry.codes)
+    dense, keep = DenseLumina(state, geometry.heads), full(engine.image.raster.tokens)
+    wanted = [dense.draw((ids, no), scale, GRIDS[size], vocabulary, keep) for ids, no, scale in asked]
+    assert drawn == [tokens for tokens, _ in wanted]
+    assert min(lead for _, lead in wanted) > 1e-4, "no draw was a matter of rounding"
+    chameleon = Chameleon(published_config(geometry), state)
+    assert drawn == [chameleon.draw((ids, no), scale, GRIDS[size], vocabulary) for ids, no, scale in asked]
+    lines, columns = GRIDS[size]
+    assert all(tokens[columns :: columns + 1] == [engine.image.eol] * lines for tokens in drawn)
+    assert all(len(set(tokens)) > lines for tokens in drawn), "pictures are not one code"
+    assert len({tuple(tokens) for tokens in drawn}) == len(drawn)
+
+
+@pytest.mark.parametrize(("preset", "size", "budget"), [("line_ar", "wide", 0.5), ("fitted", "high", 0.45)])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_compressed_pictures_equal_the_reference(
+    folders: dict[str, Path], preset: str, size: str, budget: float, kernels: str
+) -> None:
+    """Every head under its rule, away from nothing, from a shorter text, from a longer one."""
+    geometry = GEOMETRIES["published"]
+    engine = started(folders["published"], size, preset=preset, budget=budget, kernels=kernels)
+    asked = asked_for("published", size)[1:4]
+    outputs = engine.outputs([ids for ids, *_ in asked], [params(*rest) for _, *rest in asked])
+    layout = engine.model.compressed._layout
+    dense, vocabulary = DenseLumina(decoder_state(geometry), geometry.heads), vocabulary_of(geometry.codes)
+
+    def drawn_by(rules: Callable[[int, int], HeadRule]) -> list[tuple[list[int], float]]:
+        return [dense.draw((ids, no), scale, GRIDS[size], vocabulary, rules) for ids, no, scale in asked]
+
+    wanted = drawn_by(lambda n, h: layout.rules[layout.types[n][h]])
+    drawn = [list(out.outputs[0].token_ids) for out in outputs]
+    assert drawn == [tokens for tokens, _ in wanted]
+    assert min(lead for _, lead in wanted) > 1e-4, "no draw was a matter of rounding"
+    whole = drawn_by(full(engine.image.raster.tokens))
+    assert drawn != [tokens for tokens, _ in whole], "what was evicted mattered"
+    reports = [out.kv_transfer_params[REPORT] for out in outputs]
+    assert all(report["evicted_spatial"] + report["evicted_semantic"] > 0 for report in reports)
+
+
+@pytest.mark.parametrize("preset", ["full", "line_ar"])
+def test_windows_chunks_company_and_memory_change_nothing(folders: dict[str, Path], preset: str) -> None:
+    """Of a square, whose size tokens are the same id twice: half of them is a chunk's end."""
+    plain, windowed = (
+        started(folders["shards"], "square", batch=batch, preset=preset, budget=0.5, window=window)
+        for batch, window in ((256, 1), (29, 5))
+    )
+    check_company(plain, windowed, preset)
+
+
+def test_the_prompt_says_the_size_and_holds_nothing_else(folders: dict[str, Path]) -> None:
+    """Ids by string at other places; control tokens that a user spells out are text."""
+    for name, size in (("published", "wide"), ("shards", "square")):
+        engine = started(folders[name], size, preset="full")
+        ids, begin = ids_of(name, size, "a cat")
+        assert engine.prompt("a cat") == ids
+        assert list(engine.image.negative) == begin
+        assert engine.image.first_code == vocabulary_of(GEOMETRIES[name].codes)["IMGIMGAZ"]
+        family, tokenizer = family_of(engine.model.config), engine.llm.get_tokenizer()
+        assert family.negative_ids(tokenizer, engine.image, " ", 5) == [engine.image.pad] * 2 + begin
+        spelled = engine.prompt("<racm3:break><reserved08799>")
+        assert [one for one in spelled if one in (*begin, engine.image.eol)] == begin
+
+
+def test_calibration_draws_what_users_do(folders: dict[str, Path]) -> None:
+    engine = started(folders["published"], "wide", preset="full")
+    family, tokenizer = family_of(engine.model.config), engine.llm.get_tokenizer()
+    assert family.calibration_ids(tokenizer, engine.image, 0) == engine.prompt(PROMPTS[0])

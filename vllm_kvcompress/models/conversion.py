@@ -1,0 +1,239 @@
+"""What every converter does: read published files without trusting them, write one folder for ``vllm serve``.
+
+The folder appears when it is whole. What an interrupted run has finished is taken over by the next one from
+the same files.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vllm_kvcompress.models.vq import PictureDecoder
+from vllm_kvcompress.models.weights import CheckpointError
+
+WRAPPERS = ("model", "module", "state_dict")  # keys that published files have around a state dict
+_MARK = "sources.json"
+_CHUNK = 1 << 24  # bytes written at a time
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+def load_state(path: Path, wrappers: tuple[str, ...] = WRAPPERS) -> dict[str, Tensor]:
+    """The state dict of a pickled file: wrapped or bare, mapped from disk where the format allows.
+
+    Raises
+    ------
+    CheckpointError
+        One line: not there, not a checkpoint, or one that would have to run code to be read.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file")
+    mapped = zipfile.is_zipfile(path)  # torch's format before 1.6 can't be mapped
+    try:
+        # Training runs leave their command line's arguments in the file: a namespace of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({found.group(1)})" if found else ""
+        raise CheckpointError(
+            f"{path.name} holds more than tensors{what} and is not opened: it could run code; "
+            "save its state dict alone with torch.save"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path.name} can't be read ({reason:.120}): download it again") from None
+    state = _unwrapped(loaded, wrappers)
+    if state is None:
+        raise CheckpointError(
+            f"{path.name} holds no state dict: neither bare nor under {', '.join(WRAPPERS)}"
+        )
+    return state
+
+
+def _unwrapped(loaded: Any, wrappers: tuple[str, ...]) -> dict[str, Tensor] | None:
+    if not isinstance(loaded, Mapping):
+        return None
+    for name in wrappers:
+        if isinstance(loaded.get(name), Mapping):
+            loaded = loaded[name]
+            break
+    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    return tensors if tensors and len(tensors) == len(loaded) else None
+
+
+@dataclass(frozen=True)
+class VQSizes:
+    """What the tensors of a VQ model of Janus's kind imply."""
+
+    codes: int
+    embed: int
+    z: int
+    ch: int
+    ch_mult: list[int]
+    res_blocks: int
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], *, levels: str, widest_first: bool) -> "VQSizes":
+        """Of the decoder's tensors.
+
+        Parameters
+        ----------
+        levels : str
+            The decoder's name of the blocks of level ``{}``.
+        widest_first : bool
+            Whether level 0 is that of the widest picture.
+
+        Raises
+        ------
+        KeyError, ValueError, IndexError
+            Such a decoder's tensors are not there.
+        """
+        before = levels.partition("{")[0]
+        codes, embed = state["quantize.embedding.weight"].shape
+        z = state["post_quant_conv.weight"].shape[0]
+        count = 1 + max(int(name[len(before) :].split(".")[0]) for name in state if name.startswith(before))
+        widths = [state[f"{levels.format(n)}.0.conv1.weight"].shape[0] for n in range(count)]
+        widths = widths if widest_first else widths[::-1]
+        block = levels.format(0)
+        blocks = sum(name.startswith(f"{block}.") and name.endswith(".conv1.weight") for name in state)
+        return cls(codes, embed, z, widths[0], [width // widths[0] for width in widths], blocks - 1)
+
+
+def decoder_tensors(
+    state: Mapping[str, Tensor], vq: PictureDecoder, prefix: str, file: str
+) -> dict[str, Tensor]:
+    """What of a VQ model's file the picture decoder holds, under its published names behind ``prefix``.
+
+    Raises CheckpointError, one line, for a tensor that is unknown, missing or of a wrong shape.
+    """
+    try:
+        used = {name: known for name, x in state.items() if (known := vq.checked_name(name, tuple(x.shape)))}
+        vq.check_missing(set(used.values()))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return {prefix + name.removeprefix(prefix): state[name] for name in used}
+
+
+def is_written(folder: Path, overwrite: bool) -> bool:
+    """Whether a converted model is there, and to be left alone. CheckpointError for anything else there."""
+    if overwrite or not folder.exists():
+        return False
+    if (folder / "config.json").is_file():
+        return True
+    raise CheckpointError(f"{folder} exists and is no converted model: name another, or give --overwrite")
+
+
+def write_folder(
+    folder: Path,
+    sources: Sequence[Path],
+    texts: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    copies: Mapping[str, Path] | None = None,
+) -> None:
+    """Write ``folder``, in the place of what may be there, with a bar that counts bytes.
+
+    Parameters
+    ----------
+    sources : sequence of Path
+        All files that it is made of, by whose size and time a later run knows them.
+    texts : mapping
+        Name -> text, or what becomes JSON; ``config.json`` among them.
+    tensors : mapping
+        Name -> the tensors of a safetensors file.
+    copies : mapping
+        Name -> a file that goes in as it is: linked where the disk allows, else copied.
+    """
+    part = folder.with_name(f"{folder.name}.part")
+    stats = ((file.resolve(), file.stat()) for file in sources)
+    mark = {str(n): [str(file), stat.st_size, stat.st_mtime_ns] for n, (file, stat) in enumerate(stats)}
+    _continue(part, {"files": mark, "config": texts["config.json"]})
+    waiting = {name: parts for name, parts in tensors.items() if not (part / name).is_file()}
+    taken = {name: file for name, file in (copies or {}).items() if not (part / name).is_file()}
+    total = sum(x.nbytes for parts in waiting.values() for x in parts.values())
+    total += sum(file.stat().st_size for file in taken.values())
+    with tqdm(desc="Converting", total=total, unit="B", unit_scale=True, leave=False) as bar:
+        for name, file in taken.items():
+            _take(file, part / name, bar)
+        for name, parts in waiting.items():
+            _write(part / name, parts, bar)
+    for name, content in texts.items():
+        if not isinstance(content, str):
+            content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (part / name).write_text(content, encoding="utf-8")
+    _put(part, folder)
+
+
+def _continue(part: Path, mark: dict[str, Any]) -> None:
+    """Keep what an interrupted run from the same files has left; else begin anew."""
+    path = part / _MARK
+    if path.is_file() and path.read_text() == json.dumps(mark):
+        return
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    path.write_text(json.dumps(mark))
+
+
+def _take(source: Path, target: Path, bar: tqdm) -> None:
+    """A second name of the same file; on another disk a copy."""
+    source = source.resolve()  # caches of the hub hold links
+    try:
+        os.link(source, target)
+        bar.update(source.stat().st_size)
+        return
+    except OSError:
+        pass
+    unfinished = target.with_suffix(".tmp")
+    with source.open("rb") as old, unfinished.open("wb") as new:
+        while piece := old.read(_CHUNK):
+            new.write(piece)
+            bar.update(len(piece))
+    unfinished.replace(target)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], bar: tqdm) -> None:
+    """A safetensors file, a piece of a tensor at a time: sources are larger than memory may be.
+
+    Format: https://huggingface.co/docs/safetensors (header size as u64, JSON header, data).
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            flat = tensor.detach().reshape(-1) if prod(tensor.shape) else tensor.new_empty(0)
+            for piece in flat.split(_CHUNK // tensor.element_size()):
+                file.write(piece.contiguous().view(torch.uint8).numpy().data)
+                bar.update(piece.nbytes)
+    unfinished.replace(path)
+
+
+def _put(part: Path, folder: Path) -> None:
+    """The finished folder in its place; one that was there goes only when the new one can come."""
+    (part / _MARK).unlink()
+    old = folder.with_name(f"{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.replace(old)
+    part.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
