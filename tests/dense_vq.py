@@ -1,4 +1,4 @@
-"""LlamaGen's VQ decoder written out in float64 over the names of its published file, without modules."""
+"""LlamaGen's and Chameleon's VQ decoders in float64, over the names of their published files."""
 
 from collections.abc import Mapping
 
@@ -57,3 +57,23 @@ class DenseVQ:
         q, k, v = (self._conv(h, f"{name}.{part}").flatten(2) for part in "qkv")
         weights = (q.transpose(1, 2) @ k / q.shape[1] ** 0.5).softmax(-1)
         return x + self._conv((v @ weights.transpose(1, 2)).view(x.shape), f"{name}.proj_out")
+
+
+class DenseTaming(DenseVQ):
+    """Chameleon's (CompVis/taming-transformers, taming/models/vqgan.py), the state dict of ``vqgan.ckpt``."""
+
+    def decode(self, codes: Tensor, lines: int) -> Tensor:
+        """``[pictures, lines * columns]`` codes -> as `DenseVQ.decode`."""
+        entries = self.w["quantize.embedding.weight"][codes]
+        h = entries.view(len(codes), lines, -1, entries.shape[-1]).permute(0, 3, 1, 2)
+        h = self._conv(self._conv(h, "post_quant_conv"), "decoder.conv_in")
+        h = self._attention(self._residual(h, "decoder.mid.block_1"), "decoder.mid.attn_1")
+        h = self._residual(h, "decoder.mid.block_2")
+        levels = {int(name.split(".")[2]) for name in self.w if name.startswith("decoder.up.")}
+        for level in sorted(levels, reverse=True):
+            for block in range(sum(f"decoder.up.{level}.block.{n}.norm1.weight" in self.w for n in range(9))):
+                h = self._residual(h, f"decoder.up.{level}.block.{block}")
+            if level:
+                h = h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+                h = self._conv(h, f"decoder.up.{level}.upsample.conv")
+        return self._conv(self._swish(h, "decoder.norm_out"), "decoder.conv_out")

@@ -77,6 +77,7 @@ class Vocabulary:
         first = self[name(0)]
         gap = next((n for n in range(codes) if self.get(name(n)) != first + n), None)
         if gap is not None:
+            self[name(gap)]
             raise ValueError(
                 f"{self.source} gives {name(gap)} another id than {first + gap}: the ids of codes must "
                 "follow one another"

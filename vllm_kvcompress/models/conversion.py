@@ -124,7 +124,7 @@ def decoder_tensors(
         vq.check_missing(set(used.values()))
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    return {prefix + name.removeprefix(prefix): state[name] for name in used}
+    return {prefix + name: state[name] for name in used}
 
 
 def is_written(folder: Path, overwrite: bool) -> bool:

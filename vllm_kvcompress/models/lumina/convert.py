@@ -6,11 +6,12 @@ only ``Lumina-mGPT-7B-768`` has the tokenizer.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -38,6 +39,7 @@ VQ_FILES = ("vqgan.ckpt", "model.safetensors")  # Meta's; leloy/Anole-7b-v0.1-vq
 TOKENIZER_FILES = ("tokenizer.json", "text_tokenizer.json")  # 7B-768's; Meta's
 PROMPT_ROOM = 1024  # positions for a prompt, where config.json does not even have the picture's
 LUMINA_2 = 155000 + 16384  # ids of Lumina-mGPT-2.0, whose codes end there
+Shapes = Sequence[tuple[str, tuple[int, ...]]]
 _NORM = re.compile(r"\.self_attn\.[qk]_norm\.(?:weight|bias)$")
 _SIZE = re.compile(r"mGPT-7B-(\d+)")
 _TEXT = (
@@ -88,7 +90,7 @@ def convert(
         return False
     published = _published(source)
     shards = list(weight_files(source))
-    shapes = {name: shape for shard in shards for name, shape in header(shard)}
+    shapes = [named for shard in shards for named in header(shard)]
     _check_kind(source, published, shapes)
     vq = _found(vq or source, VQ_FILES if vq else VQ_FILES[:1], "--vq", _NO_VQ)
     words = _found(tokenizer or source, TOKENIZER_FILES, "--tokenizer", _NO_TOKENIZER)
@@ -98,7 +100,7 @@ def convert(
     try:
         FAMILY.check(served)
         ledger = Ledger(served)
-        for name, shape in shapes.items():
+        for name, shape in shapes:
             ledger.take(name, shape)
         ledger.close()
         text = _tokenizer(words, served, published.get("vocabulary_map") or {})
@@ -136,21 +138,21 @@ def _published(source: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{source}: config.json can't be read ({error!r:.80})") from None
     if not isinstance(config, dict) or config.get("model_type") != "chameleon":
-        kind = config.get("model_type") if isinstance(config, dict) else config
+        kind = config.get("model_type") if isinstance(config, dict) else None
         raise CheckpointError(
-            f"{source}: config.json is of model type {kind!r:.40}, not Lumina-mGPT's chameleon"
+            f"{source}: config.json has model_type {kind!r:.40}, where Lumina-mGPT's has chameleon"
         )
     return config
 
 
-def _check_kind(source: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_kind(source: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
     """Raise CheckpointError for a relative of Lumina-mGPT 7B."""
     vocabulary = config.get("vocab_size")
     if config.get("swin_norm"):
         what = "of Chameleon's 34B kind (swin_norm), as Lumina-mGPT-34B is"
     elif type(vocabulary) is int and vocabulary >= LUMINA_2:
         what = "Lumina-mGPT-2.0, another architecture"
-    elif any(name.startswith(VQ_PREFIX) for name in shapes):
+    elif any(name.startswith(VQ_PREFIX) for name, _ in shapes):
         what = "a Chameleon or an Anole, with its own VQ model"
     else:
         return
@@ -170,10 +172,11 @@ def _size(source: Path, said: int | None) -> int:
 
 
 def _vq_state(file: Path) -> dict[str, Tensor]:
+    """A VQ model's tensors, by the names that they have in a file of their own."""
     if file.suffix != ".safetensors":
         return load_state(file)
     try:
-        return load_file(file)
+        return {name.removeprefix(VQ_PREFIX): x for name, x in load_file(file).items()}
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file.name} can't be read ({reason:.120}): download it again") from None
@@ -181,7 +184,7 @@ def _vq_state(file: Path) -> dict[str, Tensor]:
 
 def _config(
     published: dict[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
     state: Mapping[str, Tensor],
     vq_file: str,
     size: int,
@@ -193,9 +196,9 @@ def _config(
         raise CheckpointError(
             f"{vq_file} is no VQ model of Chameleon (vqgan.ckpt): no {error!s:.60}"
         ) from None
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{' '.join(str(error).split()):.200}") from None
-    norms = sorted({shape for name, shape in shapes.items() if _NORM.search(name)})
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise CheckpointError(f"config.json: {' '.join(str(error).split()):.160}") from None
+    norms = sorted({shape for name, shape in shapes if _NORM.search(name)})
     if len(norms) != 1:
         raise CheckpointError(
             f"norms of queries and keys must have one shape in all layers, got {norms!s:.80}"
