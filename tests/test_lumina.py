@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from dense_lumina import Chameleon, DenseLumina, full
 from inprocess import KERNELS, Engine, in_process  # noqa: F401
 from test_emu3 import check_company, params
 
 from vllm_kvcompress.heads.calibrate import PROMPTS
+from vllm_kvcompress.models.lumina import model as lumina
 from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.policy.rule import HeadRule
 from vllm_kvcompress.scheduler import REPORT
@@ -157,3 +160,24 @@ def test_calibration_draws_what_users_do(folders: dict[str, Path]) -> None:
     engine = started(folders["published"], "wide", preset="full")
     family, tokenizer = family_of(engine.model.config), engine.llm.get_tokenizer()
     assert family.calibration_ids(tokenizer, engine.image, 0) == engine.prompt(PROMPTS[0])
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 6), (4, 6)])
+def test_each_rank_has_the_norms_of_its_heads(shape: tuple[int, ...]) -> None:
+    """Of every published shape: two ranks side by side are one."""
+    loaded, x = torch.randn(shape), torch.randn(5, 4 * 6)
+
+    def normed(rank: int, ranks: int) -> torch.Tensor:
+        with (
+            mock.patch.object(lumina, "get_tensor_model_parallel_rank", return_value=rank),
+            mock.patch.object(lumina, "get_tensor_model_parallel_world_size", return_value=ranks),
+        ):
+            norm = lumina.HeadNorm(4, 6)
+            norm.weight.weight_loader(norm.weight, loaded)
+            norm.bias.weight_loader(norm.bias, loaded + 1)
+        return norm(x.chunk(ranks, -1)[rank])
+
+    assert torch.equal(torch.cat([normed(rank, 2) for rank in range(2)], -1), normed(0, 1))
+    rows = loaded.reshape(-1, 6).repeat_interleave(4 * 6 // loaded.numel(), 0)
+    plain = torch.nn.functional.layer_norm(x.view(5, 4, 6), (6,)) * rows + rows + 1
+    torch.testing.assert_close(normed(0, 1), plain.flatten(1))

@@ -80,6 +80,8 @@ def test_every_tensor_arrives(sources: Sources) -> None:
         "config.json", "generation_config.json", *(file.name for file in shards), "tokenizer.json",
         "tokenizer_config.json", VQ,
     ]  # fmt: skip
+    said = json.loads((sources.out / "generation_config.json").read_text())
+    assert said == {"do_sample": True, "guidance_scale": 4.0, "top_k": 2000}
     assert not sources.convert(), "left alone"
     sources.change({"model.norm.weight": torch.full((32,), 3.0)})
     assert sources.convert(overwrite=True)
@@ -149,6 +151,13 @@ def test_what_is_elsewhere_is_asked_for(sources: Sources) -> None:
     assert "--size: 30 is no multiple of 8 pixels" in sources.refused(size=30)
     sources.convert(size=64)
     assert json.loads((sources.out / "config.json").read_text())["size"] == 64
+
+
+def test_the_source_is_not_written_over(sources: Sources) -> None:
+    before = {file.name for file in sources.model.iterdir()}
+    with pytest.raises(CheckpointError, match=r"-o: .* is the source itself"):
+        convert(sources.model, sources.model, vq=sources.vq, tokenizer=sources.words, overwrite=True)
+    assert {file.name for file in sources.model.iterdir()} == before
 
 
 def test_the_hubs_cache_names_the_model_above_a_hash(sources: Sources) -> None:

@@ -86,6 +86,8 @@ def convert(
     CheckpointError
         One line that says what is missing, unknown or contradictory.
     """
+    if folder.resolve() == source.resolve():
+        raise CheckpointError(f"-o: {folder} is the source itself: name another folder")
     if is_written(folder, overwrite):
         return False
     published = _published(source)
