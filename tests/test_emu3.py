@@ -1,6 +1,6 @@
 """Emu3 from published-looking files to pictures, against transformers' own ``generate`` and decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,14 @@ from vllm_kvcompress.heads.calibrate import measure
 from vllm_kvcompress.heads.curves import candidate_types
 from vllm_kvcompress.models.compression import subject_of
 from vllm_kvcompress.models.registry import family_of
+from vllm_kvcompress.policy.rule import HeadRule
 from vllm_kvcompress.scheduler import REPORT
 from vllm_kvcompress.serving.encode import Pixels
 from vllm_kvcompress.serving.spare import SpareDecoder
 from vllm_kvcompress.testing.emu3 import make_emu3
 
+Asked = Sequence[tuple[list[int], list[int] | None, float]]  # prompts, negative prompts, guidance
+Rules = Callable[[int, int], HeadRule]
 SIZES = {"wide": "28x16", "high": "12x24"}  # 4 lines of 7 codes, 6 of 3
 GRIDS = {"wide": (4, 7), "high": (6, 3)}
 
@@ -67,22 +70,29 @@ def params(negative: Sequence[int] | None, scale: float, **more: Any) -> Samplin
 def test_greedy_pictures_equal_transformers(folder: Path, size: str, backend: str | None) -> None:
     """Whole pictures that join one another in mid-picture; plain ``vllm serve`` finds the backend itself."""
     engine = started(folder, size, backend, **({"preset": "full"} if backend else {}))
-    asked, done = prompts(engine), {}
-    for number, (ids, negative, scale) in enumerate(asked):
-        engine.add(str(number), ids, params(negative, scale))
-        done |= engine.steps(3)
-    done |= engine.steps()
-    drawn = [list(done[str(n)].outputs[0].token_ids) for n in range(len(asked))]
+    asked = prompts(engine)
     own = list(engine.image.negative)
     wanted = [
         greedy(folder, ids, own if negative is None else negative, scale, *GRIDS[size])
         for ids, negative, scale in asked
     ]
-    assert drawn == wanted
-    lines, columns = GRIDS[size]
-    assert all(tokens[columns :: columns + 1] == [engine.image.eol] * lines for tokens in drawn)
-    assert all(len(set(tokens)) > lines for tokens in drawn), "pictures are not one code"
+    assert joining(engine, asked) == wanted
+
+
+def joining(engine: Engine, asked: Asked) -> list[list[int]]:
+    """Greedy pictures that join one another in mid-picture: of lines, of many codes, all different."""
+    done = {}
+    for number, (ids, negative, scale) in enumerate(asked):
+        engine.add(str(number), ids, params(negative, scale))
+        done |= engine.steps(3)
+    done |= engine.steps()
+    drawn = [list(done[str(n)].outputs[0].token_ids) for n in range(len(asked))]
+    raster = engine.image.raster
+    ends = [engine.image.eol] * raster.lines
+    assert all(tokens[raster.columns :: raster.width] == ends for tokens in drawn)
+    assert all(len(set(tokens)) > raster.lines for tokens in drawn), "pictures are not one code"
     assert len({tuple(tokens) for tokens in drawn}) == len(drawn)
+    return drawn
 
 
 @pytest.mark.parametrize(("preset", "size", "budget"), [("line_ar", "wide", 0.5), ("fitted", "high", 0.45)])
@@ -94,16 +104,26 @@ def test_compressed_pictures_equal_the_reference(
     short = {"default_texts": False}  # calibration draws with prompts that are no longer than they need be
     engine = started(folder, size, preset=preset, budget=budget, kernels=kernels, **short)
     asked = [(ids, negative, scale) for ids, negative, scale in prompts(engine)[:3] if negative is not None]
+
+    def drawn_by(rules: Rules) -> list[tuple[list[int], float]]:
+        return [dense(folder, *one[:2], rules, one[2], GRIDS[size][1]) for one in asked]
+
+    check_compressed(engine, asked, drawn_by, [greedy(folder, *one, *GRIDS[size]) for one in asked])
+
+
+def check_compressed(
+    engine: Engine,
+    asked: Asked,
+    drawn_by: Callable[[Rules], list[tuple[list[int], float]]],
+    whole: list[list[int]],
+) -> None:
+    """That pictures are the reference's under the same rules, and not those of a full cache, ``whole``."""
     outputs = engine.outputs([ids for ids, *_ in asked], [params(*rest) for _, *rest in asked])
     layout = engine.model.compressed._layout
-    wanted = [
-        dense(folder, *one[:2], lambda n, h: layout.rules[layout.types[n][h]], one[2], GRIDS[size][1])
-        for one in asked
-    ]
+    wanted = drawn_by(lambda n, h: layout.rules[layout.types[n][h]])
     drawn = [list(out.outputs[0].token_ids) for out in outputs]
     assert drawn == [tokens for tokens, _ in wanted]
     assert min(lead for _, lead in wanted) > 1e-4, "no draw was a matter of rounding"
-    whole = [greedy(folder, *one, *GRIDS[size]) for one in asked]
     assert drawn != whole, "what was evicted mattered"
     reports = [out.kv_transfer_params[REPORT] for out in outputs]
     assert all(report["evicted_spatial"] + report["evicted_semantic"] > 0 for report in reports)

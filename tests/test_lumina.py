@@ -1,6 +1,5 @@
 """Lumina-mGPT from scattered files to pictures, against transformers' Chameleon and a float64 reference."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,13 +8,11 @@ import pytest
 import torch
 from dense_lumina import Chameleon, DenseLumina, full
 from inprocess import KERNELS, Engine, in_process  # noqa: F401
-from test_emu3 import check_company, params
+from test_emu3 import Rules, check_company, check_compressed, joining
 
 from vllm_kvcompress.heads.calibrate import PROMPTS
 from vllm_kvcompress.models.lumina import model as lumina
 from vllm_kvcompress.models.registry import family_of
-from vllm_kvcompress.policy.rule import HeadRule
-from vllm_kvcompress.scheduler import REPORT
 from vllm_kvcompress.testing.lumina import (
     LuminaGeometry,
     build_tokenizer,
@@ -85,13 +82,12 @@ def test_greedy_pictures_equal_both_references(
 ) -> None:
     """Whole pictures that join one another in mid-picture; plain ``vllm serve`` finds the backend itself."""
     engine = started(folders[name], size, backend, **({"preset": "full"} if backend else {}))
-    asked, done = asked_for(name, size), {}
-    for number, (ids, negative, scale) in enumerate(asked):
-        own = TEXTS[number][1] is None and scale != 1
-        engine.add(str(number), ids, params(None if own else negative, scale))
-        done |= engine.steps(3)
-    done |= engine.steps()
-    drawn = [list(done[str(n)].outputs[0].token_ids) for n in range(len(asked))]
+    asked = asked_for(name, size)
+    said = [
+        (ids, None if TEXTS[n][1] is None and scale != 1 else no, scale)
+        for n, (ids, no, scale) in enumerate(asked)
+    ]
+    drawn = joining(engine, said)
     geometry = GEOMETRIES[name]
     state, vocabulary = decoder_state(geometry), vocabulary_of(geometry.codes)
     dense, keep = DenseLumina(state, geometry.heads), full(engine.image.raster.tokens)
@@ -100,10 +96,6 @@ def test_greedy_pictures_equal_both_references(
     assert min(lead for _, lead in wanted) > 1e-4, "no draw was a matter of rounding"
     chameleon = Chameleon(published_config(geometry), state)
     assert drawn == [chameleon.draw((ids, no), scale, GRIDS[size], vocabulary) for ids, no, scale in asked]
-    lines, columns = GRIDS[size]
-    assert all(tokens[columns :: columns + 1] == [engine.image.eol] * lines for tokens in drawn)
-    assert all(len(set(tokens)) > lines for tokens in drawn), "pictures are not one code"
-    assert len({tuple(tokens) for tokens in drawn}) == len(drawn)
 
 
 @pytest.mark.parametrize(("preset", "size", "budget"), [("line_ar", "wide", 0.5), ("fitted", "high", 0.45)])
@@ -115,21 +107,13 @@ def test_compressed_pictures_equal_the_reference(
     geometry = GEOMETRIES["published"]
     engine = started(folders["published"], size, preset=preset, budget=budget, kernels=kernels)
     asked = asked_for("published", size)[1:4]
-    outputs = engine.outputs([ids for ids, *_ in asked], [params(*rest) for _, *rest in asked])
-    layout = engine.model.compressed._layout
     dense, vocabulary = DenseLumina(decoder_state(geometry), geometry.heads), vocabulary_of(geometry.codes)
 
-    def drawn_by(rules: Callable[[int, int], HeadRule]) -> list[tuple[list[int], float]]:
+    def drawn_by(rules: Rules) -> list[tuple[list[int], float]]:
         return [dense.draw((ids, no), scale, GRIDS[size], vocabulary, rules) for ids, no, scale in asked]
 
-    wanted = drawn_by(lambda n, h: layout.rules[layout.types[n][h]])
-    drawn = [list(out.outputs[0].token_ids) for out in outputs]
-    assert drawn == [tokens for tokens, _ in wanted]
-    assert min(lead for _, lead in wanted) > 1e-4, "no draw was a matter of rounding"
-    whole = drawn_by(full(engine.image.raster.tokens))
-    assert drawn != [tokens for tokens, _ in whole], "what was evicted mattered"
-    reports = [out.kv_transfer_params[REPORT] for out in outputs]
-    assert all(report["evicted_spatial"] + report["evicted_semantic"] > 0 for report in reports)
+    whole = [tokens for tokens, _ in drawn_by(full(engine.image.raster.tokens))]
+    check_compressed(engine, asked, drawn_by, whole)
 
 
 @pytest.mark.parametrize("preset", ["full", "line_ar"])
