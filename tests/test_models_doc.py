@@ -20,6 +20,7 @@ VQ = {"codes": 16384, "embed": 8, "z": 256, "ch": 128, "ch_mult": [1, 1, 2, 2, 4
 C2I = {"B": (768, 12), "L": (1024, 24), "XL": (1280, 36), "XXL": (1536, 48), "3B": (3200, 24)}
 JANUS = {"Janus-Pro-1B": (24, 16), "Janus-Pro-7B": (30, 32)}  # layers, heads of 128
 EMU3 = "Emu3-Gen-hf"
+LUMINA = {"Lumina-mGPT-7B-768": 768, "Lumina-mGPT-7B-1024": 1024}  # pixels
 ROWS = re.findall(r"^\| `?(?:c2i_)?([^|`]+?)(?:\.pt)?`? \|(.+)\|$", DOCUMENT, re.MULTILINE)
 SIZES = {name: [cell.strip() for cell in cells.split("|")] for name, cells in ROWS if "MiB" in cells}
 
@@ -29,6 +30,9 @@ def geometry(name: str) -> tuple[ModelShape, Raster, int]:
         text, grid = Emu3TextConfig(), Raster(90, 91, 8, ends=1)
         head = text.hidden_size // text.num_attention_heads
         return ModelShape(text.num_hidden_layers, text.num_key_value_heads, head), grid, 80
+    if name in LUMINA:
+        lines = LUMINA[name] // 16
+        return ModelShape(32, 32, 128), Raster(lines, lines + 1, ends=1), 45
     if name in JANUS:
         layers, heads = JANUS[name]
         return ModelShape(layers, heads, 128), Raster(24, 24), TYPICAL_PREFIX
@@ -44,7 +48,7 @@ def geometry(name: str) -> tuple[ModelShape, Raster, int]:
 
 def test_every_model_has_its_sizes() -> None:
     published = ["B_256", "B_384", "L_256", "L_384", "XL_384", "XXL_384", "3B_384"]
-    assert list(SIZES) == [*JANUS, *published, EMU3]
+    assert list(SIZES) == [*JANUS, *published, EMU3, *LUMINA]
 
 
 @pytest.mark.parametrize("name", SIZES)
