@@ -206,6 +206,23 @@ def _pages(engine: Engine, name: str, computed: int) -> list[torch.Tensor]:
     return found
 
 
+def test_a_compiled_models_memory_is_its_own(tiny: Path) -> None:
+    """torch.compile puts other results where an operation's arguments were: nobody may look there later."""
+    plain, windowed = engine(tiny, 1, "fitted"), engine(tiny, 5, "fitted")
+    store = windowed.model.compressed
+    attend = type(store).attend
+
+    def overwritten(self: object, *given: torch.Tensor) -> torch.Tensor:
+        out = attend(self, *given)
+        for argument in given[:3]:
+            argument.fill_(torch.nan)
+        return out
+
+    with mock.patch.object(type(store), "attend", overwritten), mock.patch.object(store, "_compiled", True):
+        drawn = windowed.draw(prompts(plain), MIXED)
+    assert drawn == plain.draw(prompts(plain), MIXED)
+
+
 @pytest.mark.parametrize("cache", ["full cache", "fitted"])
 def test_settings_that_have_no_window(tiny: Path, cache: str) -> None:
     """Penalties, biases and min-p are of one place a row; others beside them keep their windows."""

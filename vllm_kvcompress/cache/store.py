@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import CompilationMode
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -94,6 +95,7 @@ class CompressedCache(nn.Module):
             HeadTypeCache(name, kind, self, vllm_config) for kind, name in enumerate(CACHES)
         )
         self._vllm_config = vllm_config
+        self._compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
         self._line = ""  # what was decided, until it has been said
         self._drafted: dict[int, Tensor] = {}  # block tables of the step's rows with drafts, by type
         self._held: list[Any] = []  # and what their attention left, by layer
@@ -246,6 +248,8 @@ class CompressedCache(nn.Module):
             if layer == 0:
                 self._held = []
             mine = self._with_tables(layer, self._drafted)
+            if self._compiled:  # the graph gives their memory to what comes next, before `commit`
+                k, v = k.clone(), v.clone()
             self._held.append(kernels.verify(q, k, v, mine, plan.window, scale, out))
 
     def _with_tables(self, layer: int, tables: dict[int, Tensor]) -> list[HeadType]:
