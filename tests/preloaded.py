@@ -1,12 +1,13 @@
 """Commands that start in a process which has imported vLLM already: nine seconds of a core less for each.
 
 ``multiprocessing``'s fork server imports vLLM once; the child becomes what the command says. No plugin was
-loaded in it, no environment variable read that the command may change. Tests of how a process starts or
-ends, and of what users install, start theirs anew (test_compressed_server, test_server_ends, test_wheel,
-test_last_word).
+loaded in it, no environment variable read that the command may change. Some tests of how a process starts or
+ends, and of what users install, start theirs anew (test_compressed_server, a drain of test_server_ends,
+test_wheel, test_last_word).
 """
 
 import atexit
+import gc
 import importlib
 import os
 import runpy
@@ -91,6 +92,7 @@ def run(
 
 
 def _become(command: list[str], files: list[str], env: dict[str, str], cwd: str) -> None:
+    gc.freeze()  # or every collection, of which vLLM makes many, looks through all of vLLM
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
