@@ -73,7 +73,11 @@ def test_a_guided_request_has_the_models_negative_prompt() -> None:
         ([BOS, *BEGIN], {NEGATIVE_IDS: "blurry"}, "must be a list of token ids"),
         ([BOS, *BEGIN], {"guidance_scale": "much"}, "guidance_scale must be a number"),
         ([BOS, 50], {}, "draws pictures and writes no text"),
-        ([BOS, BOI, 99, IMG], {}, r"ids \[13, 99, 15\] begin a picture of a size that this server does not draw"),
+        (
+            [BOS, BOI, 99, IMG],
+            {},
+            r"ids \[13, 99, 15\] begin a picture of a size that this server does not draw",
+        ),
         ([BOS, *BEGIN, 100, EOL], {}, "the picture's token 1 has id 12"),
         ([BOS, *BEGIN, *PICTURE[:4], 100], {}, "the picture's token 4 has id 100"),
         ([BOS, EOL, *BEGIN], {}, "must follow begin-of-image"),

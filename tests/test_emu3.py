@@ -236,32 +236,39 @@ def test_calibration_does_not_see_the_padding(folder: Path) -> None:
 
 
 def test_the_v2_runner_draws_the_same(folder: Path, tmp_path: Path) -> None:
-    """The runner of GPUs, on the CPU: with a full cache, and compressed in windows."""
-    base = started(folder, "high", preset="line_ar", budget=0.5)
-    asked = [
-        {"ids": ids, "params": {"temperature": 0.0, "extra_args": params(*rest).extra_args}, "at": n}
-        for n, (ids, *rest) in enumerate(prompts(base)[:2])
-    ]
+    """The runner of GPUs, on the CPU: with a full cache, and pictures of two sizes compressed in windows."""
+    bases = {size: started(folder, size, preset="line_ar", budget=0.5) for size in SIZES}
+    asked, wide = (
+        [
+            {"ids": ids, "params": {"temperature": 0.0, "extra_args": params(*rest).extra_args}, "at": n}
+            for n, (ids, *rest) in enumerate(prompts(bases[size])[:2])
+        ]
+        for size in ("high", "wide")
+    )
     args = {
         "model": str(folder), "dtype": "float32", "enforce_eager": True, "max_model_len": 256,
         "max_num_seqs": 4, "max_num_batched_tokens": 48, "kv_cache_memory_bytes": 2**23,
         "attention_backend": "kvcompress",
     }  # fmt: skip
     sections = {
-        "full": {"preset": "full", "window": 1},
-        "windows": {"preset": "line_ar", "budget": 0.5, "window": 4},
+        "full": {"size": SIZES["high"], "preset": "full", "window": 1},
+        "windows": {"sizes": [*SIZES.values()], "preset": "line_ar", "budget": 0.5, "window": 4},
     }
     engines = [
         {
-            "name": name, "waves": [asked],
-            "args": {**args, "additional_config": {"kvcompress": {"size": SIZES["high"], **section}}},
+            "name": name, "waves": [asked if name == "full" else [asked[0], wide[1]]],
+            "preempt": [] if name == "full" else [5],
+            "args": {**args, "additional_config": {"kvcompress": section}},
         }
         for name, section in sections.items()
     ]  # fmt: skip
     found = EngineProcess(tmp_path, V2, engines).finish()
     assert {one["runner"] for one in found.values()} == {"vllm.v1.worker.cpu.model_runner"}
-    ids = [one["ids"] for one in asked]
-    settings = [SamplingParams(**one["params"]) for one in asked]
-    full = started(folder, "high", preset="full")
-    assert found["full"]["waves"][0] == full.draw(ids, settings)
-    assert found["windows"]["waves"][0] == base.draw(ids, settings)
+    assert found["windows"]["preempted"], "all blocks were lost once"
+
+    def drawn(engine: Engine, wave: list[dict]) -> list[list[int]]:
+        return engine.draw([one["ids"] for one in wave], [SamplingParams(**one["params"]) for one in wave])
+
+    assert found["full"]["waves"][0] == drawn(started(folder, "high", preset="full"), asked)
+    alone = [*drawn(bases["high"], asked[:1]), *drawn(bases["wide"], wide[1:])]
+    assert found["windows"]["waves"][0] == alone

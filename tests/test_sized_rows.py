@@ -42,7 +42,7 @@ def kernel(request: pytest.FixtureRequest) -> str:
 
 
 @given(sized_worlds(), st.integers(0, 999))
-@settings(bounded, max_examples=60)
+@settings(bounded, max_examples=40)
 def check(kernel: str, world: World, seed: int) -> None:
     run = run_of(world, seed, kernel)
     play(run, random.Random(seed))
@@ -55,7 +55,7 @@ def test_each_row_is_what_it_would_be_alone(kernel: str) -> None:
 
 
 @given(sized_worlds(), st.integers(0, 999))
-@settings(bounded, max_examples=40)
+@settings(bounded, max_examples=25)
 def check_replayed(kernel: str, world: World, seed: int) -> None:
     rng, run = random.Random(seed), run_of(world, seed, kernel)
     for row in range(len(run.total)):

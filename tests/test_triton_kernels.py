@@ -197,8 +197,9 @@ def sized_world(group: int) -> World:
         )
         for n, grid in enumerate(grids)
     ]
-    kinds = np.array([[0, 1, 2, 3], [1, 0, 2, 1]])
-    return World(rules[0], kinds, group, head_size=16, pages=(3, 2, 4, 5), others=tuple(rules[1:]))
+    return World(
+        rules[0], np.array([[0, 1, 2, 3]]), group, head_size=16, pages=(3, 2, 4, 5), others=tuple(rules[1:])
+    )
 
 
 @check

@@ -149,7 +149,7 @@ def test_a_window_leaves_what_drawing_one_by_one_leaves(kernel: str) -> None:
 
 
 @given(sized_worlds(), st.integers(0, 2**20))
-@settings(bounded, max_examples=40)
+@settings(bounded, max_examples=25)
 def check_sizes(kernel: str, world: World, seed: int) -> None:
     sizes = [*range(1 + len(world.others)), 0]
     prefix = [1 + (seed + row) % 4 for row in sizes]

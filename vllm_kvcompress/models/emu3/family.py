@@ -111,8 +111,9 @@ class Emu3Family:
         ]
         first = rasters[0]
         if not grids:  # a long one that does not fit is left out; the default is refused in another place
-            most = min(settings.context or MOST_TOKENS, MOST_TOKENS) - LEAST_PROMPT
-            rasters = [first, *(raster for raster in rasters[1:] if raster.tokens <= most)]
+            context = min(settings.context or MOST_TOKENS, MOST_TOKENS)
+            most = max(first.tokens, context - LEAST_PROMPT)
+            rasters = [raster for raster in rasters if raster.tokens <= most]
         for raster in rasters:
             if raster.tokens > MOST_TOKENS:
                 raise ValueError(
