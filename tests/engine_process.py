@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from interpreter import settle
+
 HERE = Path(__file__).parent
 LIMIT_S = 580
 # One thread wherever there is room: processes that run at once must not be bound to the same core.
@@ -220,5 +222,6 @@ def _runner(worker: Any) -> str:
 
 
 if __name__ == "__main__":
+    settle()
     given = json.loads(Path(sys.argv[1]).read_text())
     Path(given["out"]).write_text(json.dumps(run(given["engines"])))

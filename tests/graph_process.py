@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from interpreter import settle
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -168,6 +169,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    settle()
     given = json.loads(Path(sys.argv[1]).read_text())
     found = {job["name"]: run(job) for job in given["engines"]}
     Path(given["out"]).write_text(json.dumps(found))

@@ -7,6 +7,7 @@ test_last_word).
 """
 
 import atexit
+import gc
 import importlib
 import os
 import runpy
@@ -91,6 +92,7 @@ def run(
 
 
 def _become(command: list[str], files: list[str], env: dict[str, str], cwd: str) -> None:
+    gc.freeze()  # or every collection, of which vLLM makes many, looks through all of vLLM
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from interpreter import patch_once
 from oracle import Run, World, world
 from torch import Tensor
 
@@ -449,6 +450,7 @@ def test_benchmark_needs_a_gpu() -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    patch_once()
     found = dict.fromkeys(CHECKS, "")
     for name in sys.argv[1:] or CHECKS:
         try:

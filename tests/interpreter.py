@@ -1,0 +1,40 @@
+"""Processes of tests' own, and Triton's interpreter in them: without what they would do again and again."""
+
+import gc
+import os
+from typing import Any
+
+
+def settle() -> None:
+    """Spare a process that ends with its test vLLM's collections of garbage, and an interpreter's patches.
+
+    vLLM collects garbage a dozen times at every start of an engine, each time looking through all that was
+    imported.
+    """
+    import vllm.entrypoints.llm  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        patch_once()
+
+
+def patch_once() -> None:
+    """Let the patches that Triton's interpreter makes in ``triton.language`` stay.
+
+    ``triton/runtime/interpreter.py`` looks through all of ``triton.language`` for what to replace, at every
+    launch and at every call of a device function, and takes it back after a launch: half of what an
+    interpreted step costs. A process that compiles no kernel may keep them.
+    """
+    from triton.runtime import interpreter
+
+    original, kept = interpreter._patch_lang, {}
+
+    def patch(function: Any) -> Any:
+        names = function.__globals__
+        if id(names) not in kept:
+            original(function)  # its scope is dropped: nothing is restored
+            kept[id(names)] = names
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch
