@@ -20,26 +20,38 @@ ARGS = {
 
 
 def test_the_v2_runner_draws_the_same(tmp_path: Path) -> None:
-    """With a full cache, and compressed in windows; one process serves both models in turn."""
+    """With a full cache; pictures of two sizes compressed in windows. One process serves all in turn."""
     emu3, lumina = make_emu3(tmp_path / "emu3"), make_lumina(tmp_path / "lumina")
-    own = test_lumina.asked_for("published", "wide")[1:3]
-    cases = {
-        "Emu3": (test_emu3, emu3, "high", FULL, 1, None),
-        "Emu3 in windows": (test_emu3, emu3, "high", COMPRESSED, 4, None),
-        "Lumina-mGPT in windows": (test_lumina, lumina, "wide", COMPRESSED, 4, own),
-    }
-    jobs, wanted = [], {}
-    for name, (module, folder, size, section, window, prompts) in cases.items():
+
+    def drawn(module: Any, folder: Path, section: dict[str, Any], number: int, size: str) -> Any:
+        """A request, as the process takes it, and what a server of its size alone draws for it."""
         engine = module.started(folder, size, **section)
-        asked = [(ids, test_emu3.params(*rest)) for ids, *rest in prompts or test_emu3.prompts(engine)[:2]]
-        wanted[name] = engine.draw([ids for ids, _ in asked], [setting for _, setting in asked])
-        wave: list[dict[str, Any]] = [
-            {"ids": ids, "params": {"temperature": 0.0, "extra_args": setting.extra_args}, "at": n}
-            for n, (ids, setting) in enumerate(asked)
-        ]
-        config = {"kvcompress": {"size": module.SIZES[size], "window": window, **section}}
+        ids, *rest = (test_emu3.prompts(engine) if module is test_emu3 else own[size])[number]
+        setting = test_emu3.params(*rest)
+        asked = {"ids": ids, "params": {"temperature": 0.0, "extra_args": setting.extra_args}}
+        return asked, engine.draw([ids], setting)[0]
+
+    own = {size: test_lumina.asked_for("published", size) for size in ("wide", "high")}
+    cases = {
+        "Emu3": (test_emu3, emu3, FULL, {"size": test_emu3.SIZES["high"]}, ((0, "high"), (1, "high"))),
+        "Emu3 in windows": (
+            test_emu3, emu3, COMPRESSED, {"sizes": [*test_emu3.SIZES.values()]}, ((0, "high"), (1, "wide")),
+        ),
+        "Lumina-mGPT in windows": (
+            test_lumina, lumina, COMPRESSED, {"sizes": [*test_lumina.SIZES.values()]},
+            ((1, "high"), (2, "wide")),
+        ),
+    }  # fmt: skip
+    jobs, wanted = [], {}
+    for name, (module, folder, section, sizes, requests) in cases.items():
+        found = [drawn(module, folder, section, *request) for request in requests]
+        wave = [{**asked, "at": n} for n, (asked, _) in enumerate(found)]
+        wanted[name] = [tokens for _, tokens in found]
+        config = {"kvcompress": {**section, **sizes, "window": 1 if section is FULL else 4}}
         args = {**ARGS, "model": str(folder), "additional_config": config}
-        jobs.append({"name": name, "waves": [wave], "args": args})
-    found = EngineProcess(tmp_path, V2, jobs).finish()
-    assert {one["runner"] for one in found.values()} == {"vllm.v1.worker.cpu.model_runner"}
-    assert {name: one["waves"][0] for name, one in found.items()} == wanted
+        preempt = [] if section is FULL else [5]
+        jobs.append({"name": name, "waves": [wave], "preempt": preempt, "args": args})
+    done = EngineProcess(tmp_path, V2, jobs).finish()
+    assert {one["runner"] for one in done.values()} == {"vllm.v1.worker.cpu.model_runner"}
+    assert {name: one["waves"][0] for name, one in done.items()} == wanted
+    assert all(done[name]["preempted"] for name in [*cases][1:]), "all blocks were lost once"

@@ -197,8 +197,10 @@ def test_a_picture_that_was_begun_goes_on(folder: Path) -> None:
 
 def test_what_is_not_a_prompt_of_this_server_is_refused_in_one_line(folder: Path) -> None:
     wide, high = (started(folder, size, preset="full") for size in SIZES)
-    with pytest.raises(VLLMValidationError, match="this model draws pictures and writes no text"):
+    with pytest.raises(VLLMValidationError, match=r"a size that this server does not draw: .*\(28x16\)"):
         wide.draw([high.prompt("a cat")], params(None, 3.0))
+    with pytest.raises(VLLMValidationError, match="this model draws pictures and writes no text"):
+        wide.draw([high.prompt("a cat")[:4]], params(None, 3.0))
     with pytest.raises(VLLMValidationError, match="negative_prompt_token_ids must end in the ids"):
         wide.draw([wide.prompt("a cat")], params(high.prompt("blurry"), 3.0))
     with pytest.raises(VLLMValidationError, match="prompt_logprobs is about words"):

@@ -8,10 +8,12 @@ import pytest
 import torch
 from dense_lumina import Chameleon, DenseLumina, full
 from inprocess import KERNELS, Engine, in_process  # noqa: F401
-from test_emu3 import Rules, check_company, check_compressed, joining
+from test_emu3 import Rules, check_company, check_compressed, joining, params
 
 from vllm_kvcompress.heads.calibrate import PROMPTS
+from vllm_kvcompress.models.aligned import RATIOS
 from vllm_kvcompress.models.lumina import model as lumina
+from vllm_kvcompress.models.lumina.family import trained_grid
 from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.testing.lumina import (
     LuminaGeometry,
@@ -138,6 +140,40 @@ def test_the_prompt_says_the_size_and_holds_nothing_else(folders: dict[str, Path
         assert family.negative_ids(tokenizer, engine.image, " ", 5) == [engine.image.pad] * 2 + begin
         spelled = engine.prompt("<racm3:break><reserved08799>")
         assert [one for one in spelled if one in (*begin, engine.image.eol)] == begin
+
+
+SIZES_OF_768 = "768x768 864x640 640x864 928x608 608x928 1024x576 576x1024"
+SIZES_OF_1024 = "1024x1024 1152x864 864x1152 1248x832 832x1248 1344x768 768x1344"
+
+
+@pytest.mark.parametrize(("side", "names"), [(768, SIZES_OF_768), (1024, SIZES_OF_1024)])
+def test_sizes_are_those_of_training(side: int, names: str) -> None:
+    """Of the usual ratios those crops that Lumina-mGPT's own script makes of such pictures."""
+    units = (side // 32) ** 2
+    wide, high, crops = units, 1, set()
+    while wide:  # data/item_processor.py, from the widest crop to the highest
+        crops.add((wide, high))
+        wide, high = (wide, high + 1) if (high + 1) * wide <= units else (wide - 1, high)
+    for (width, height), name in zip(RATIOS, names.split(), strict=True):
+        best = max((min(w / width, h / height) / max(w / width, h / height), w, h) for w, h in crops)
+        assert trained_grid(width, height, side // 32) == (2 * best[1], 2 * best[2])
+        assert name == f"{32 * best[1]}x{32 * best[2]}"
+
+
+def test_sizes_in_one_batch_are_those_of_servers_of_one(folders: dict[str, Path]) -> None:
+    """Compressed, in windows, prompts in chunks; a size's tokens are another size's, in another order."""
+    folder, asked, alone = folders["published"], [], []
+    for size in SIZES:
+        engine = started(folder, size, preset="line_ar", budget=0.5)
+        mine = [(ids, params(*rest)) for ids, *rest in asked_for("published", size)[1:4]]
+        alone += engine.draw([ids for ids, _ in mine], [setting for _, setting in mine])
+        asked += mine
+    section = {"sizes": [*SIZES.values()], "window": 4, "preset": "line_ar", "budget": 0.5}
+    several = Engine.get(
+        folder, "kvcompress", additional_config={"kvcompress": section}, max_model_len=256,
+        max_num_batched_tokens=48,
+    )  # fmt: skip
+    assert several.draw([ids for ids, _ in asked], [setting for _, setting in asked]) == alone
 
 
 def test_calibration_draws_what_users_do(folders: dict[str, Path]) -> None:

@@ -3,16 +3,18 @@
 Their codes, and the ends of their lines, are ids of the text's vocabulary, found by their strings.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_kvcompress.models.config import ImageModel, ModelSettings
+from vllm_kvcompress.models.config import ImageModel, ModelSettings, PictureSize
 from vllm_kvcompress.policy.raster import Raster
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))  # width to height, of usual sizes
 MOST_TOKENS = 32767  # of a picture: what a head rule can count
+LEAST_PROMPT = 64  # tokens that a size of the model's own list leaves for the prompt
 _RESOLVED = "kvcompress_resolved"
 
 
@@ -27,8 +29,10 @@ class AlignedLike:
     top_k: ClassVar[int]
     """Defaults where generation_config.json says none."""
 
-    def keep(self, hf_config: "PreTrainedConfig", **found: Any) -> None:
+    def keep(self, hf_config: "PreTrainedConfig", sizes: Sequence[PictureSize], **found: Any) -> None:
         """What ``ImageModel`` needs of the tokenizer goes with the configuration to every process."""
+        (raster, grid_ids), *more = sizes
+        found |= {"raster": raster, "grid_ids": grid_ids, "more_sizes": tuple(more)}
         setattr(hf_config, _RESOLVED, found)
 
     def describe(self, hf_config: "PreTrainedConfig", defaults: Mapping[str, Any]) -> ImageModel:
@@ -85,31 +89,41 @@ class Vocabulary:
         return first
 
 
-def raster_of_size(settings: ModelSettings, own: int, patch: int, unit: int) -> Raster:
-    """The token grid of the size that is set, by default a square; lines end in a token.
+def rasters_of(
+    settings: ModelSettings, usual: Sequence[tuple[int, int]], patch: int, unit: int
+) -> list[Raster]:
+    """The token grids that are served, the default first; lines end in a token.
 
     Parameters
     ----------
-    own : int
-        Side of the model's own pictures, in pixels.
+    usual : sequence of (int, int)
+        Columns and lines of the model's own sizes, for a server that is told none.
     patch, unit : int
         Pixels a token, and of what width and height must be multiples.
 
     Raises
     ------
     ValueError
-        One line: a size that the model can't draw.
+        One line: a size that is set and can't be drawn.
     """
-    width, height = settings.size or (own, own)
-    if width % unit or height % unit:
-        raise ValueError(
-            f"additional_config.kvcompress.size: {width}x{height} is no multiple of the model's {unit} "
-            f"pixels a {'token' if unit == patch else 'size token'}"
-        )
-    raster = Raster(height // patch, width // patch + 1, patch, ends=1)
-    if raster.tokens > MOST_TOKENS:
-        raise ValueError(
-            f"additional_config.kvcompress.size: {width}x{height} takes {raster.tokens} tokens, and a "
-            f"picture has at most {MOST_TOKENS}"
-        )
-    return raster
+    setting = f"additional_config.kvcompress.{'sizes' if settings.sizes else 'size'}"
+    for width, height in settings.named:
+        if width % unit or height % unit:
+            raise ValueError(
+                f"{setting}: {width}x{height} is no multiple of the model's {unit} pixels a "
+                f"{'token' if unit == patch else 'size token'}"
+            )
+    grids = [(width // patch, height // patch) for width, height in settings.named]
+    rasters = [Raster(lines, columns + 1, patch, ends=1) for columns, lines in grids or usual]
+    first = rasters[0]
+    if not grids:  # a long one that does not fit is left out; the default is refused in another place
+        context = min(settings.context or MOST_TOKENS, MOST_TOKENS)
+        most = max(first.tokens, context - LEAST_PROMPT)
+        rasters = [raster for raster in rasters if raster.tokens <= most]
+    for raster in rasters:
+        if raster.tokens > MOST_TOKENS:
+            raise ValueError(
+                f"{setting}: {raster.name} takes {raster.tokens} tokens, and a picture has at most "
+                f"{MOST_TOKENS}"
+            )
+    return rasters

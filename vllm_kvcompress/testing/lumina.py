@@ -19,7 +19,7 @@ from vllm_kvcompress.testing.weights import GAIN
 _CORPUS = ("Generate an image of 64x32 according to the following prompt:\n a portrait of a girl; blurry",)
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 _AFTER = ("<eoss>", "<racm3:break>", "<reserved08706>", "<reserved08799>")
-UNITS = 9  # size tokens: for none, up to 8 times 2 tokens
+UNITS = 17  # size tokens: for none, up to 16 times 2 tokens
 
 
 @dataclass(frozen=True)

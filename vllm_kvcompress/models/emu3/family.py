@@ -4,11 +4,11 @@ Sources: baaivision/Emu3, emu3/mllm/processing_emu3.py and image_generation.py; 
 """
 
 import re
-from math import isqrt
+from math import sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_kvcompress.models.aligned import AlignedLike, Vocabulary, raster_of_size
-from vllm_kvcompress.models.config import ImageModel, ModelSettings
+from vllm_kvcompress.models.aligned import RATIOS, AlignedLike, Vocabulary, rasters_of
+from vllm_kvcompress.models.config import ImageModel, ModelSettings, PictureSize
 from vllm_kvcompress.policy.raster import Raster
 
 if TYPE_CHECKING:
@@ -88,36 +88,50 @@ class Emu3Family(AlignedLike):
 
         return MoVQDecoder(hf_config.vq_config, raster, dtype)
 
-    def raster(self, hf_config: "PreTrainedConfig", settings: ModelSettings) -> Raster:
-        """The token grid of the size that is set, by default a square of Emu3's area."""
+    def rasters(self, hf_config: "PreTrainedConfig", settings: ModelSettings) -> list[Raster]:
+        """The token grids that are served, the default first: those that are set, or the usual ratios.
+
+        Raises ValueError, one line, for a size that is set and can't be drawn.
+        """
         patch = 2 ** (len(hf_config.vq_config.channel_multiplier) - 1)
-        return raster_of_size(settings, isqrt(AREA), patch, unit=patch)
+        usual = [usual_grid(*ratio, patch) for ratio in RATIOS]
+        return rasters_of(settings, usual, patch, unit=patch)
 
     def resolve(self, hf_config: "PreTrainedConfig", tokenizer: Any, settings: ModelSettings) -> None:
         """Find every id by its string, and the ids that say the grid and the default negative prompt."""
         vocabulary, codes = Vocabulary(hf_config, tokenizer), hf_config.vq_config.codebook_size
         first = vocabulary.first_code(codes, _CODE.format)
-        raster = self.raster(hf_config, settings)
-        grid = [*_encoded(tokenizer, f"{raster.lines}*{raster.columns}"), vocabulary[_IMG]]
-        begin = [vocabulary[_BOI], *grid]
+        sizes = [
+            PictureSize(raster, (*_encoded(tokenizer, f"{raster.lines}*{raster.columns}"), vocabulary[_IMG]))
+            for raster in self.rasters(hf_config, settings)
+        ]
+        begin = [vocabulary[_BOI], *sizes[0].grid_ids]
         words = _encoded(tokenizer, NEGATIVE) if settings.default_texts else []
         own = {"suffix": SUFFIX, "negative_text": NEGATIVE} if settings.default_texts else {}
         self.keep(
             hf_config,
-            raster=raster,
+            sizes,
             codes=codes,
             bos=vocabulary[_BOS],
             pad=vocabulary[_PAD],
             boi=vocabulary[_BOI],
             eol=vocabulary[_EOL],
             first_code=first,
-            grid_ids=tuple(grid),
             negative=(vocabulary[_BOS], *words, *begin),
             **own,
         )
 
     def prompt_ids(self, tokenizer: Any, model: ImageModel, text: str) -> list[int]:
         return [model.bos, *_encoded(tokenizer, text), *model.begin]
+
+
+def usual_grid(width: int, height: int, patch: int) -> tuple[int, int]:
+    """Columns and lines of a picture of Emu3's area in a ratio, rounded as Emu3's processor does.
+
+    (processing_emu3.py, ``calculate_generate_size``; halves go to the even number, as Python's do.)
+    """
+    side = sqrt(AREA / (width * height))
+    return round(width * side / patch), round(height * side / patch)
 
 
 def _encoded(tokenizer: Any, text: str) -> list[int]:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_kvcompress.models.aligned import AlignedLike, Vocabulary, raster_of_size
-from vllm_kvcompress.models.config import ImageModel, ModelSettings, head_size
+from vllm_kvcompress.models.aligned import RATIOS, AlignedLike, Vocabulary, rasters_of
+from vllm_kvcompress.models.config import ImageModel, ModelSettings, PictureSize, head_size
 from vllm_kvcompress.policy.raster import Raster
 
 if TYPE_CHECKING:
@@ -69,29 +69,35 @@ class LuminaFamily(AlignedLike):
 
         return TamingDecoder(hf_config.vq_config, raster, dtype)
 
-    def raster(self, hf_config: "PreTrainedConfig", settings: ModelSettings) -> Raster:
-        """The token grid of the size that is set, by default the square that it was trained for."""
+    def rasters(self, hf_config: "PreTrainedConfig", settings: ModelSettings) -> list[Raster]:
+        """The token grids that are served, the default first: those that are set, or some of its training's.
+
+        Raises ValueError, one line, for a size that is set and can't be drawn.
+        """
         patch = 2 ** (len(hf_config.vq_config.channel_multiplier) - 1)
-        return raster_of_size(settings, hf_config.size, patch, unit=UNIT * patch)
+        side = hf_config.size // (UNIT * patch)
+        usual = [trained_grid(*ratio, side) for ratio in RATIOS]
+        return rasters_of(settings, [*dict.fromkeys(usual)], patch, unit=UNIT * patch)
 
     def resolve(self, hf_config: "PreTrainedConfig", tokenizer: Any, settings: ModelSettings) -> None:
         """Find every id by its string, those that say the size among them."""
         vocabulary, codes = Vocabulary(hf_config, tokenizer), hf_config.vq_config.num_embeddings
-        raster = self.raster(hf_config, settings)
         boi, _ = vocabulary[BOI], vocabulary[SEPARATOR]  # the latter raises where there is none
         # The text says width, then height; these say height, then width.
-        size = [vocabulary[_size_token(tokens)] for tokens in (raster.lines, raster.columns)]
+        sizes = [
+            PictureSize(raster, tuple(vocabulary[_size_token(n)] for n in (raster.lines, raster.columns)))
+            for raster in self.rasters(hf_config, settings)
+        ]
         self.keep(
             hf_config,
-            raster=raster,
+            sizes,
             codes=codes,
             bos=vocabulary[BOS],
             pad=vocabulary[PAD],
             boi=boi,
             eol=vocabulary[EOL],
             first_code=vocabulary.first_code(codes, _code_names(vocabulary, codes)),
-            grid_ids=tuple(size),
-            negative=(boi, *size),
+            negative=(boi, *sizes[0].grid_ids),
         )
 
     def prompt_ids(self, tokenizer: Any, model: ImageModel, text: str) -> list[int]:
@@ -106,6 +112,27 @@ class LuminaFamily(AlignedLike):
         if not text.strip():
             return model.aligned(model.negative, length)
         return super().negative_ids(tokenizer, model, text, length)
+
+
+def trained_grid(width: int, height: int, side: int) -> tuple[int, int]:
+    """Columns and lines that pictures of a ratio had in training: of those with about ``side * side`` units.
+
+    (item_processor.py, ``generate_crop_size_list`` and ``var_center_crop``: of as many units as fit, and of
+    one column or line fewer, what is nearest to the ratio.)
+    """
+    most = side * side
+    crops = [
+        (wide, high)
+        for wide in range(1, most + 1)
+        for high in range(max(1, most // (wide + 1)), most // wide + 1)
+    ]
+
+    def fit(crop: tuple[int, int]) -> tuple[float, int]:
+        wide, high = crop[0] * height, crop[1] * width
+        return min(wide, high) / max(wide, high), crop[0] * crop[1]
+
+    columns, lines = max(crops, key=fit)
+    return UNIT * columns, UNIT * lines
 
 
 def _size_token(tokens: int) -> str:
