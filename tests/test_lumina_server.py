@@ -25,7 +25,7 @@ from vllm_kvcompress.testing.lumina import (
 from vllm_kvcompress.testing.server import Server
 
 GEOMETRY = LuminaGeometry()
-LINES, COLUMNS = 4, 8
+GRIDS = {"32x16": (4, 8), "16x24": (6, 4)}  # lines and codes a line, of 4 pixels each
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
     assert CliRunner().invoke(app, command).exit_code == 0
     args = (
         "--dtype", "float32", "--kv-cache-memory-bytes", str(2**26), "--enforce-eager",
-        "--additional-config", '{"kvcompress": {"size": "32x16"}}',
+        "--additional-config", '{"kvcompress": {"sizes": ["32x16", "16x24"]}}',
     )  # fmt: skip
     with (
         Server(root / "served", root / "log", args, name="lumina", start=preloaded.Popen) as server,
@@ -51,13 +51,14 @@ def http(served: tuple[httpx.Client, Path]) -> httpx.Client:
     return served[0]
 
 
-def branch(text: str | None) -> list[int]:
+def branch(text: str | None, size: str) -> list[int]:
     """A branch's prompt: of a text, or that of no text at all."""
     vocabulary = vocabulary_of(GEOMETRY.codes)
-    begin = [vocabulary[token] for token in ("<racm3:break>", "<reserved08802>", "<reserved08804>")]
+    units = [f"<reserved{8800 + tokens // 2:05d}>" for tokens in GRIDS[size]]
+    begin = [vocabulary[token] for token in ("<racm3:break>", *units)]
     if text is None:
         return begin
-    words = f"Generate an image of 32x16 according to the following prompt:\n{text}"
+    words = f"Generate an image of {size} according to the following prompt:\n{text}"
     ids = build_tokenizer(GEOMETRY.codes).encode(words).ids
     return [vocabulary["<s>"], *ids, vocabulary["<reserved08706>"], *begin]
 
@@ -69,27 +70,30 @@ def branch(text: str | None) -> list[int]:
         ({"negative_prompt": ""}, None, 4.0),
         ({"negative_prompt": "blurry", "guidance_scale": 2.5}, "blurry", 2.5),
         ({"guidance_scale": 1}, None, 1.0),
+        ({"size": "16x24", "negative_prompt": "blurry"}, "blurry", 4.0),
     ],
 )
 def test_a_greedy_picture_is_the_references(
     http: httpx.Client, fields: dict, negative: str | None, scale: float
 ) -> None:
-    """Its own guidance where a request says none; an empty negative prompt is none."""
+    """Its own guidance and size where a request says none; an empty negative prompt is none."""
     answer = asked(http, "a small cat", temperature=0, **fields)
     dense, vocabulary = DenseLumina(decoder_state(GEOMETRY), GEOMETRY.heads), vocabulary_of(GEOMETRY.codes)
-    ids, tokens = branch("a small cat"), LINES * (COLUMNS + 1)
-    drawn, lead = dense.draw((ids, branch(negative)), scale, (LINES, COLUMNS), vocabulary, full(tokens))
+    size = fields.get("size", "32x16")
+    (lines, columns), ids = GRIDS[size], branch("a small cat", size)
+    tokens = lines * (columns + 1)
+    drawn, lead = dense.draw((ids, branch(negative, size)), scale, GRIDS[size], vocabulary, full(tokens))
     assert lead > 1e-4, "no draw was a matter of rounding"
     first = vocabulary["IMGIMGAZ"]
-    codes = [n - first for place, n in enumerate(drawn) if place % (COLUMNS + 1) < COLUMNS]
-    wanted = DenseTaming(vq_state(GEOMETRY)).decode(torch.tensor([codes]), LINES)[0]
+    codes = [n - first for place, n in enumerate(drawn) if place % (columns + 1) < columns]
+    wanted = DenseTaming(vq_state(GEOMETRY)).decode(torch.tensor([codes]), lines)[0]
     wanted = ((wanted.clamp(-1, 1) + 1) / 2 * 255).permute(1, 2, 0)
     shown = pixels(answer["data"][0]["b64_json"])
-    assert shown.shape == (16, 32, 3)
+    assert shown.shape == (4 * lines, 4 * columns, 3)
     assert np.abs(shown - wanted.floor().numpy()).max() <= 1
     assert shown.std() > 20, "a picture, not a flat field"
     assert (answer["usage"]["input_tokens"], answer["usage"]["output_tokens"]) == (len(ids), tokens)
-    assert answer["size"] == "32x16"
+    assert answer["size"] == size
 
 
 def test_the_models_own_defaults(http: httpx.Client) -> None:
