@@ -146,6 +146,11 @@ def test_relatives_and_wrong_configurations_are_refused(sources: Sources, change
 def test_what_is_elsewhere_is_asked_for(sources: Sources) -> None:
     assert "--vq: no vqgan.ckpt in " in sources.refused(vq=None)
     assert "--tokenizer: no tokenizer.json or text_tokenizer.json in " in sources.refused(tokenizer=None)
+    empty = sources.model.parent / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text((sources.model / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="holds no safetensors files"):
+        convert(empty, sources.out, vq=sources.vq, tokenizer=sources.words)
     sources.model = sources.model.rename(sources.model.with_name("lumina"))
     assert "--size: neither the option nor the folder's name" in sources.refused()
     assert "--size: 30 is no multiple of 8 pixels" in sources.refused(size=30)
