@@ -208,6 +208,27 @@ def test_codes_must_follow_one_another(sources: Sources) -> None:
         sources.convert(overwrite=True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"text_config": None}, "text_config must be an object: convert the checkpoint again"),
+        ({"vq_config": [1]}, "vq_config must be an object"),
+        ({"size": "wide"}, "size must be a number from 1 to 16384, got 'wide'"),
+        (
+            {"qk_norm_shape": [3, 16]},
+            r"qk_norm_shape must be \[16\], or \[rows, 16\] with a divisor of 2 rows",
+        ),
+        ({"qk_norm_shape": None}, r"qk_norm_shape must be \[16\]"),
+    ],
+)
+def test_a_config_that_was_changed_is_refused(sources: Sources, changes: dict, said: str) -> None:
+    sources.convert()
+    config = json.loads((sources.out / "config.json").read_text())
+    FAMILY.check(LuminaConfig(**config))
+    with pytest.raises(ValueError, match=said):
+        FAMILY.check(LuminaConfig(**{**config, **changes}))
+
+
 def test_the_command(sources: Sources) -> None:
     """Finds the family by the files; the VQ model may be safetensors, in a folder, of either spelling."""
     folder = sources.vq.parent / "vq"
