@@ -43,13 +43,15 @@ def main(
     )
     image = image_model(llm.model_config)
     try:
-        ids = family_of(llm.model_config.hf_config).prompt_ids(llm.get_tokenizer(), image, prompt)
+        ids = family_of(llm.model_config.hf_config).prompt_ids(
+            llm.get_tokenizer(), image, prompt + image.suffix
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="prompt") from None
     scale = image.guidance_scale if guidance_scale is None else guidance_scale
     params = SamplingParams(seed=seed, top_k=image.top_k, extra_args={"guidance_scale": scale})
     drawn = llm.generate({"prompt_token_ids": ids}, params)[0].outputs[0].token_ids
-    codes = [image.code(token) for token in drawn]
+    codes = [image.code(token) for token in image.raster.cells(drawn)]  # ends of lines are no codes
     width, height, pixels = llm.collective_rpc("kvcompress_decode_image", args=(codes,))[0]
     output.parent.mkdir(parents=True, exist_ok=True)
     Image.frombytes("RGB", (width, height), pixels).save(output)

@@ -146,6 +146,11 @@ def test_relatives_and_wrong_configurations_are_refused(sources: Sources, change
 def test_what_is_elsewhere_is_asked_for(sources: Sources) -> None:
     assert "--vq: no vqgan.ckpt in " in sources.refused(vq=None)
     assert "--tokenizer: no tokenizer.json or text_tokenizer.json in " in sources.refused(tokenizer=None)
+    empty = sources.model.parent / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text((sources.model / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="holds no safetensors files"):
+        convert(empty, sources.out, vq=sources.vq, tokenizer=sources.words)
     sources.model = sources.model.rename(sources.model.with_name("lumina"))
     assert "--size: neither the option nor the folder's name" in sources.refused()
     assert "--size: 30 is no multiple of 8 pixels" in sources.refused(size=30)
@@ -201,6 +206,27 @@ def test_codes_must_follow_one_another(sources: Sources) -> None:
     path.write_text(other)
     with pytest.raises(CheckpointError, match="the tokenizer gives IMGIMGHZ another id than"):
         sources.convert(overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"text_config": None}, "text_config must be an object: convert the checkpoint again"),
+        ({"vq_config": [1]}, "vq_config must be an object"),
+        ({"size": "wide"}, "size must be a number from 1 to 16384, got 'wide'"),
+        (
+            {"qk_norm_shape": [3, 16]},
+            r"qk_norm_shape must be \[16\], or \[rows, 16\] with a divisor of 2 rows",
+        ),
+        ({"qk_norm_shape": None}, r"qk_norm_shape must be \[16\]"),
+    ],
+)
+def test_a_config_that_was_changed_is_refused(sources: Sources, changes: dict, said: str) -> None:
+    sources.convert()
+    config = json.loads((sources.out / "config.json").read_text())
+    FAMILY.check(LuminaConfig(**config))
+    with pytest.raises(ValueError, match=said):
+        FAMILY.check(LuminaConfig(**{**config, **changes}))
 
 
 def test_the_command(sources: Sources) -> None:

@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 
@@ -104,12 +104,14 @@ class BranchedImageModel(nn.Module):
         self.image_embedding = VocabParallelEmbedding(self.image.codes, hidden_size)
 
     def _make_heads(self, text: Any, prefix: str) -> None:
-        """``gen_head`` and what else makes logits. ``text`` is the decoder's configuration."""
-        raise NotImplementedError
+        """``gen_head`` and what else makes logits: a row a code. ``text`` is the decoder's configuration."""
+        self.gen_head = ParallelLMHead(
+            self.image.codes, text.hidden_size, prefix=maybe_prefix(prefix, "gen_head")
+        )
 
     def _code_logits(self, hidden: Tensor) -> Tensor:
         """``[n, hidden]`` -> ``[n, codes]``."""
-        raise NotImplementedError
+        return self.image_logits(self.gen_head, hidden)
 
     def _text_logits(self, hidden: Tensor) -> Tensor:
         """``[n, hidden]`` of rows that want text -> ``[n, text_vocab]``; not asked in a model of pictures."""

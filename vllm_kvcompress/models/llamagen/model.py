@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_kvcompress.models.branched import BranchedImageModel
 from vllm_kvcompress.models.branched_llama import BranchedAttention, BranchedLayer, BranchedLlama
@@ -92,11 +90,3 @@ class LlamaGenForImageGeneration(BranchedImageModel):
     """Class-conditional LlamaGen; ``embed_tokens`` holds the classes, ``image_embedding`` the codes."""
 
     decoder = GridLlama
-
-    def _make_heads(self, text: Any, prefix: str) -> None:
-        self.gen_head = ParallelLMHead(
-            self.image.codes, text.hidden_size, prefix=maybe_prefix(prefix, "gen_head")
-        )
-
-    def _code_logits(self, hidden: Tensor) -> Tensor:
-        return self.image_logits(self.gen_head, hidden)

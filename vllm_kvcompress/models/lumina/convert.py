@@ -92,6 +92,8 @@ def convert(
         return False
     published = _published(source)
     shards = list(weight_files(source))
+    if not shards:
+        raise CheckpointError(f"{source} holds no safetensors files: download Lumina-mGPT's again")
     shapes = [named for shard in shards for named in header(shard)]
     _check_kind(source, published, shapes)
     vq = _found(vq or source, VQ_FILES if vq else VQ_FILES[:1], "--vq", _NO_VQ)
