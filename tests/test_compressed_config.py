@@ -192,6 +192,13 @@ def test_the_defaults_pass(preset: str) -> None:
         check_conflicts(vllm_config({"preset": preset}, cache_config__cache_dtype=dtype), [GRID])
 
 
+def test_a_budget_that_is_too_small_for_one_of_several_sizes_names_it() -> None:
+    small = {"preset": "line_ar", "budget": 0.05}
+    check_conflicts(vllm_config(small), [Raster(24, 24, 16)])
+    with pytest.raises(ValueError, match=r"^budget: .* at least 0.1\d*, of pictures of 960x160$"):
+        check_conflicts(vllm_config(small), [Raster(24, 24, 16), Raster(10, 60, 16)])
+
+
 def test_gpus_without_e4m3_take_no_8_bit_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     platform = "vllm_kvcompress.models.vllm_config.current_platform"
     monkeypatch.setattr(f"{platform}.is_cuda", lambda: True)

@@ -40,14 +40,13 @@ def drawn_in_prompt(prompt_ids: list[int], model: ImageModel) -> int | None:
     """
     end, start = len(prompt_ids), model.prefix_length(prompt_ids)
     size = model.size_of(prompt_ids, start)
-    begun = size is not None
-    if model.classes and not begun:
+    if model.classes and size is None:
         raise _refuse(
             "prompt",
             "this model draws pictures of classes and writes no text: the prompt must be one class, by exact "
             f"name or by its id, 0 to {model.classes - 1}",
         )
-    if (start < end and not begun) or any(map(model.is_drawn, prompt_ids[:start])):
+    if (start < end and size is None) or any(map(model.is_drawn, prompt_ids[:start])):
         raise _refuse(
             "prompt",
             f"image tokens must follow begin-of-image (id {model.boi}) without a gap, at the prompt's end",

@@ -119,12 +119,13 @@ class Footprint:
         return self.full / self.resident
 
 
-def footprint(layout: CacheLayout, prefix: int) -> Footprint:
-    """Bytes of a picture with ``prefix`` prompt tokens."""
-    slots = [rule.capacity for rule in layout.rules]
+def footprint(layout: CacheLayout, prefix: int, size: int = 0) -> Footprint:
+    """Bytes of a picture with ``prefix`` prompt tokens, of one of the model's sizes."""
+    rules = (layout.rules, *layout.others)[size]
+    slots = [rule.capacity for rule in rules]
     resident = picture_bytes(layout.counts, slots, layout.paging.tokens, layout.weights, prefix)
     heads = layout.layers * BRANCHES * layout.kv_heads
-    full = (prefix + layout.rules[0].image) * heads * 2 * layout.head_size * layout.dtype.itemsize
+    full = (prefix + rules[0].image) * heads * 2 * layout.head_size * layout.dtype.itemsize
     return Footprint(resident, full)
 
 

@@ -65,7 +65,10 @@ def describe(layout: CacheLayout) -> str:
     types = "; ".join(f"{rule.name}: {layout.total(kind)} heads" for kind, rule in enumerate(layout.rules))
     pages = ", ".join(map(str, layout.paging.tokens))
     size = footprint(layout, TYPICAL_PREFIX)
+    sizes = [footprint(layout, TYPICAL_PREFIX, n).resident / 2**20 for n in range(1 + len(layout.others))]
+    spread = f" (of other sizes {min(sizes[1:]):.2f} to {max(sizes[1:]):.2f})" if layout.others else ""
     return (
         f"{types}; tokens a page {pages}; page waste {layout.paging.waste:.1%}; KV of a picture with a "
         f"{TYPICAL_PREFIX}-token prompt {size.resident / 2**20:.2f} MiB instead of {size.full / 2**20:.2f}"
+        f"{spread}"
     )

@@ -60,7 +60,8 @@ def _scaled(
             slots[kind], over = slots[kind] - cut, over - cut * counts[kind]
     if over > 1e-6:
         raise ValueError(
-            f"budget: {share:.3g} of a picture of {image} tokens leaves the heads no line of {line}; raise it"
+            f"budget: {share:.3g} of a picture of {raster.name}, {image} tokens, leaves the heads no line of "
+            f"{line}; raise it, or leave that size out"
         )
     return tuple(_on(rule, kept, *ends, raster) for rule, kept, ends in zip(rules, slots, fixed, strict=True))
 

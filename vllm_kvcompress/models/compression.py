@@ -62,10 +62,8 @@ def plan_cache(vllm_config: "VllmConfig", model: "BranchedImageModel") -> tuple[
         return profile_of(config, vllm_config, model)
 
     assignment = assign(config, model.image.raster, shape, dtype, profile, ranks.number)
-    own, mine = (
-        replace(shape, kv_heads=shape.kv_heads // ranks.number),
-        assignment.of_rank(ranks.mine, ranks.number),
-    )
+    own = replace(shape, kv_heads=shape.kv_heads // ranks.number)
+    mine = assignment.of_rank(ranks.mine, ranks.number)
     others = tuple(
         resized(mine.rules, mine.counts, config.policy, mine.mean_slots, raster)
         for raster in model.image.rasters[1:]

@@ -149,7 +149,11 @@ def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> Non
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     config = parse_config(vllm_config.additional_config)
     for raster in rasters:
-        config.policy.check(raster)
+        try:
+            config.policy.check(raster)
+        except ValueError as error:
+            of_which = f", of pictures of {raster.name}" if len(rasters) > 1 else ""
+            raise ValueError(f"{error}{of_which}") from None
     if config.head_profile != AUTO and config.policy.types in ("profile", "fitted"):
         from vllm_kvcompress.heads.profile import HeadProfile  # where such a model is served, not before
 

@@ -211,8 +211,9 @@ async function waitFor(server) {
 function remember(asked, b64) {
   const image = new Image();
   image.onload = () => {
-    const canvas = make("canvas", { width: 96, height: 96 });
-    canvas.getContext("2d").drawImage(image, 0, 0, 96, 96);
+    const scale = 96 / Math.max(image.width, image.height);
+    const canvas = make("canvas", { width: scale * image.width, height: scale * image.height });
+    canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
     const entry = { ...asked, thumb: canvas.toDataURL("image/jpeg", 0.8) };
     keep(localStorage, HISTORY, [entry, ...stored(localStorage, HISTORY, [])].slice(0, MOST));
     listHistory();
