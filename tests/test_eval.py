@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,10 +163,9 @@ def in_this_process(model: Path, folder: Path, *more: str) -> Result:
     return CliRunner().invoke(app, arguments(model, folder, *more))
 
 
-def evaluate(model: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def evaluate(model: Path, folder: Path, *more: str) -> "subprocess.CompletedProcess[str]":
     command = [str(Path(sys.executable).parent / "vllm-kvcompress"), *arguments(model, folder, *more)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+    return preloaded.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,14 @@ Nobody is left hanging, what was drawn is answered, and the exit status says whe
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import preloaded
 import psutil
 import pytest
 from crowd import MIXED, Crowd, Told, ask
@@ -30,9 +33,9 @@ def start(
     """A server on a cache directory that all of this module share: one calibration."""
     folder = tmp_path_factory.mktemp("ends")
 
-    def server(name: str, *args: str) -> Server:
+    def server(name: str, *args: str, start: Callable[..., Any] = preloaded.Popen) -> Server:
         env = {"VLLM_CACHE_ROOT": own_cache}
-        return Server(checkpoints["gqa-hf"], folder / f"{name}.log", (*ARGS, *args), env=env)
+        return Server(checkpoints["gqa-hf"], folder / f"{name}.log", (*ARGS, *args), env=env, start=start)
 
     return server
 
@@ -63,7 +66,7 @@ def exit_status(server: Server) -> int:
 
 
 def test_a_drain_finishes_and_answers_every_picture(start: Callable[..., Server]) -> None:
-    server = start("drain", "--shutdown-timeout", "60")
+    server = start("drain", "--shutdown-timeout", "60", start=subprocess.Popen)  # all as a user starts it
     with crowded(server) as (crowd, before, process):
         os.kill(process.pid, signal.SIGTERM)
         time.sleep(0.3)
