@@ -127,13 +127,19 @@ def test_a_stream_of_another_size_shows_its_own_lines(http: httpx.Client) -> Non
     """Beside pictures of the other sizes."""
     with ThreadPoolExecutor(3) as pool:
         others = [pool.submit(picture, http, "a dog", seed=5, size=size) for size in ("28x16", "20x20")]
-        *partial, last = streamed(http, "a dog", seed=5, size="12x24", partial_lines=1)
+        *partial, last = streamed(http, "a dog", seed=5, size="12x24", partial_lines=1, kept=True)
         shapes = [other.result().shape for other in others]
     assert (last["type"], last["size"]) == ("image_generation.completed", "12x24")
     assert (pixels(last["b64_json"]) == picture(http, "a dog", seed=5, size="12x24")).all()
     assert partial
     assert {(event["size"], pixels(event["b64_json"]).shape) for event in partial} == {("12x24", (24, 12, 3))}
     assert shapes == [(16, 28, 3), (20, 20, 3)]
+    kept = [event["kept"] for event in partial if "kept" in event]
+    assert kept
+    assert {(one["lines"], one["columns"], len(one["types"][0]["percent"])) for one in kept} == {(6, 3, 18)}
+    assert all(set(one["types"][0]["percent"][: one["drawn"]]) == {100} for one in kept), (
+        "it keeps everything"
+    )
 
 
 def test_a_prompt_in_tokens_says_its_size(served: tuple[httpx.Client, Path, Path]) -> None:
