@@ -113,7 +113,7 @@ def test_compressed_pictures_equal_the_reference(
 
 @pytest.mark.parametrize("default_texts", [True, False])
 def test_replays_give_what_drawing_gave(folder: Path, default_texts: bool) -> None:
-    """Known pictures, prompts shorter and longer than the model's negative one: the likelihoods of drawing."""
+    """Prompts shorter and longer than the model's negative one: the likelihoods of drawing."""
     section = {"preset": "line_ar", "budget": 0.5, "kernels": "cpu", "default_texts": default_texts}
     engine = started(folder, "wide", **section)
     image = engine.image
