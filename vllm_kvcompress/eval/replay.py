@@ -115,9 +115,10 @@ class FullReplay:
         at = torch.arange(q.shape[2], device=q.device)
         causal, itself = at[:, None] >= at, at[:, None] == at
         parts = []
-        for begin, *branch in zip(self.begins.T, *(x.chunk(BRANCHES, 1) for x in (q, k, v)), strict=True):
+        branches = zip(*(x.chunk(BRANCHES, 1) for x in (q, k, v)), strict=True)
+        for begin, (q, k, v) in zip(self.begins.T, branches, strict=True):
             seen = (causal & (at >= begin[:, None, None]) | itself)[:, None]
-            parts.append(scaled_dot_product_attention(*branch, seen, scale=scale, enable_gqa=True))
+            parts.append(scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True))
         return torch.cat(parts, 1).transpose(1, 2)
 
 
