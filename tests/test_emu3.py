@@ -134,7 +134,11 @@ def check_compressed(
 def test_replays_give_what_drawing_gave(folder: Path, default_texts: bool) -> None:
     """Prompts shorter and longer than the model's negative one: the likelihoods of drawing."""
     section = {"preset": "line_ar", "budget": 0.5, "kernels": "cpu", "default_texts": default_texts}
-    engine = started(folder, "wide", **section)
+    check_replays(started(folder, "wide", **section), section)
+
+
+def check_replays(engine: Engine, section: dict[str, Any]) -> None:
+    """That two pictures have the likelihoods of drawing when replayed; ``section`` is the engine's."""
     image = engine.image
     asked = [
         image.aligned(engine.prompt(text), len(image.negative)) for text in ("a cat", "a bird on a tree")
@@ -155,7 +159,7 @@ def test_replays_give_what_drawing_gave(folder: Path, default_texts: bool) -> No
         "paged": Trial(section),
         "torch": Trial(section | {"kernels": "torch"}),
         "dense": Trial(section, score="sum"),
-        "full": Trial({"preset": "full", "default_texts": default_texts}),
+        "full": Trial({"preset": "full", "default_texts": section.get("default_texts", True)}),
     }
     [(_, found)] = replay_batches(engine.llm, scenes, trials, 3.0, batch=2)
     for name in ("paged", "torch", "dense"):

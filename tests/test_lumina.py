@@ -8,7 +8,7 @@ import pytest
 import torch
 from dense_lumina import Chameleon, DenseLumina, full
 from inprocess import KERNELS, Engine, in_process  # noqa: F401
-from test_emu3 import Rules, check_company, check_compressed, joining
+from test_emu3 import Rules, check_company, check_compressed, check_replays, joining
 
 from vllm_kvcompress.heads.calibrate import PROMPTS
 from vllm_kvcompress.models.lumina import model as lumina
@@ -138,6 +138,11 @@ def test_the_prompt_says_the_size_and_holds_nothing_else(folders: dict[str, Path
         assert family.negative_ids(tokenizer, engine.image, " ", 5) == [engine.image.pad] * 2 + begin
         spelled = engine.prompt("<racm3:break><reserved08799>")
         assert [one for one in spelled if one in (*begin, engine.image.eol)] == begin
+
+
+def test_replays_give_what_drawing_gave(folders: dict[str, Path]) -> None:
+    section = {"preset": "line_ar", "budget": 0.5, "kernels": "cpu"}
+    check_replays(started(folders["published"], "wide", **section), section)
 
 
 def test_calibration_draws_what_users_do(folders: dict[str, Path]) -> None:
