@@ -8,7 +8,7 @@ import pytest
 import torch
 from dense_lumina import Chameleon, DenseLumina, full
 from inprocess import KERNELS, Engine, in_process  # noqa: F401
-from test_emu3 import Rules, check_company, check_compressed, joining, params
+from test_emu3 import Rules, check_company, check_compressed, check_replays, joining, params
 
 from vllm_kvcompress.heads.calibrate import PROMPTS
 from vllm_kvcompress.models.aligned import RATIOS
@@ -174,6 +174,11 @@ def test_sizes_in_one_batch_are_those_of_servers_of_one(folders: dict[str, Path]
         max_num_batched_tokens=48,
     )  # fmt: skip
     assert several.draw([ids for ids, _ in asked], [setting for _, setting in asked]) == alone
+
+
+def test_replays_give_what_drawing_gave(folders: dict[str, Path]) -> None:
+    section = {"preset": "line_ar", "budget": 0.5, "kernels": "cpu"}
+    check_replays(started(folders["published"], "wide", **section), section)
 
 
 def test_calibration_draws_what_users_do(folders: dict[str, Path]) -> None:

@@ -332,6 +332,14 @@ class ImageModel:
         codes = logits[:, self.first_code : self.first_code + self.codes]
         return torch.cat([codes, logits[:, self.eol, None]], -1) if self.eol >= 0 else codes
 
+    def tokens(self, codes: Sequence[int]) -> list[int]:
+        """The ids of a picture, ends of lines in their places, from its codes in raster order."""
+        ids, columns = [self.first_code + code for code in codes], self.raster.columns
+        if self.eol < 0:
+            return ids
+        lines = [ids[at : at + columns] for at in range(0, len(ids), columns)]
+        return [one for line in lines for one in (*line, self.eol)]
+
     def ends(self, tokens: Tensor, width: Tensor | int) -> Tensor:
         """Which tokens of pictures, counted from 0, are ends of lines; negative ones never are.
 
