@@ -1,21 +1,28 @@
 """``vllm serve --data-parallel-size 2 --api-server-count 2``: two engines draw, one decodes a picture."""
 
+import os
 import re
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import openai
 import preloaded
 import pytest
+from crowd import MIXED, Crowd, ask
 from test_compressed_server import ARGS, TOKENS, draw, metric
 
+from vllm_kvcompress.serving.drain import SHUTTING_DOWN
 from vllm_kvcompress.serving.one_engine import OneEngine
 from vllm_kvcompress.testing.server import Server
 
-PARALLEL = ("--data-parallel-size", "2", "--api-server-count", "2")
+PARALLEL = ("--data-parallel-size", "2", "--api-server-count", "2", "--shutdown-timeout", "100")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +70,41 @@ def test_metrics_say_which_engine_drew(server: Server, answers: list[openai.type
         (answer.usage.model_extra or {})["kv_cache"]["resident_bytes"] for answer in answers if answer.usage
     )
     assert metric(server, "image_kv_resident_bytes_total", model_name="janus") == held
+
+
+def test_a_drain_of_all_processes_answers_everybody(server: Server) -> None:
+    """The last of those that ask the server."""
+    before = Crowd(server.url, MIXED).wait()
+    assert all(told.whole for told in before)
+    assert server.process is not None
+    sent = Event()
+    writes = ThreadPoolExecutor(1).submit(text, server, sent)
+    assert sent.wait(60)
+    crowd = Crowd(server.url, MIXED)
+    crowd.wait_sent()
+    time.sleep(0.5)  # taken in by the one or the other
+    os.kill(server.process.pid, signal.SIGTERM)
+    time.sleep(0.3)
+    late = ask(server.url, seed=1)
+    assert (late.status, late.error) == (503, SHUTTING_DOWN)
+    told = crowd.wait()
+    assert [one.pictures for one in told] == [one.pictures for one in before]
+    assert all(one.whole for one in told)
+    assert writes.result() == WORDS
+    assert server.process.wait(60) == 0
+
+
+WORDS = 60
+
+
+def text(server: Server, sent: Event) -> int:
+    """Tokens that a completion was answered with; ``sent`` is set once it was asked for."""
+    asked = {"model": "janus", "prompt": "a bird", "max_tokens": WORDS, "ignore_eos": True}
+    told = {"trace": lambda event, _: event.endswith("send_request_body.complete") and sent.set()}
+    with httpx.Client(timeout=60) as client:
+        answer = client.post(f"{server.url}/v1/completions", json=asked, extensions=told).json()
+    assert "usage" in answer, answer
+    return int(answer["usage"]["completion_tokens"])
 
 
 async def test_calls_take_turns_among_engines() -> None:

@@ -34,7 +34,8 @@ def start(
     folder = tmp_path_factory.mktemp("ends")
 
     def server(name: str, *args: str, start: Callable[..., Any] = preloaded.Popen) -> Server:
-        env = {"VLLM_CACHE_ROOT": own_cache}
+        # One thread for the engine and for the front end, which draws pixels after it: the same roundings.
+        env = {"VLLM_CACHE_ROOT": own_cache, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         return Server(checkpoints["gqa-hf"], folder / f"{name}.log", (*ARGS, *args), env=env, start=start)
 
     return server

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from side_by_side.child import FIT
-from side_by_side.contenders import OURS, STOCK, TRANSFORMERS
+from side_by_side.contenders import LONG, OURS, STOCK, TRANSFORMERS
 from side_by_side.summary import (
     Figure,
     Samples,
@@ -54,4 +54,15 @@ BARS = (
         "bars", "16", growth, None, 1.05, at_least=False,
     ),
     Bar("the same for the stock full cache (grows)", "bars", "16", growth, None, 1.05, contender=STOCK),
+    *(
+        Bar(f"image tokens/s over the stock full cache's, {batch} {of}, budget 1/8",
+            group, batch, tokens_per_second, STOCK, aim, contender=LONG)
+        for group, of in (("long", "of Lumina-mGPT-1024's"), ("longer", "of Emu3's"))
+        for batch, aim in (("4", 2.0), ("1", 1.5))
+    ),
+    *(
+        Bar(f"last line's step over the first line's past the budget, 4 {of}",
+            group, "4", growth, None, 1.05, at_least=False, contender=LONG)
+        for group, of in (("long", "of Lumina-mGPT-1024's"), ("longer", "of Emu3's"))
+    ),
 )  # fmt: skip

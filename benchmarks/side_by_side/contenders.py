@@ -44,6 +44,8 @@ CONTENDERS = {
         Contender(TRANSFORMERS),
         Contender(STOCK),
         *(_compressed(preset, budget) for budget in BUDGETS for preset in PRESETS),
+        _compressed("fitted", Fraction(1, 8)),
     )
 }
 OURS = "decoupled 1/6"  # the one that the bars are about
+LONG = "fitted 1/8"  # of pictures of thousands of tokens

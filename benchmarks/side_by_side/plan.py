@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from side_by_side.child import FIT
-from side_by_side.contenders import CONTENDERS, OURS, PRESETS, STOCK, TRANSFORMERS
-from side_by_side.workloads import Workload, janus, long_image, shapes, tiny
+from side_by_side.contenders import CONTENDERS, LONG, OURS, PRESETS, STOCK, TRANSFORMERS
+from side_by_side.workloads import Workload, emu3, janus, lumina_1024, shapes, tiny
 
 MODES = ("quick", "full", "tiny", "tiny-more")
 
@@ -87,7 +87,7 @@ class HttpGroup:
     loads: tuple[float, ...] = (0.7,)
 
 
-_ALL = tuple(CONTENDERS)
+_ALL = tuple(name for name in CONTENDERS if name != LONG)
 _SIXTHS = tuple(f"{preset} 1/6" for preset in PRESETS)
 _MAIN = (TRANSFORMERS, STOCK, OURS)
 _TYPES = tuple(f"{preset} {budget}" for budget in ("1/5", "1/6") for preset in ("decoupled", "fitted"))
@@ -108,13 +108,8 @@ def groups(mode: str) -> list[Group | HttpGroup]:
                 "http", shapes("shapes-http", ()), (STOCK, "decoupled 1/5", OURS), 3, 96, 8, (0.5, 0.7, 0.9)
             ),
             HttpGroup("http-1b", janus("janus-1b-http", 24, ()), (STOCK, OURS), 1, 24, 8, (0.7,)),
-            Group(
-                "long",
-                long_image("long", 12, (0, 6, 12, 24, 36, 48, 63)),
-                (STOCK, OURS, "line_ar 1/6"),
-                (4,),
-                3,
-            ),
+            Group("long", lumina_1024("long", 4, (0, 6, 11, 24, 36, 48, 63)), (STOCK, LONG), (1, 4), 3),
+            Group("longer", emu3("longer", 4, (0, 8, 15, 34, 51, 68, 89)), (STOCK, LONG), (1, 4), 3),
             Group("types", janus("janus-1b-types", 24, (0, 4, 12, 23)), _TYPES, (16,), 5),
             Group("presets", janus("janus-1b", 24, (0, 4, 12, 23)), _OTHERS, (1, 4, 16), 3),
             Group("presets-64", janus("janus-1b-64", 12, (0, 4, 23)), _OTHERS, (64,), 3),
@@ -127,7 +122,8 @@ def groups(mode: str) -> list[Group | HttpGroup]:
             Group("bars", model, _MAIN, (1, 4, 16, 64), 3, lines=((64, (0, 4, 23)),)),
             Group("memory", janus("janus-1b-memory", 6, (0, 4, 23), 8), (STOCK, OURS), (FIT,), 3, 64),
             HttpGroup("http", shapes("shapes-http", ()), (STOCK, OURS), 2, 32),
-            Group("long", long_image("long", 4, (0, 11, 32, 63)), (STOCK, OURS), (4,), 2),
+            Group("long", lumina_1024("long", 2, (0, 11, 32, 63)), (STOCK, LONG), (1, 4), 2),
+            Group("longer", emu3("longer", 2, (0, 15, 45, 89)), (STOCK, LONG), (1, 4), 1),
             Group(
                 "types",
                 janus("janus-1b-types", 6, (0, 4, 12, 23)),

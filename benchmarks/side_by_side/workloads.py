@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -142,10 +142,7 @@ class Workload:
         if self.lines == self.width:
             yield
         else:
-            with (
-                mock.patch("vllm_kvcompress.models.janus_family.raster_of", raster),
-                mock.patch("vllm_kvcompress.models.vllm_config.raster_of", raster),
-            ):
+            with mock.patch("vllm_kvcompress.models.janus_family.raster_of", raster):
                 yield
 
 
@@ -176,10 +173,24 @@ def janus(name: str, layers: int, sampled: tuple[int, ...], memory_images: int =
     return Workload(name, title, janus_pro_1b(layers), 24, 24, 16, 128, layers, sampled, memory_images)
 
 
-def long_image(name: str, layers: int, sampled: tuple[int, ...]) -> Workload:
-    """Janus-Pro-1B's layers drawing Lumina-mGPT-1024's grid: 64 lines of 64 tokens and an end of line."""
-    title = f"Janus-Pro-1B, {layers} of 24 layers, 64 x 65 tokens as Lumina-mGPT-1024"
-    return Workload(name, title, janus_pro_1b(layers), 64, 65, 16, 128, layers, sampled)
+def lumina_1024(name: str, layers: int, sampled: tuple[int, ...]) -> Workload:
+    """Lumina-mGPT-1024's layers (7B) and grid: 64 lines of 64 tokens and an end of line."""
+    title = f"Lumina-mGPT-1024's geometry, {layers} of 32 layers, 64 x 65 tokens"
+    geometry = replace(
+        janus_pro_1b(layers), hidden=4096, heads=32, kv_heads=32, intermediate=11008, codebook=8192,
+        text_vocab=16384, lines=64, max_positions=4608,
+    )  # fmt: skip
+    return Workload(name, title, geometry, 64, 65, 32, 128, layers, sampled)
+
+
+def emu3(name: str, layers: int, sampled: tuple[int, ...]) -> Workload:
+    """Emu3-Gen's layers (8B, four query heads a KV head) and grid: 90 lines of 90 tokens and a line end."""
+    title = f"Emu3's geometry, {layers} of 32 layers, 90 x 91 tokens"
+    geometry = replace(
+        janus_pro_1b(layers), hidden=4096, heads=32, kv_heads=8, intermediate=14336, codebook=32768,
+        text_vocab=16384, lines=90, max_positions=9216,
+    )  # fmt: skip
+    return Workload(name, title, geometry, 90, 91, 8, 128, layers, sampled)
 
 
 def shapes(name: str, sampled: tuple[int, ...]) -> Workload:

@@ -22,6 +22,7 @@ from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.rows import GUIDANCE_SCALE, NEGATIVE_IDS
 from vllm_kvcompress.serving.alive import unless_dead
 from vllm_kvcompress.serving.decoder import Decoder
+from vllm_kvcompress.serving.drain import SHUTTING_DOWN
 from vllm_kvcompress.serving.encode import encode_base64
 from vllm_kvcompress.serving.kept import KeptReader
 from vllm_kvcompress.serving.protocol import MAX_SEED, BadParameter, ImageRequest, Kept
@@ -234,7 +235,7 @@ class Painter:
         if output is None or not output.finished or len(tokens) != raster.tokens:
             reason = output.outputs[0].finish_reason if output is not None else None
             if reason == "abort":  # nobody else than the engine itself aborts what is still waited for
-                raise RetryableRequestError("the server is shutting down: ask again, or another server")
+                raise RetryableRequestError(SHUTTING_DOWN)
             raise GenerationError(
                 f"the picture ended after {len(tokens)} of {raster.tokens} tokens (finish reason {reason})"
             )
