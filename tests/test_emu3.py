@@ -17,6 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 from vllm_kvcompress.cli import app
+from vllm_kvcompress.eval.likelihood import Trial, replay_batches
 from vllm_kvcompress.heads.calibrate import measure
 from vllm_kvcompress.heads.curves import candidate_types
 from vllm_kvcompress.models.compression import subject_of
@@ -108,6 +109,40 @@ def test_compressed_pictures_equal_the_reference(
     assert drawn != whole, "what was evicted mattered"
     reports = [out.kv_transfer_params[REPORT] for out in outputs]
     assert all(report["evicted_spatial"] + report["evicted_semantic"] > 0 for report in reports)
+
+
+@pytest.mark.parametrize("default_texts", [True, False])
+def test_replays_give_what_drawing_gave(folder: Path, default_texts: bool) -> None:
+    """Prompts shorter and longer than the model's negative one: the likelihoods of drawing."""
+    section = {"preset": "line_ar", "budget": 0.5, "kernels": "cpu", "default_texts": default_texts}
+    engine = started(folder, "wide", **section)
+    image = engine.image
+    asked = [
+        image.aligned(engine.prompt(text), len(image.negative)) for text in ("a cat", "a bird on a tree")
+    ]
+    one = [
+        SamplingParams(temperature=1.0, seed=n, logprobs=0, extra_args={"guidance_scale": 1.0})
+        for n in range(2)
+    ]
+    scenes, nll = [], []
+    for prompt, out in zip(asked, engine.outputs(asked, one), strict=True):
+        tokens = list(out.outputs[0].token_ids)
+        codes = [image.code(token) for token in image.raster.cells(tokens)]
+        assert image.tokens(codes) == tokens
+        scenes.append((prompt, codes))
+        of_codes = image.raster.cells(list(zip(tokens, out.outputs[0].logprobs, strict=True)))
+        nll.append(-sum(step[token].logprob for token, step in of_codes) / len(codes))
+    trials = {
+        "paged": Trial(section),
+        "torch": Trial(section | {"kernels": "torch"}),
+        "dense": Trial(section, score="sum"),
+        "full": Trial({"preset": "full", "default_texts": default_texts}),
+    }
+    [(_, found)] = replay_batches(engine.llm, scenes, trials, 3.0, batch=2)
+    for name in ("paged", "torch", "dense"):
+        assert found[name].nll == pytest.approx(nll, abs=2e-5), name
+        assert found[name].kl_guided == pytest.approx(found["paged"].kl_guided, rel=1e-3), name
+    assert max(found["full"].kl_guided) < 1e-6 < min(found["paged"].kl_guided)
 
 
 def test_a_whole_budget_is_the_full_cache(folder: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.attention.pages import begins_of
 from vllm_kvcompress.cache.layout import CacheLayout
 from vllm_kvcompress.eval.replay import FullReplay, Rows
 from vllm_kvcompress.heads.dense import Kept
@@ -54,11 +55,12 @@ class DenseReplay:
 
     def layer(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
         group = q.shape[2] // k.shape[2]
-        out = FullReplay().layer(q, k, v, layer, scale).contiguous()  # right for the prompt
+        out = FullReplay(self.rows.begins).layer(q, k, v, layer, scale).contiguous()  # right for the prompt
         at = (self.rows.prefix[:, None] + torch.arange(self.rows.image, device=q.device)).long()
         row = torch.arange(len(q), device=q.device)[:, None]
         words = int(self.rows.prefix.max())
-        is_word = torch.arange(words, device=q.device) < self.rows.prefix[:, None]
+        word = torch.arange(words, device=q.device)
+        is_word = (word < self.rows.prefix[:, None])[:, None]
         for kind, rule in enumerate(self.layout.rules):
             index = self.layout.heads(kind, layer)
             if not index:
@@ -66,8 +68,12 @@ class DenseReplay:
             grouped = torch.tensor([h * group + g for h in index for g in range(group)], device=q.device)
             queries = q[row, at][:, :, grouped].float().unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4)
             keys, values = (x[row, at][:, :, index].float().transpose(1, 2) for x in (k, v))
+            seen = is_word
+            if self.rows.begins is not None:
+                heads = torch.tensor(index, device=q.device)
+                seen = is_word & (word >= begins_of(self.rows.begins, heads, k.shape[2])[..., None])
             prompt = [x[:, :words, index].float().transpose(1, 2) for x in (k, v)]
-            got = self._heads(queries * scale, keys, values, prompt, is_word, rule)
+            got = self._heads(queries * scale, keys, values, prompt, seen, rule)
             picture = out[row, at]
             picture[:, :, grouped] = got.permute(0, 3, 1, 2, 4).flatten(2, 3).to(out.dtype)
             out[row, at] = picture
@@ -76,7 +82,7 @@ class DenseReplay:
     def _heads(
         self, q: Tensor, k: Tensor, v: Tensor, prompt: list[Tensor], is_word: Tensor, rule: HeadRule
     ) -> Tensor:
-        """``q [rows, heads, group, image, D]`` -> like q."""
+        """``q [rows, heads, group, image, D]`` -> like q; ``is_word`` ``[rows, heads or 1, words]``."""
         rows, heads, size, W = len(q), q.shape[1], q.shape[3], rule.line
         out = torch.empty_like(q)
         kept = Kept(rule, rows, heads, q.device)
@@ -88,7 +94,7 @@ class DenseReplay:
             to_image = torch.einsum("rhgnd,rhsd->rhgns", q[..., first:last, :], k[:, :, :last])
             logits = torch.cat(
                 (
-                    to_words.masked_fill(~is_word[:, None, None, None], -torch.inf),
+                    to_words.masked_fill(~is_word[:, :, None, None], -torch.inf),
                     to_image.masked_fill(~visible[:, :, None], -torch.inf),
                 ),
                 -1,

@@ -22,6 +22,9 @@ from vllm_kvcompress.eval.replay import FullReplay, Layered, PagedReplay, Replay
 from vllm_kvcompress.eval.scores import SCORES
 from vllm_kvcompress.guidance import pack_scale
 from vllm_kvcompress.models.compression import plan_cache
+from vllm_kvcompress.models.replayed import place, replaying
+
+AT_ONCE = 512  # tokens whose logits of all ids are held
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def kvcompress_replay(
     Parameters
     ----------
     prompts : sequence of token ids
-        Each ends in begin-of-image.
+        Each asks for a picture; of a model whose branches may be of unlike length at least as long as its
+        own negative prompt.
     codes : sequence of codebook indices
         One whole picture a prompt.
     trials : mapping
@@ -129,11 +133,10 @@ class _Worker:
         lengths = [len(ids) for ids in prompts]
         steps = max(lengths) + image.raster.tokens
         prefix = torch.tensor(lengths, dtype=torch.int32, device=device)
-        self.rows = Rows(prefix, image.raster.tokens, steps)
-        padded = [
-            [*ids, *(code + image.text_vocab for code in picture)]
-            for ids, picture in zip(prompts, codes, strict=True)
-        ]
+        self.prompts = prompts
+        with replaying(model, prompts) as begins:
+            self.rows = Rows(prefix, image.raster.tokens, steps, begins)
+        padded = [[*ids, *image.tokens(picture)] for ids, picture in zip(prompts, codes, strict=True)]
         self.ids = torch.tensor([row + [image.pad] * (steps - len(row)) for row in padded], device=device)
         self.codes = torch.tensor(codes, device=device)
         self.full: tuple[Tensor, Tensor] | None = None
@@ -141,7 +144,7 @@ class _Worker:
     @torch.inference_mode()
     def run(self, trial: Trial) -> Likelihood:
         if self.full is None:
-            replay = self.replay(FullReplay())
+            replay = self.replay(FullReplay(self.rows.begins))
             self.full = self.forward(replay)
         try:
             layout, kernels = layout_for(self.vllm_config, self.model, trial.section)
@@ -178,20 +181,30 @@ class _Worker:
         positions = torch.arange(steps, device=self.ids.device).repeat(rows)
         self.model.compressed.recorder = replay
         try:
-            with set_forward_context(None, self.vllm_config, num_tokens=rows * steps):
+            with (
+                replaying(self.model, self.prompts),
+                set_forward_context(None, self.vllm_config, num_tokens=rows * steps),
+            ):
+                place(self.model, rows * steps)
                 hidden = self.model(self.ids.flatten(), positions)
         finally:
             self.model.compressed.recorder = None
         # The token at position p is foretold at p - 1.
-        foretells = self.rows.drawn().roll(-1, 1).flatten()
+        token = positions.view(rows, steps) - self.rows.prefix[:, None]
+        foretells = (self.rows.drawn() & ~self.model.image.ends(token)).roll(-1, 1).flatten()
         branches = hidden[foretells, :-2]
-        found = []
-        for scale in (1.0, self.guidance):
-            column = torch.full((len(branches),), scale, device=hidden.device)
-            logits = self.model.compute_logits(torch.cat([branches, pack_scale(column, hidden.dtype)], -1))
-            codes = logits[:, -self.model.image.codes :].float().log_softmax(-1)
-            found.append(codes.view(rows, self.rows.image, -1))
-        return found[0], found[1]
+        plain, guided = (self._code_log_probabilities(branches, scale) for scale in (1.0, self.guidance))
+        return plain.unflatten(0, (rows, -1)), guided.unflatten(0, (rows, -1))
+
+    def _code_log_probabilities(self, branches: Tensor, guidance: float) -> Tensor:
+        """``[n, 2 * hidden]`` -> ``[n, codes]``; logits of all ids are of a few tokens at a time."""
+        found, image = [], self.model.image
+        for some in branches.split(AT_ONCE):
+            column = torch.full((len(some),), guidance, device=some.device)
+            logits = self.model.compute_logits(torch.cat([some, pack_scale(column, some.dtype)], -1))
+            codes = logits[:, image.first_code : image.first_code + image.codes]
+            found.append(codes.float().log_softmax(-1))
+        return torch.cat(found)
 
 
 def _divergence(full: Tensor, other: Tensor) -> Tensor:

@@ -32,11 +32,14 @@ class Rows:
         Image tokens of every row.
     steps : int
         Tokens of the longest row.
+    begins : Tensor, optional
+        ``[rows, 2]`` int64 where the branches' prompts begin, if of unlike length; as in `Plan`.
     """
 
     prefix: Tensor
     image: int
     steps: int
+    begins: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prefix)
@@ -78,7 +81,7 @@ class Replay:
         shape = (len(self.rows), self.rows.steps)
         q, k, v = (x.unflatten(0, shape) for x in (q, k, v))
         out = self.method.layer(q, k, v, layer, scale)
-        full = FullReplay().layer(q, k, v, layer, scale)
+        full = FullReplay(self.rows.begins).layer(q, k, v, layer, scale)
         drawn = self.rows.drawn()
         got, want = (x[drawn].float().unflatten(1, (self.heads, -1)) for x in (out, full))
         self.error[layer] += (got - want).square().sum((0, 2, 3)).double().cpu()
@@ -93,12 +96,30 @@ class Replay:
 
 
 class FullReplay:
-    """Causal attention to everything: the full cache."""
+    """Causal attention to everything: the full cache.
+
+    Parameters
+    ----------
+    begins : Tensor, optional
+        As in `Rows`: nobody sees what lies before a branch's prompt, but that itself.
+    """
+
+    def __init__(self, begins: Tensor | None = None) -> None:
+        self.begins = begins
 
     def layer(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2)
+        if self.begins is None:
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            return out.transpose(1, 2)
+        at = torch.arange(q.shape[2], device=q.device)
+        causal, itself = at[:, None] >= at, at[:, None] == at
+        parts = []
+        branches = zip(*(x.chunk(BRANCHES, 1) for x in (q, k, v)), strict=True)
+        for begin, (q, k, v) in zip(self.begins.T, branches, strict=True):
+            seen = (causal & (at >= begin[:, None, None]) | itself)[:, None]
+            parts.append(scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True))
+        return torch.cat(parts, 1).transpose(1, 2).contiguous()  # a single row is not copied on its way
 
 
 class PagedReplay:
@@ -127,9 +148,10 @@ class PagedReplay:
         q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))  # a step is one slice
         out = torch.zeros_like(q)
         end = rows.prefix + rows.image
+        begins = None if rows.begins is None else rows.begins.to(torch.int32)
         for step in range(rows.steps):
             length = torch.where(step < end, step + 1, 0).to(torch.int32)
-            plan = Plan(rows.prefix, length)
+            plan = Plan(rows.prefix, length, begins)
             self.kernels.decode(q[step], k[step], v[step], list(types.values()), plan, scale, out[step])
             self.kernels.select_all(list(types.values()), plan)
             if self.look is not None:
