@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-constexpr int32_t kAbi = 5;
+constexpr int32_t kAbi = 6;
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
@@ -17,12 +17,14 @@ struct HeadType {
   int16_t* victim;             // [blocks, heads, page]; at a row's logical slot j: its j-th victim
   const int32_t* head_index;   // [heads]: position on the 2 * Hkv axis of k and v (decode only)
   const int32_t* block_table;  // [rows, max_blocks]
+  const int32_t* sized;        // [sizes, 5]: `capacity` to `recent` of pictures of each size; null: of one size
   int64_t kv_block, kv_head;
   int64_t score_block, score_head;
   int64_t token_block, token_head;
   int64_t victim_block, victim_head;
   int64_t table_row;
   int32_t heads, page;
+  int32_t widest;  // the most `capacity` of any size
   int32_t capacity, line, image, anchors, recent;
   int32_t ring, evicts;
   int32_t dim, dtype;              // of kv
@@ -36,6 +38,7 @@ struct Step {
   char* out;                       // [rows, 2 * Hq, D]
   const int32_t *prefix, *length;  // [rows]; length 0 is a padding row
   const int32_t* begins;           // [rows, 2]: the first slot that a branch sees; null: 0
+  const int32_t* size;             // [rows]: which of `sized` holds for a row; null: there is one size
   int64_t q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head;
   int32_t rows, group, dim, dtype;
   int32_t threads;
@@ -48,7 +51,7 @@ struct Step {
 struct Window {
   const int32_t *start, *count;  // [rows]: where a row's tokens begin, and how many there are
   const int32_t* standing;       // [rows]: how many are to be kept; null: attend, and keep nothing yet
-  float* const* mass;            // per type [rows, heads, places, capacity + places]; null where not scored
+  float* const* mass;            // per type [rows, heads, places, widest + places]; null where not scored
   int32_t places;                // the most of any row
 };
 
@@ -70,6 +73,16 @@ static inline int64_t logits_of(int64_t slots) { return padded(slots) + kTile; }
 // `lanes` queries of a head; and the slots that a window's tokens take, one a lane at most.
 static inline int64_t scratch_floats(int64_t slots, int64_t heads, int64_t lanes, int64_t dim) {
   return heads * lanes * (logits_of(slots) + 2 * padded(dim) + 3) + lanes * kTile;
+}
+
+// The type as it is for a row: itself, or with the numbers of the row's size, in `own`.
+static inline const HeadType& of_row(const HeadType& type, const int32_t* size, int32_t row, HeadType& own) {
+  if (!size || !type.sized) return type;
+  own = type;
+  const int32_t* numbers = type.sized + 5 * size[row];
+  own.capacity = numbers[0], own.line = numbers[1], own.image = numbers[2];
+  own.anchors = numbers[3], own.recent = numbers[4], own.evicts = own.capacity < own.image;
+  return own;
 }
 
 // Where a row stands: arithmetic on (prefix, length) only, the same for both branches and all layers.
@@ -102,7 +115,7 @@ static inline int32_t held_slots(const HeadType& type, int32_t prefix, int32_t l
 static inline float* mass_at(const Window& window, const HeadType& type, int32_t kind, int32_t row,
                              int32_t head, int32_t place) {
   const int64_t nth = (int64_t(row) * type.heads + head) * window.places + place;
-  return window.mass[kind] + nth * (type.capacity + window.places);
+  return window.mass[kind] + nth * (type.widest + window.places);
 }
 
 extern "C" {
@@ -113,7 +126,7 @@ int32_t kvc_set_isa(int32_t isa);
 int32_t kvc_max_threads();
 int32_t kvc_decode(const HeadType* const* types, int32_t n_types, const Step* step);
 int32_t kvc_window(const HeadType* const* types, int32_t n_types, const Step* step, const Window* window);
-int32_t kvc_select(const HeadType* type, const int32_t* prefix, const int32_t* length, int32_t rows,
-                   int32_t threads);
+int32_t kvc_select(const HeadType* type, const int32_t* prefix, const int32_t* length, const int32_t* size,
+                   int32_t rows, int32_t threads);
 #pragma GCC visibility pop
 }

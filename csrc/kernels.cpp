@@ -71,10 +71,13 @@ static int32_t run(const HeadType* const* types, int32_t n_types, const Step* st
   const RunFn run = run_fn();
   int32_t heads = 0, slots = 0;
   const int32_t lanes = step->group * (window ? window->places : 1);
+  HeadType sized;
   for (int32_t i = 0; i < n_types; i++) {
     heads += types[i]->heads;
-    for (int32_t row = 0; row < step->rows; row++)
-      slots = std::max(slots, slots_of(*types[i], step->prefix[row], step->length[row]));
+    for (int32_t row = 0; row < step->rows; row++) {
+      const HeadType& type = of_row(*types[i], step->size, row, sized);
+      slots = std::max(slots, slots_of(type, step->prefix[row], step->length[row]));
+    }
   }
   if (window) slots += window->places;
   // Heads of one page lie side by side, so a chunk wants many; four chunks a thread keep them all busy.
@@ -95,9 +98,10 @@ static int32_t run(const HeadType* const* types, int32_t n_types, const Step* st
       if (failed) continue;
       int32_t part = i % per_row, kind = 0;
       for (int32_t count; part >= (count = (types[kind]->heads + chunk - 1) / chunk); kind++) part -= count;
-      const int32_t first = part * chunk;
-      run(*step, *types[kind], window, kind, i / per_row, first,
-          std::min(first + chunk, types[kind]->heads), scratch);
+      const int32_t first = part * chunk, row = i / per_row;
+      HeadType own;
+      const HeadType& type = of_row(*types[kind], step->size, row, own);
+      run(*step, type, window, kind, row, first, std::min(first + chunk, type.heads), scratch);
     }
   }
   return failed;

@@ -134,28 +134,32 @@ struct Chooser {
 
 }  // namespace
 
-int32_t kvc_select(const HeadType* type, const int32_t* prefix, const int32_t* length, int32_t rows,
-                   int32_t threads) {
+int32_t kvc_select(const HeadType* type, const int32_t* prefix, const int32_t* length, const int32_t* size,
+                   int32_t rows, int32_t threads) {
   constexpr int32_t kChunk = 16;
   if (type->ring || !type->evicts) return 0;
   std::vector<int32_t> due;
+  HeadType sized;
   for (int32_t row = 0; row < rows; row++) {
     const int32_t drawn = length[row] - prefix[row];
-    if (length[row] > 0 && drawn > 0 && drawn % type->line == 0) due.push_back(row);
+    const HeadType& mine = of_row(*type, size, row, sized);
+    if (length[row] > 0 && drawn > 0 && drawn % mine.line == 0 && mine.evicts) due.push_back(row);
   }
   const int64_t per_row = (type->heads + kChunk - 1) / kChunk, n = per_row * due.size();
 #pragma omp parallel num_threads( \
         std::clamp<int64_t>(threads, 1, std::max<int64_t>(n, 1))) if (n > 1 && threads > 1)
   {
     Chooser chooser;
-    chooser.slots.reserve(type->capacity);
+    chooser.slots.reserve(type->widest);
 #pragma omp for schedule(dynamic, 4)
     for (int64_t i = 0; i < n; i++) {
       const int32_t row = due[i / per_row], first = i % per_row * kChunk;
       const int32_t drawn = length[row] - prefix[row];
-      const int32_t victims = std::min(type->line, type->image - drawn) - std::max(0, type->capacity - drawn);
-      for (int32_t head = first; head < std::min(first + kChunk, type->heads); head++)
-        chooser.run(*type, type->block_table + row * type->table_row, head, prefix[row], drawn, victims);
+      HeadType own;
+      const HeadType& mine = of_row(*type, size, row, own);
+      const int32_t victims = std::min(mine.line, mine.image - drawn) - std::max(0, mine.capacity - drawn);
+      for (int32_t head = first; head < std::min(first + kChunk, mine.heads); head++)
+        chooser.run(mine, mine.block_table + row * mine.table_row, head, prefix[row], drawn, victims);
     }
   }
   return due.size();

@@ -114,7 +114,7 @@ class FakeEngine:
             await self.decode_step()
         finally:
             self.decoding -= 1
-        return [None, [self._decoded(codes) for codes in pictures], None]
+        return [None, [self._decoded(codes) for codes, _ in pictures], None]
 
     def _decoded(self, codes):
         lines, rest = divmod(len(codes), MODEL.raster.width)

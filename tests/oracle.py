@@ -93,6 +93,19 @@ class World:
     group: int = 1  # query heads per KV head
     head_size: int = 8
     pages: tuple[int, ...] = (4, 4)  # slots per page of each type, from the first again where types are more
+    others: tuple[tuple[HeadRule, ...], ...] = ()  # the types' rules for pictures of further sizes
+
+    def of_size(self, size: int) -> tuple[HeadRule, ...]:
+        """The rules of each type for pictures of one size; 0 is that of ``rules``."""
+        return (self.rules, *self.others)[size]
+
+    def image(self, size: int = 0) -> int:
+        """Tokens of a picture."""
+        return self.of_size(size)[0].image
+
+    def sized(self, kind: int) -> tuple[HeadRule, ...]:
+        """A type's rule for each size; empty where there is one."""
+        return tuple(self.of_size(n)[kind] for n in range(1 + len(self.others))) if self.others else ()
 
     def members(self, kind: int, layer: int) -> np.ndarray:
         """Places of a type's cache heads on the branch * Hkv axis of one layer."""
@@ -199,6 +212,25 @@ def mixed_worlds(draw_, raster: Raster, layers: int, heads: int, geometry: dict)
     return World(tuple(rules), np.array([draw_(row) for _ in range(layers)]), **geometry)
 
 
+@strategies.composite
+def sized_worlds(draw_) -> World:
+    """Any small world that draws pictures of two or three sizes, lines of other widths among them."""
+    found = draw_(worlds())
+    for _ in range(draw_(strategies.integers(1, 2))):
+        raster = Raster(draw_(strategies.integers(1, 6)), draw_(strategies.integers(1, 6)))
+        found.others += (tuple(draw_(resized(rule, raster)) for rule in found.rules),)
+    return found
+
+
+@strategies.composite
+def resized(draw_, rule: HeadRule, raster: Raster) -> HeadRule:
+    """Any rule of the same kind on another grid."""
+    other = draw_(head_rules(raster))
+    recent = other.capacity - other.anchors if rule.ring else 0 if other.ring else other.recent
+    kept = (other.capacity, other.line, other.image, other.anchors, recent)
+    return replace(rule, **dict(zip(("capacity", "line", "image", "anchors", "recent"), kept, strict=True)))
+
+
 def one_thread() -> Iterator[None]:
     """Fixture: on tensors this small, threads cost more than they do."""
     before = torch.get_num_threads()
@@ -225,6 +257,15 @@ class Run:
     dtype: torch.dtype = torch.float32
     victims: list[dict] = field(default_factory=list)
     begins: list[tuple[int, int]] | None = None  # where each request's branches begin
+    sizes: list[int] | None = None  # of each request's picture, in a world of several
+
+    def size(self, row: int) -> int:
+        """Of a request's picture."""
+        return 0 if self.sizes is None else self.sizes[row]
+
+    def size_of(self, rows: list[int]) -> torch.Tensor | None:
+        """``size`` of a plan of these rows."""
+        return None if self.sizes is None else _int32([self.sizes[row] for row in rows])
 
     def __post_init__(self) -> None:
         world, gen = self.world, torch.Generator().manual_seed(self.seed)
@@ -243,11 +284,13 @@ class Run:
                 self.types.append(None)
                 continue
             page = world.page(kind)
-            need = [-(-(p + rule.capacity) // page) for p in self.prefix]
+            kept = [world.of_size(self.size(row))[kind].capacity for row in range(rows)]
+            need = [-(-(p + n) // page) for p, n in zip(self.prefix, kept, strict=True)]
             blocks = sum(need) + 2
-            size = -(-page_bytes(owned, page, world.head_size, self.dtype, rule.scores) // 4) * 4 + 8
+            scores = any(one.scores for one in world.sized(kind) or [rule])
+            size = -(-page_bytes(owned, page, world.head_size, self.dtype, scores) // 4) * 4 + 8
             raw = torch.zeros((blocks, size), dtype=torch.int8)
-            pages = pages_from_bytes(raw, owned, page, world.head_size, self.dtype, rule.scores)
+            pages = pages_from_bytes(raw, owned, page, world.head_size, self.dtype, scores)
             pages.kv.fill_(torch.nan)
             pages.score.fill_(torch.nan)
             pages.token.fill_(-77)
@@ -256,7 +299,8 @@ class Run:
             table = torch.full((rows, max(need) + 1), -1, dtype=torch.int32)
             for row, n in enumerate(need):
                 table[row, :n] = torch.tensor([free.pop() for _ in range(n)])
-            self.types.append(HeadType(pages, rule, torch.zeros(owned, dtype=torch.int32), table))
+            index = torch.zeros(owned, dtype=torch.int32)
+            self.types.append(HeadType(pages, rule, index, table, world.sized(kind)))
         self.victims = [{} for _ in range(rows)]
 
     def layer(self, layer: int, rows: list[int] | None = None) -> list[HeadType]:
@@ -268,7 +312,7 @@ class Run:
                 index = torch.tensor(self.world.members(kind, layer), dtype=torch.int32)
                 table = whole.block_table if rows is None else whole.block_table[rows]
                 pages = whole.pages.layer(sum(sizes[:-1]), sum(sizes))
-                found.append(HeadType(pages, whole.rule, index, table))
+                found.append(HeadType(pages, whole.rule, index, table, whole.sized))
         return found
 
     def step(self, rows: list[int]) -> None:
@@ -277,7 +321,8 @@ class Run:
             self.length[row] += row >= 0
         at = [self.length[row] - 1 for row in rows]
         length = [self.length[row] if row >= 0 else 0 for row in rows]
-        plan = Plan(_int32([self.prefix[row] for row in rows]), _int32(length), self.begins_of(rows))
+        prefix = _int32([self.prefix[row] for row in rows])
+        plan = Plan(prefix, _int32(length), self.begins_of(rows), self.size_of(rows))
         for layer in range(len(self.world.kinds)):
             q, k, v = (x[rows, at, layer] for x in (self.q, self.k, self.v))
             out = torch.full_like(q, torch.nan)
@@ -288,8 +333,7 @@ class Run:
                 else:
                     assert not out[n].any(), "a padding row's output is zero"
         for whole in filter(None, self.types):
-            kind = HeadType(whole.pages, whole.rule, whole.head_index, whole.block_table[rows])
-            self.select(kind, plan)
+            self.select(replace(whole, block_table=whole.block_table[rows]), plan)
         self.note(rows)
 
     def begins_of(self, rows: list[int]) -> torch.Tensor | None:
@@ -305,7 +349,8 @@ class Run:
         rows = list(counts)
         prefix, length = [self.prefix[r] for r in rows], [end for *_, end in spans]
         begins = None if self.begins is None else [self.begins[row] for row in rows]
-        plan = PrefillPlan.of(start, prefix, length, torch.device("cpu"), begins)
+        sizes = [self.size(row) for row in rows]
+        plan = PrefillPlan.of(start, prefix, length, torch.device("cpu"), begins, sizes)
         for layer in range(len(self.world.kinds)):
             mine = [x[:, :, layer] for x in (self.q, self.k, self.v)]
             q, k, v = (torch.cat([x[row, first:end] for row, first, end in spans]) for x in mine)
@@ -324,8 +369,8 @@ class Run:
         """Remember the victims that each row's last line left, per type."""
         for row, (kind, whole) in product((row for row in rows if row >= 0), enumerate(self.types)):
             drawn = self.length[row] - self.prefix[row]
-            if whole and whole.rule.scores and drawn > 0:
-                due = range(whole.rule.victims_due(drawn))
+            if whole and drawn > 0 and (rule := whole.of(self.size(row)).rule).scores:
+                due = range(rule.victims_due(drawn))
                 self.victims[row][drawn, kind] = self.read(row, whole, "victim", due) if due else None
 
     def read(self, row: int, whole: HeadType, name: str, logical: range) -> torch.Tensor:
@@ -354,7 +399,8 @@ class Run:
                         out = self.out[row, :n, layer, group]
                         assert out.isfinite().all()
                         if len(key):
-                            want = draw(whole.rule, prefix - at.start, mine, key, value, self.scale)
+                            rule = self.world.of_size(self.size(row))[kind]
+                            want = draw(rule, prefix - at.start, mine, key, value, self.scale)
                             self._compare(row, kind, cache_head, want, out[at], atol)
                         cache_head += 1
 
@@ -363,12 +409,12 @@ class Run:
         for (drawn, noted), found in self.victims[row].items():
             if noted == kind:
                 assert want.victims.get(drawn) == (None if found is None else found[head].tolist())
-        prefix, whole = self.prefix[row], self.types[kind]
+        prefix, whole, rule = self.prefix[row], self.types[kind], self.world.of_size(self.size(row))[kind]
         slots = range(prefix, prefix + len(want.holds))
         if whole is None or not slots:
             return
-        if not whole.rule.scores:
-            assert whole.rule.held(self.length[row] - prefix) == want.holds
+        if not rule.scores:
+            assert rule.held(self.length[row] - prefix) == want.holds
         else:
             assert self.read(row, whole, "token", slots)[head].tolist() == want.holds
             score = self.read(row, whole, "score", slots)[head].double().numpy()

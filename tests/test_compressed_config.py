@@ -38,7 +38,7 @@ def test_every_setting_has_a_default() -> None:
         ({"bugdet": 0.2}, r"^additional_config.kvcompress has no setting 'bugdet'; did you mean budget\?$"),
         (
             {"zzz": 1},
-            r"no setting 'zzz'; known: preset, .*kernels, limits, strict, playground, size, default_texts$",
+            r"no setting 'zzz'; known: preset, .*limits, strict, playground, size, sizes, default_texts$",
         ),
         (
             {"limits": {"prompt_token": 9}},
@@ -186,19 +186,26 @@ def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_defaults_pass(preset: str) -> None:
-    check_conflicts(vllm_config({"preset": preset}), GRID)
-    check_conflicts(vllm_config({"preset": preset}, parallel_config__tensor_parallel_size=2), GRID)
+    check_conflicts(vllm_config({"preset": preset}), [GRID])
+    check_conflicts(vllm_config({"preset": preset}, parallel_config__tensor_parallel_size=2), [GRID])
     for dtype in ("bfloat16", "fp8", "fp8_e4m3"):
-        check_conflicts(vllm_config({"preset": preset}, cache_config__cache_dtype=dtype), GRID)
+        check_conflicts(vllm_config({"preset": preset}, cache_config__cache_dtype=dtype), [GRID])
+
+
+def test_a_budget_that_is_too_small_for_one_of_several_sizes_names_it() -> None:
+    small = {"preset": "line_ar", "budget": 0.05}
+    check_conflicts(vllm_config(small), [Raster(24, 24, 16)])
+    with pytest.raises(ValueError, match=r"^budget: .* at least 0.1\d*, of pictures of 960x160$"):
+        check_conflicts(vllm_config(small), [Raster(24, 24, 16), Raster(10, 60, 16)])
 
 
 def test_gpus_without_e4m3_take_no_8_bit_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     platform = "vllm_kvcompress.models.vllm_config.current_platform"
     monkeypatch.setattr(f"{platform}.is_cuda", lambda: True)
     monkeypatch.setattr(f"{platform}.has_device_capability", lambda capability: capability <= 80)
-    check_conflicts(vllm_config(), GRID)
+    check_conflicts(vllm_config(), [GRID])
     with pytest.raises(ValueError, match=r"--kv-cache-dtype fp8 on this GPU.*: set auto$"):
-        check_conflicts(vllm_config(cache_config__cache_dtype="fp8"), GRID)
+        check_conflicts(vllm_config(cache_config__cache_dtype="fp8"), [GRID])
 
 
 @pytest.mark.parametrize(
@@ -231,7 +238,7 @@ def test_what_cannot_be_combined_is_refused(changes: dict[str, Any], match: str)
     with pytest.raises(
         ValueError, match=r"^--attention-backend kvcompress does not work with .*" + match
     ) as caught:
-        check_conflicts(vllm_config(**changes), GRID)
+        check_conflicts(vllm_config(**changes), [GRID])
     assert "\n" not in str(caught.value)
 
 
@@ -264,7 +271,7 @@ def test_what_cannot_be_combined_is_refused(changes: dict[str, Any], match: str)
 )
 def test_settings_without_room_for_a_line_of_victims(section: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match) as caught:
-        check_conflicts(vllm_config(section), GRID)
+        check_conflicts(vllm_config(section), [GRID])
     assert "\n" not in str(caught.value)
 
 
@@ -325,7 +332,7 @@ def model_of(layers: int, kv_heads: int) -> Any:
     )  # fmt: skip
     return SimpleNamespace(
         config=SimpleNamespace(get_text_config=lambda: text),
-        image=SimpleNamespace(raster=Raster(8, 8)),
+        image=SimpleNamespace(raster=Raster(8, 8), rasters=(Raster(8, 8),)),
         fingerprint="abcd",
         dtype=torch.float32,
     )

@@ -208,8 +208,10 @@ def test_a_picture_that_was_begun_goes_on(folder: Path) -> None:
 
 def test_what_is_not_a_prompt_of_this_server_is_refused_in_one_line(folder: Path) -> None:
     wide, high = (started(folder, size, preset="full") for size in SIZES)
-    with pytest.raises(VLLMValidationError, match="this model draws pictures and writes no text"):
+    with pytest.raises(VLLMValidationError, match=r"a size that this server does not draw: .*\(28x16\)"):
         wide.draw([high.prompt("a cat")], params(None, 3.0))
+    with pytest.raises(VLLMValidationError, match="this model draws pictures and writes no text"):
+        wide.draw([high.prompt("a cat")[:4]], params(None, 3.0))
     with pytest.raises(VLLMValidationError, match="negative_prompt_token_ids must end in the ids"):
         wide.draw([wide.prompt("a cat")], params(high.prompt("blurry"), 3.0))
     with pytest.raises(VLLMValidationError, match="prompt_logprobs is about words"):
@@ -271,35 +273,42 @@ def test_calibration_does_not_see_the_padding(folder: Path) -> None:
 
 
 def test_the_v2_runner_draws_the_same(folder: Path, tmp_path: Path) -> None:
-    """The runner of GPUs, on the CPU: with a full cache, and compressed in windows."""
-    base = started(folder, "high", preset="line_ar", budget=0.5)
-    asked = [
-        {"ids": ids, "params": {"temperature": 0.0, "extra_args": params(*rest).extra_args}, "at": n}
-        for n, (ids, *rest) in enumerate(prompts(base)[:2])
-    ]
+    """The runner of GPUs, on the CPU: with a full cache, and pictures of two sizes compressed in windows."""
+    bases = {size: started(folder, size, preset="line_ar", budget=0.5) for size in SIZES}
+    asked, wide = (
+        [
+            {"ids": ids, "params": {"temperature": 0.0, "extra_args": params(*rest).extra_args}, "at": n}
+            for n, (ids, *rest) in enumerate(prompts(bases[size])[:2])
+        ]
+        for size in ("high", "wide")
+    )
     args = {
         "model": str(folder), "dtype": "float32", "enforce_eager": True, "max_model_len": 256,
         "max_num_seqs": 4, "max_num_batched_tokens": 48, "kv_cache_memory_bytes": 2**23,
         "attention_backend": "kvcompress",
     }  # fmt: skip
     sections = {
-        "full": {"preset": "full", "window": 1},
-        "windows": {"preset": "line_ar", "budget": 0.5, "window": 4},
+        "full": {"size": SIZES["high"], "preset": "full", "window": 1},
+        "windows": {"sizes": [*SIZES.values()], "preset": "line_ar", "budget": 0.5, "window": 4},
     }
     engines = [
         {
-            "name": name, "waves": [asked],
-            "args": {**args, "additional_config": {"kvcompress": {"size": SIZES["high"], **section}}},
+            "name": name, "waves": [asked if name == "full" else [asked[0], wide[1]]],
+            "preempt": [] if name == "full" else [5],
+            "args": {**args, "additional_config": {"kvcompress": section}},
         }
         for name, section in sections.items()
     ]  # fmt: skip
     found = EngineProcess(tmp_path, V2, engines).finish()
     assert {one["runner"] for one in found.values()} == {"vllm.v1.worker.cpu.model_runner"}
-    ids = [one["ids"] for one in asked]
-    settings = [SamplingParams(**one["params"]) for one in asked]
-    full = started(folder, "high", preset="full")
-    assert found["full"]["waves"][0] == full.draw(ids, settings)
-    assert found["windows"]["waves"][0] == base.draw(ids, settings)
+    assert found["windows"]["preempted"], "all blocks were lost once"
+
+    def drawn(engine: Engine, wave: list[dict]) -> list[list[int]]:
+        return engine.draw([one["ids"] for one in wave], [SamplingParams(**one["params"]) for one in wave])
+
+    assert found["full"]["waves"][0] == drawn(started(folder, "high", preset="full"), asked)
+    alone = [*drawn(bases["high"], asked[:1]), *drawn(bases["wide"], wide[1:])]
+    assert found["windows"]["waves"][0] == alone
 
 
 def test_one_command_evaluates(folder: Path, tmp_path: Path) -> None:
@@ -311,8 +320,8 @@ def test_one_command_evaluates(folder: Path, tmp_path: Path) -> None:
     def evaluate(size: str) -> Any:
         return CliRunner().invoke(app, [
             "eval", str(folder), "-o", str(tmp_path / size), "--presets", "full,line_ar",
-            "--budgets", "1,0.5", "--pictures", "1", "--categories", "colors", "--scenes", "2", "--scenes-file", str(scenes),
-            "--size", size, "--dtype", "float32",
+            "--budgets", "1,0.5", "--pictures", "1", "--categories", "colors", "--scenes", "2",
+            "--scenes-file", str(scenes), "--size", size, "--dtype", "float32",
         ])  # fmt: skip
 
     done = evaluate(SIZES["wide"])

@@ -53,7 +53,7 @@ def test_every_value_of_the_openai_sdk_is_accepted():
         for value in literals(kind):
             request = parse(**{name: value})
             assert getattr(request, name) == value
-            noted = [field for field, _ in unmet(request, "384x384")]
+            noted = [field for field, _ in unmet(request, ["384x384"])]
             assert noted in ([], [name])
 
 

@@ -19,7 +19,7 @@ IMAGE = 64
 CONTEXT = 120
 
 
-def spec(kind: int, page: int, capacity: int) -> HeadTypeSpec:
+def spec(kind: int, page: int, capacity: int, *others: int) -> HeadTypeSpec:
     return HeadTypeSpec(
         kind=kind,
         scored=bool(kind % 2),
@@ -31,6 +31,7 @@ def spec(kind: int, page: int, capacity: int) -> HeadTypeSpec:
         capacity=capacity,
         image_tokens=IMAGE,
         context=CONTEXT,
+        others=tuple((slots, IMAGE // 2) for slots in others),
     )
 
 
@@ -50,26 +51,32 @@ def request_of(name: str, prompt: int) -> Request:
     return Request(name, [5] * prompt, SamplingParams(max_tokens=IMAGE), None)
 
 
-def needed(specs: list[HeadTypeSpec], prompt: int, answer: int = 0) -> list[int]:
-    """Blocks of each type; of a text request if there is an answer."""
-    return [ceil((prompt + (answer or one.capacity)) / one.block_size) for one in specs]
+def needed(specs: list[HeadTypeSpec], prompt: int, answer: int = 0, size: int | None = None) -> list[int]:
+    """Blocks of each type; of a text request if there is an answer, else of a picture of a size or any."""
+    kept = [max(n for n, _ in one.sizes) if size is None else one.sizes[size][0] for one in specs]
+    return [ceil((prompt + (answer or n)) / one.block_size) for one, n in zip(specs, kept, strict=True)]
 
 
 class Pool(RuleBasedStateMachine):
     """Admit, step, finish, abort and preempt; the machine checks who owns what after each."""
 
     @initialize(
-        types=st.lists(st.tuples(st.integers(1, 16), st.integers(8, IMAGE)), min_size=1, max_size=MAX_TYPES),
+        types=st.lists(
+            st.tuples(st.integers(1, 16), st.integers(8, IMAGE), st.integers(4, IMAGE // 2)),
+            min_size=1,
+            max_size=MAX_TYPES,
+        ),
         images=st.floats(1.0, 5.0),
     )
-    def start(self, types: list[tuple[int, int]], images: float) -> None:
+    def start(self, types: list[tuple[int, int, int]], images: float) -> None:
         self.specs = [spec(kind, *pages_slots) for kind, pages_slots in enumerate(types)]
         blocks = 1 + int(images * sum(needed(self.specs, CONTEXT - IMAGE)))  # one is vLLM's null block
         self.manager = manager_of(self.specs, blocks)
         self.start_free = self.free
         self.texts: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
         for one in self.manager.coordinator.single_type_managers:
-            one.texts = self.texts
+            one.texts, one.sizes = self.texts, self.sizes
         self.running: dict[str, Request] = {}
         self.held: dict[str, tuple[list[int], ...]] = {}
         self.waiting: list[Request] = []
@@ -106,18 +113,20 @@ class Pool(RuleBasedStateMachine):
             self.waiting.append(request)
 
     def need(self, request: Request) -> list[int]:
-        prompt = request.num_prompt_tokens
-        return needed(self.specs, prompt, self.texts.get(request.request_id, prompt) - prompt)
+        prompt, name = request.num_prompt_tokens, request.request_id
+        return needed(self.specs, prompt, self.texts.get(name, prompt) - prompt, self.sizes.get(name))
 
     @rule(
         prompt=st.integers(1, CONTEXT - IMAGE), chunk=st.integers(1, CONTEXT), gate=st.booleans(),
-        text=st.booleans(),
+        text=st.booleans(), size=st.sampled_from([None, 0, 1]),
     )  # fmt: skip
-    def arrive(self, prompt: int, chunk: int, gate: bool, text: bool) -> None:
+    def arrive(self, prompt: int, chunk: int, gate: bool, text: bool, size: int | None) -> None:
         self.count += 1
         request = request_of(f"r{self.count}", prompt)
         if text:
             self.texts[request.request_id] = prompt + IMAGE
+        elif size is not None:
+            self.sizes[request.request_id] = size
         self.admit(request, chunk, gate)
 
     @precondition(lambda self: self.waiting)

@@ -179,6 +179,52 @@ def branches_of_unlike_length_equal_the_oracle() -> None:
         decode_both(q, k, v, [kind], plan, 0.2, torch.empty_like(q))
 
 
+def sized_world(group: int) -> World:
+    """A ring, two that choose and one that keeps all, for pictures of 4 x 3, 3 x 4 and 2 x 5 tokens."""
+    grids = [(3, 12), (4, 12), (5, 10)]
+    kept = [
+        ((4, 1, 3), (7, 2, 5), (6, 1, 5)),
+        ((8, 1, 2), (9, 0, 3), (10, 0, 4)),
+        ((6, 1, 2), (12, 0, 0), (7, 1, 0)),
+        ((12, 0, 0), (12, 0, 0), (10, 0, 0)),
+    ]
+    refine: list[dict[str, Any]] = [
+        {"ring": True}, {"decay": 0.5, "value_norm": True, "smooth_row": True}, {"smooth_row": True}, {},
+    ]  # fmt: skip
+    rules = [
+        tuple(
+            HeadRule(of[n][0], *grid, of[n][1], of[n][2], **more)
+            for of, more in zip(kept, refine, strict=True)
+        )
+        for n, grid in enumerate(grids)
+    ]
+    return World(
+        rules[0], np.array([[0, 1, 2, 3]]), group, head_size=16, pages=(3, 2, 4, 5), others=tuple(rules[1:])
+    )
+
+
+@check
+def pictures_of_several_sizes_equal_the_oracle() -> None:
+    """Every row by its own lines and capacities; drawn one by one, then in windows."""
+    from test_windows import draw_in_windows
+
+    from vllm_kvcompress.attention import triton_window
+
+    world, sizes, prefix = sized_world(1), [1, 0, 2], [2, 1, 3]
+    total = [p + world.image(size) for p, size in zip(prefix, sizes, strict=True)]
+    run = Run(world, prefix, total, 0, decode_both, select_both, sizes=sizes)
+    for step in range(max(total) + 2):
+        live = [row for row in range(3) if step >= row and run.length[row] < total[row]]
+        run.step([-1, *live])
+    assert run.length == total
+    run.check()
+    decoder = SimpleNamespace(
+        decode=triton_decode.decode,
+        select_victims=lambda kind, plan: triton_select.select_all([kind], plan),
+    )
+    draw_in_windows(decoder, triton_window, sized_world(2), prefix, 0, sizes=sizes)
+
+
 @check
 def windows_equal_the_oracle() -> None:
     """Windows of 2 to 16 places, any number of which stands; rings, full and scored heads."""

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Run, World, bounded, one_thread, worlds
+from oracle import Run, World, bounded, one_thread, sized_worlds, worlds
 
 from vllm_kvcompress.attention import cpu, cpu_window, reference, window
 from vllm_kvcompress.attention.pages import HeadType, Plan
@@ -45,7 +46,8 @@ class WindowRun(Run):
         starts = [sum(counts[:n]) for n in range(len(rows))]
         prefix = torch.tensor([self.prefix[row] for row in rows], dtype=torch.int32)
         length = torch.tensor([self.length[row] + 1 for row in rows], dtype=torch.int32)
-        plan = WindowPlan(rows, starts, counts, prefix, length, self.begins_of(rows))
+        size = self.size_of(rows)
+        plan = WindowPlan(rows, starts, counts, prefix, length, self.begins_of(rows), size)
         held = []
         for layer in range(len(self.world.kinds)):
             parts = []
@@ -75,13 +77,12 @@ class WindowRun(Run):
             self.length[row] += stands
         ends = torch.tensor([self.length[row] for row in rows], dtype=torch.int32)
         for whole in filter(None, self.types):
-            kind = HeadType(whole.pages, whole.rule, whole.head_index, whole.block_table[rows])
-            self.select(kind, Plan(prefix, ends))
+            self.select(replace(whole, block_table=whole.block_table[rows]), Plan(prefix, ends, None, size))
         self.note(rows)
 
     def _left(self, row: int) -> int:
         """Places to the end of the line."""
-        line = self.world.rules[0].line
+        line = self.world.of_size(self.size(row))[0].line
         return line - (self.length[row] - self.prefix[row]) % line
 
     @property
@@ -103,14 +104,14 @@ class WindowRun(Run):
 
 def draw_in_windows(
     decoder: Any, windows: Any, world: World, prefix: list[int], seed: int,
-    begins: list[tuple[int, int]] | None = None,
+    begins: list[tuple[int, int]] | None = None, sizes: list[int] | None = None,
 ) -> None:  # fmt: skip
     """Draw pictures with windows of any length, of which any number stands, and compare with the oracle."""
     rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
-    image, line = world.rules[0].image, world.rules[0].line
+    total = [p + world.image(sizes[row] if sizes else 0) for row, p in enumerate(prefix)]
     run = WindowRun(
-        world, prefix, [p + image for p in prefix], seed=seed,
-        decode=decoder.decode, select=decoder.select_victims, begins=begins,
+        world, prefix, total, seed=seed, decode=decoder.decode, select=decoder.select_victims, begins=begins,
+        sizes=sizes,
     )  # fmt: skip
     run.window, run.ahead = SimpleNamespace(verify=windows.verify, commit=windows.commit), []
     run.chunk(dict(enumerate(prefix)))
@@ -124,8 +125,7 @@ def draw_in_windows(
             if count == 1:
                 ones.append(row)
                 continue
-            within = line - (run.length[row] - prefix[row]) % line
-            steps[row] = count, rng.randint(1, min(count, within, left))
+            steps[row] = count, rng.randint(1, min(count, run._left(row), left))
         if ones:
             run.step(ones)
         if steps:
@@ -146,6 +146,19 @@ def check(kernel: str, isa: str, world: World, prefix: list[int], seed: int) -> 
 
 def test_a_window_leaves_what_drawing_one_by_one_leaves(kernel: str) -> None:
     check(kernel, cpu.ISAS[-1])
+
+
+@given(sized_worlds(), st.integers(0, 2**20))
+@settings(bounded, max_examples=25)
+def check_sizes(kernel: str, world: World, seed: int) -> None:
+    sizes = [*range(1 + len(world.others)), 0]
+    prefix = [1 + (seed + row) % 4 for row in sizes]
+    draw_in_windows(*KERNELS[kernel], world, prefix, seed, sizes=sizes)
+
+
+def test_pictures_of_several_sizes_in_windows(kernel: str) -> None:
+    """Each window ends with its own picture's line; what stands is kept by its own size's rule."""
+    check_sizes(kernel)
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS[:-1])

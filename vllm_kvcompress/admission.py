@@ -39,32 +39,43 @@ def drawn_in_prompt(prompt_ids: list[int], model: ImageModel) -> int | None:
     Raises VLLMValidationError for image tokens that do not follow begin-of-image.
     """
     end, start = len(prompt_ids), model.prefix_length(prompt_ids)
-    begun = model.is_begun(prompt_ids, start)
-    if model.classes and not begun:
+    size = model.size_of(prompt_ids, start)
+    if model.classes and size is None:
         raise _refuse(
             "prompt",
             "this model draws pictures of classes and writes no text: the prompt must be one class, by exact "
             f"name or by its id, 0 to {model.classes - 1}",
         )
-    if (start < end and not begun) or any(map(model.is_drawn, prompt_ids[:start])):
+    if (start < end and size is None) or any(map(model.is_drawn, prompt_ids[:start])):
         raise _refuse(
             "prompt",
             f"image tokens must follow begin-of-image (id {model.boi}) without a gap, at the prompt's end",
         )
-    if not model.writes and not begun:
-        raise _refuse(
-            "prompt",
-            "this model draws pictures and writes no text: ask /v1/images/generations, or end the prompt in "
-            f"the ids {list(model.begin)}, which begin a picture of this server's size",
-        )
+    if size is None:
+        if not model.writes:
+            raise _refuse("prompt", _no_picture(prompt_ids[:start], model))
+        return None
+    raster = model.sizes[size].raster
     for number, token in enumerate(prompt_ids[start:]):
-        if (token == model.eol) != model.raster.is_end(number):
+        if (token == model.eol) != raster.is_end(number):
             raise _refuse(
                 "prompt",
-                f"the picture's token {number} has id {token}: every {model.raster.width}th token, and no "
+                f"the picture's token {number} has id {token}: every {raster.width}th token, and no "
                 f"other, must be the end of a line, id {model.eol}",
             )
-    return end - start if begun else None
+    return end - start
+
+
+def _no_picture(prompt_ids: list[int], model: ImageModel) -> str:
+    """What is wrong with a prompt for no picture that is served, of a model that does nothing else."""
+    served = ", or ".join(
+        f"{list(begin)} ({name})" for begin, name in zip(model.begins, model.names, strict=True)
+    )
+    mend = f"end the prompt in the ids {served}, which begin a picture of a size that is served"
+    if prompt_ids and model.boi in prompt_ids and prompt_ids[-1] in {begin[-1] for begin in model.begins}:
+        last = len(prompt_ids) - 1 - prompt_ids[::-1].index(model.boi)
+        return f"ids {prompt_ids[last:]} begin a picture of a size that this server does not draw: {mend}"
+    return f"this model draws pictures and writes no text: ask /v1/images/generations, or {mend}"
 
 
 def admit(
@@ -98,11 +109,15 @@ def admit(
         if room is not None:
             _check_room(len(prompt_ids), params.max_tokens, room)
         return
+    prefix = len(prompt_ids) - drawn
+    size = model.size_of(prompt_ids, prefix)
+    assert size is not None
+    model = model.of(size)
     scoring = params.prompt_logprobs is not None
     remaining = _remaining(len(prompt_ids), drawn, model, max_model_len, scoring)
-    _check_limits(len(prompt_ids) - drawn, params.n, limits or Limits())
+    _check_limits(prefix, params.n, limits or Limits())
     _check_params(params, remaining, model)
-    _check_guidance(params, len(prompt_ids) - drawn, model)
+    _check_guidance(params, prefix, model)
     params.max_tokens = remaining
     params.min_tokens = 0
     params.ignore_eos = True
@@ -242,8 +257,11 @@ def align_request(request: Any, model: ImageModel) -> None:
         guidance = GuidanceParams.read(params.extra_args, model.guidance_scale)
     except ValueError:
         return
-    negative = guidance.negative_ids or (() if guidance.scale == 1 else model.negative)
-    if not negative or not model.is_begun(ids, prefix):
+    size = model.size_of(ids, prefix)
+    if size is None:
+        return
+    negative = guidance.negative_ids or (() if guidance.scale == 1 else model.of(size).negative)
+    if not negative:
         return
     request.prompt_token_ids = model.aligned(ids, len(negative) + len(ids) - prefix)
     params.extra_args = {**(params.extra_args or {}), NEGATIVE_IDS: model.aligned(negative, prefix)}

@@ -16,9 +16,11 @@ Choice = Literal["auto", "torch", "cpu", "triton"]  # of kernels
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of an 8-bit cache of e4m3 numbers
 MAX_WINDOW = 16  # places of a row in one step: lanes of a GPU kernel's matrix unit
 WITH_ANY_CACHE = frozenset(
-    {"window", "window_rows", "limits", "strict", "playground", "size", "default_texts"}
+    {"window", "window_rows", "limits", "strict", "playground", "size", "sizes", "default_texts"}
 )  # settings that do not need the backend
 _POLICY_FIELDS = frozenset(Policy.__dataclass_fields__)
+MOST_SIZES = 64  # that one server draws
+Size = Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$")]
 
 
 class Limits(BaseModel):
@@ -77,6 +79,8 @@ class CompressionConfig(BaseModel):
         Whether ``/playground`` is a page to draw with.
     size : str, optional
         Of all pictures, ``WIDTHxHEIGHT`` in pixels, for models that draw more than one.
+    sizes : list of str, optional
+        Those that requests may choose from, the default first; None takes the model's own list.
     default_texts : bool
         Whether requests that say nothing else have the model's own texts: what it adds to a prompt, and its
         negative prompt.
@@ -105,16 +109,14 @@ class CompressionConfig(BaseModel):
     limits: Limits = Limits()
     strict: bool = False
     playground: bool = False
-    size: Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$")] | None = None
+    size: Size | None = None
+    sizes: Annotated[list[Size], Field(min_length=1, max_length=MOST_SIZES)] | None = None
     default_texts: bool = True
 
     @property
     def pixels(self) -> tuple[int, int] | None:
         """``size`` as width and height."""
-        if self.size is None:
-            return None
-        width, height = self.size.split("x")
-        return int(width), int(height)
+        return None if self.size is None else pixels_of(self.size)
 
     @property
     def compresses(self) -> bool:
@@ -127,6 +129,12 @@ class CompressionConfig(BaseModel):
     def policy(self) -> Policy:
         """The point in the policy space. Raises ValueError naming the field."""
         return Policy(**{name: getattr(self, name) for name in _POLICY_FIELDS})
+
+
+def pixels_of(size: str) -> tuple[int, int]:
+    """``WIDTHxHEIGHT`` as two numbers."""
+    width, height = size.split("x")
+    return int(width), int(height)
 
 
 def parse_config(additional_config: Any) -> CompressionConfig:
@@ -150,6 +158,12 @@ def parse_config(additional_config: Any) -> CompressionConfig:
         config = CompressionConfig(**section)
     except ValidationError as error:
         raise ValueError(_one_line(error)) from None
+    for wrong, mend in (
+        (config.size and config.sizes, "size draws one size alone: leave one of the two out"),
+        (len(set(config.sizes or ())) < len(config.sizes or ()), "a size is there twice; leave one out"),
+    ):
+        if wrong:
+            raise ValueError(f"additional_config.{KEY}.sizes: {mend}")
     policy = config.policy  # raises on a value out of range
     if policy.types == "fitted" and config.threshold is not None:
         raise ValueError(
@@ -167,7 +181,7 @@ def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     *section, name = (str(part) for part in first["loc"])
     if section and section != ["limits"]:
-        section, name = [], section[0]  # the rest names a member of a union
+        section, name = [], section[0]  # the rest names a member of a union, or a place in a list
     where = ".".join((KEY, *section))
     if first["type"] == "extra_forbidden":
         known = (Limits if section else CompressionConfig).model_fields

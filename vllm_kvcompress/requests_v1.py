@@ -59,17 +59,20 @@ class RequestTracker(V1LogitsProcessor, V2LogitsProcessor):
             for row, params, prompt, outputs in batch_update.added:
                 facts = RequestFacts.read(params, prompt, self.rows.model)
                 if not facts.is_text:
-                    facts = replace(facts, drawing=self._drawing(params, prompt or (), outputs, facts.prefix))
+                    facts = replace(facts, drawing=self._drawing(params, prompt or (), outputs, facts))
                 self.rows.add(row, facts)
             for source, target, direction in batch_update.moved:
                 self.rows.move(source, target, swap=direction == MoveDirectionality.SWAP)
         self.rows.flush()
 
-    def _drawing(self, params: Any, prompt: Sequence[int], outputs: list[int], prefix: int) -> Drawing:
+    def _drawing(
+        self, params: Any, prompt: Sequence[int], outputs: list[int], facts: RequestFacts
+    ) -> Drawing:
         # vLLM's own generator, so that an engine's seed decides unseeded pictures too.
         seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
         model = self.rows.model
-        return Drawing(seed, model.raster.width, prompt[prefix:], outputs, model.eol)
+        line = model.sizes[facts.size].raster.width
+        return Drawing(seed, line, prompt[facts.prefix :], outputs, model.eol)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         return False

@@ -68,16 +68,17 @@ class ImageSampler(Sampler):
 
     def _settle(self, output: SamplerOutput, batch: InputBatch, places: Places) -> None:
         """How many tokens stand in each row, and its next drafts."""
-        rows, raster = self.rows, self.rows.model.raster
-        prefix = rows.prefix[: batch.num_reqs].long()
+        rows, mine = self.rows, slice(batch.num_reqs)
+        width, total = rows.widths(mine), rows.totals(mine)
+        prefix = rows.prefix[mine].long()
         first = batch.positions[batch.logits_indices][places.starts].long()
         samples = places.table(output.sampled_token_ids.flatten().long())
         inputs = places.table(batch.input_ids[batch.logits_indices].long())
         token = first - prefix  # the picture's token that the first place fed; negative for its prompt
-        limit = raster.tokens - 1 - token
+        limit = total - 1 - token
         if rows.on_accept is not None:  # a cache that chooses victims at its line's end
-            limit = torch.minimum(limit, torch.where(token < 0, 1, raster.width - token % raster.width))
-        limit = torch.where(rows.is_text[: batch.num_reqs], 1, limit)
+            limit = torch.minimum(limit, torch.where(token < 0, 1, width - token % width))
+        limit = torch.where(rows.is_text[mine], 1, limit)
         stands = standing(samples, inputs, places.counts, limit)
         reading = output.num_sampled == 0  # a prompt that is not read to its end yet
         output.num_sampled = torch.where(reading, 0, stands).to(output.num_sampled.dtype)
@@ -85,7 +86,7 @@ class ImageSampler(Sampler):
         output.sampled_token_ids = samples
         states, index = self.req_states, batch.idx_mapping
         states.draft_tokens[index] = next_drafts(
-            samples, places.counts, stands, states.all_token_ids.gpu[index], first, prefix, raster.width,
+            samples, places.counts, stands, states.all_token_ids.gpu[index], first, prefix, width,
             states.draft_tokens.shape[1], rows.model.eol,
         ).to(states.draft_tokens.dtype)  # fmt: skip
         rows.accept(stands)

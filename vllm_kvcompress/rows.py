@@ -73,6 +73,8 @@ class RequestFacts:
         The picture's tokens and noise, where the host knows them (the V1 runner).
     begins : (int, int)
         How many padding ids each branch's prompt begins with, where the model aligns them.
+    size : int
+        Which of the model's sizes the picture has.
     """
 
     guidance: GuidanceParams
@@ -80,6 +82,7 @@ class RequestFacts:
     names_ids: bool = False
     drawing: Drawing | None = field(default=None, compare=False)
     begins: tuple[int, int] = (0, 0)
+    size: int = 0
 
     @property
     def is_text(self) -> bool:
@@ -93,12 +96,13 @@ class RequestFacts:
         """From what the runner is given with a new request."""
         ids = prompt_ids or ()
         end = model.prefix_length(ids)
-        if not model.is_begun(ids, end):
+        size = model.size_of(ids, end)
+        if size is None:
             # Admission has not looked at a text request's arguments, and they mean nothing here.
             return cls(GuidanceParams(model.guidance_scale), NO_IMAGE)
         guidance = GuidanceParams.read(getattr(params, "extra_args", None), model.guidance_scale)
         begins = model.padding(ids[:end]), model.padding(guidance.negative_ids or ids[:end])
-        return cls(guidance, end, names_ids(params), begins=begins)
+        return cls(guidance, end, names_ids(params), begins=begins, size=size)
 
 
 class RequestRows:
@@ -110,7 +114,8 @@ class RequestRows:
     ``[max_rows]`` says how long they are, 0 in a row without; ``is_text`` is bool ``[max_rows]``;
     ``token_rows`` is int64 ``[max_tokens]``, the row of each of the step's tokens; ``begins`` is int32
     ``[max_rows, 2]``, where each branch's prompt begins, or None where the model's are always as long as each
-    other.
+    other; ``size`` is int32 ``[max_rows]``, which of the model's sizes the row's picture has, or None where
+    there is one.
     """
 
     def __init__(self, max_rows: int, model: ImageModel, context: int = 0, max_tokens: int = 0) -> None:
@@ -122,6 +127,8 @@ class RequestRows:
         self.is_text = torch.zeros(max_rows, dtype=torch.bool)
         self.token_rows = torch.zeros(max_tokens, dtype=torch.int64)
         self.begins = torch.zeros(max_rows, 2, dtype=torch.int32) if model.aligns else None
+        self.size = torch.zeros(max_rows, dtype=torch.int32) if model.more_sizes else None
+        self._grids = torch.tensor([[raster.width, raster.tokens] for raster in model.rasters])
         self._tokens = torch.arange(max_tokens, dtype=torch.int32)
         self.narrow_allowed = True
         self.replays = False  # whether tokens come outside steps, `token_rows` written by who feeds them
@@ -144,6 +151,16 @@ class RequestRows:
         self.negative, self.negative_length = self.negative.to(device), self.negative_length.to(device)
         self.token_rows, self._tokens = self.token_rows.to(device), self._tokens.to(device)
         self.begins = None if self.begins is None else self.begins.to(device)
+        self.size = None if self.size is None else self.size.to(device)
+        self._grids = self._grids.to(device)
+
+    def widths(self, rows: Tensor | slice) -> Tensor | int:
+        """Tokens of a line in the pictures of ``rows``: int64 of each, or where there is one size of all."""
+        return self.model.raster.width if self.size is None else self._grids[self.size[rows], 0]
+
+    def totals(self, rows: Tensor | slice) -> Tensor | int:
+        """Tokens of their pictures, as `widths`."""
+        return self.model.raster.tokens if self.size is None else self._grids[self.size[rows], 1]
 
     def place_tokens(self, starts: Tensor, tokens: int | None = None) -> None:
         """Write ``token_rows``, without waiting. Once per step, before the forward.
@@ -195,10 +212,10 @@ class RequestRows:
         self._dirty = False
         count = len(self.scale)
         scale, prefix, lengths = [self.model.guidance_scale] * count, [NO_IMAGE] * count, [0] * count
-        is_text, begins = [False] * count, [(0, 0)] * count
+        is_text, begins, size = [False] * count, [(0, 0)] * count, [0] * count
         for row, facts in self._rows.items():
             scale[row], prefix[row], is_text[row] = facts.guidance.scale, facts.prefix, facts.is_text
-            begins[row] = facts.begins
+            begins[row], size[row] = facts.begins, facts.size
             ids = facts.guidance.negative_ids or ()
             lengths[row] = len(ids)
             if ids and self._written.get(row) != ids:
@@ -210,6 +227,8 @@ class RequestRows:
         async_tensor_h2d(is_text, out=self.is_text)
         if self.begins is not None:
             async_tensor_h2d(begins, out=self.begins)
+        if self.size is not None:
+            async_tensor_h2d(size, out=self.size)
 
     def take_narrow(self) -> bool:
         """Whether image codes are all that the step flushed for can draw; asked once, for its sampling.
@@ -257,6 +276,11 @@ class RequestRows:
         """What ``begins`` holds for a row, from the host's own memory."""
         facts = self._rows.get(row)
         return (0, 0) if facts is None else facts.begins
+
+    def size_of(self, row: int) -> int:
+        """What ``size`` holds for a row, from the host's own memory."""
+        facts = self._rows.get(row)
+        return 0 if facts is None else facts.size
 
     @property
     def negatives(self) -> bool:

@@ -69,13 +69,14 @@ class ImageScheduler(AsyncScheduler):
         self._limits = parse_config(self.vllm_config.additional_config).limits
         self._refused: list[Request] = []  # whose clients are yet to be told
         self._prefixes: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}  # of pictures
         self._texts: dict[str, int] = {}
         self._windows = DraftPlaces.of(self.vllm_config)
         self._steps: dict[str, int] = {}  # that have given a request tokens; without windows, one each
         managers = self.kv_cache_manager.coordinator.single_type_managers
         bounded = [manager for manager in managers if isinstance(manager, BoundedManager)]
         for manager in bounded:
-            manager.prefixes, manager.texts = self._prefixes, self._texts
+            manager.prefixes, manager.texts, manager.sizes = self._prefixes, self._texts, self._sizes
         if bounded:
             self._measure([manager.kv_cache_spec for manager in bounded])
 
@@ -94,7 +95,10 @@ class ImageScheduler(AsyncScheduler):
             )  # fmt: skip
 
     def add_request(self, request: Request) -> None:
-        self._prefixes[request.request_id] = self._prefix(request)
+        self._prefixes[request.request_id] = prefix = self._prefix(request)
+        size = self._image.size_of(request.prompt_token_ids or (), prefix)
+        if size is not None:
+            self._sizes[request.request_id] = size
         super().add_request(request)
         if not self._admitted(request):
             self._refused += self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
@@ -157,6 +161,7 @@ class ImageScheduler(AsyncScheduler):
         report = self._report(request)
         self._prefixes.pop(request.request_id, None)
         self._texts.pop(request.request_id, None)
+        self._sizes.pop(request.request_id, None)
         self._steps.pop(request.request_id, None)
         kv_params, ec_params = super()._free_request(request, delay_free_blocks)
         return {**(kv_params or {}), REPORT: asdict(report)}, ec_params
@@ -176,7 +181,8 @@ class ImageScheduler(AsyncScheduler):
             full += tokens * spec.num_kv_heads * 2 * spec.head_size * spec.dtype.itemsize * layers
             if isinstance(spec, HeadTypeSpec):
                 name = "evicted_semantic" if spec.scored else "evicted_spatial"
-                evicted[name].append((spec.num_kv_heads, max(0, drawn - spec.capacity)))
+                capacity, _ = spec.sizes[self._sizes.get(request.request_id, 0)]
+                evicted[name].append((spec.num_kv_heads, max(0, drawn - capacity)))
         means = {
             name: round(sum(n * count for n, count in parts) / max(1, sum(n for n, _ in parts)))
             for name, parts in evicted.items()

@@ -10,13 +10,15 @@ if TYPE_CHECKING:
 logger = logger_for(__name__)
 
 
-def kvcompress_decode_image(self: Any, codes: list[int]) -> tuple[int, int, bytes] | None:
+def kvcompress_decode_image(self: Any, codes: list[int], size: int = 0) -> tuple[int, int, bytes] | None:
     """Pixels of the lines drawn so far.
 
     Parameters
     ----------
     codes : list of int
         Codebook indices of whole lines, from the first.
+    size : int
+        Which of the model's sizes the picture has.
 
     Returns
     -------
@@ -26,17 +28,20 @@ def kvcompress_decode_image(self: Any, codes: list[int]) -> tuple[int, int, byte
     """
     if self.rank != 0:
         return None
-    decoder: PictureDecoder = self.model_runner.get_model().vq
-    return decoder.picture(codes)
+    model = self.model_runner.get_model()
+    decoder: PictureDecoder = model.vq
+    return decoder.picture(codes, model.image.sizes[size].raster)
 
 
-def kvcompress_decode_images(self: Any, pictures: list[list[int]]) -> list[tuple[int, int, bytes]] | None:
-    """``kvcompress_decode_image`` of several pictures, in order; their lengths may differ.
+def kvcompress_decode_images(
+    self: Any, pictures: list[tuple[list[int], int]]
+) -> list[tuple[int, int, bytes]] | None:
+    """``kvcompress_decode_image`` of several pictures, codes and size of each, in order.
 
     One after the other: in a batch a picture's pixels come out up to a dozen levels different in bfloat16,
     and by one in float32, and the same seed is to draw the same file in any company.
     """
-    decoded = (kvcompress_decode_image(self, codes) for codes in pictures)
+    decoded = (kvcompress_decode_image(self, *picture) for picture in pictures)
     logger.debug("Decoding %d pictures on rank %d", len(pictures), self.rank)
     return None if self.rank != 0 else [pixels for pixels in decoded if pixels is not None]
 
@@ -67,12 +72,12 @@ def kvcompress_head_profile(self: Any) -> str | None:
 
 
 def kvcompress_kept(
-    self: Any, request_id: str, prefix: int
+    self: Any, request_id: str, prefix: int, size: int = 0
 ) -> tuple[int, list[tuple[str, int, list[int]]]] | None:
     """What the cache holds of a running picture: `cache.kept.kept_tokens`, as plain tuples, on each rank."""
     from vllm_kvcompress.cache.kept import kept_tokens
 
-    found = kept_tokens(self.model_runner, request_id, prefix)
+    found = kept_tokens(self.model_runner, request_id, prefix, size)
     if found is None:
         return None
     drawn, types = found

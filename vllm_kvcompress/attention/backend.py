@@ -85,9 +85,11 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
         m = common_attn_metadata
         prefix, length = self.rows.prefix[: m.num_reqs], m.seq_lens[: m.num_reqs].to(torch.int32)
         begins = None if self.rows.begins is None else self.rows.begins[: m.num_reqs]
+        size = None if self.rows.size is None else self.rows.size[: m.num_reqs]
+        every = Plan(prefix, length, begins, size)
         table = m.block_table_tensor[: m.num_reqs]
         if m.max_query_len == 1:
-            return StepPlan(m.query_start_loc, table, None, None, Plan(prefix, length, begins))
+            return StepPlan(m.query_start_loc, table, None, None, every)
         starts = m.query_start_loc_cpu[: m.num_reqs + 1]
         ends = starts.tolist()
         shared = self.rows.shared_plan
@@ -100,37 +102,38 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
             known = m.seq_lens.cpu()
         prefixes = [self.rows.prefix_of(row) for row in range(m.num_reqs)]
         many = (counts > 1).tolist()
-        window = self._window(ends, prefix, length, begins)
+        window = self._window(ends, every)
         drafted = set(window.rows) if window else set()
         lengths = [
             int(known[row]) if several and row not in drafted else 0 for row, several in enumerate(many)
         ]
         rows = async_tensor_h2d(single, device=table.device)
         tokens = async_tensor_h2d(starts[single].long(), device=table.device)
-        plan = Plan(prefix[rows], length[rows], None if begins is None else begins[rows])
+        plan = every.of(rows)
         firsts = None if begins is None else [self.rows.begins_of(row) for row in range(m.num_reqs)]
-        prompts = PrefillPlan.of(ends, prefixes, lengths, table.device, firsts)
+        sizes = None if size is None else [self.rows.size_of(row) for row in range(m.num_reqs)]
+        prompts = PrefillPlan.of(ends, prefixes, lengths, table.device, firsts, sizes)
         made = StepPlan(m.query_start_loc, table, rows, tokens, plan, prompts, window)
         self.rows.shared_plan = ends, made
         return made
 
-    def _window(
-        self, starts: list[int], prefix: Tensor, length: Tensor, begins: Tensor | None
-    ) -> WindowPlan | None:
-        """The rows whose places after the first are drafts."""
+    def _window(self, starts: list[int], every: Plan) -> WindowPlan | None:
+        """The rows whose places after the first are drafts; ``every`` has all rows."""
         counts = self.rows.places
         if counts is None:
             return None
         rows = [row for row, count in enumerate(counts) if count > 1]
-        at = async_tensor_h2d(rows, device=prefix.device)
-        drafts = async_tensor_h2d([counts[row] - 1 for row in rows], device=prefix.device, dtype=torch.int32)
+        device = every.prefix.device
+        mine = every.of(async_tensor_h2d(rows, device=device))
+        drafts = async_tensor_h2d([counts[row] - 1 for row in rows], device=device, dtype=torch.int32)
         return WindowPlan(
             rows,
             [starts[row] for row in rows],
             [counts[row] for row in rows],
-            prefix[at],
-            length[at] - drafts,
-            None if begins is None else begins[at],
+            mine.prefix,
+            mine.length - drafts,
+            mine.begins,
+            mine.size,
         )
 
 

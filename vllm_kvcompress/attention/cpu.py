@@ -65,7 +65,7 @@ def select_victims(type_all_layers: HeadType, plan: Plan) -> None:
     As `select.select_victims`, which also does the work of rules that choose within columns.
     """
     rule = type_all_layers.rule
-    if not rule.scores:
+    if not type_all_layers.scores:
         return
     loaded = library()
     native = native_of(type_all_layers) if loaded and is_plain(plan) else None
@@ -73,7 +73,8 @@ def select_victims(type_all_layers: HeadType, plan: Plan) -> None:
         torch_select.select_victims(type_all_layers, plan)
         return
     rows, threads = len(plan.length), torch.get_num_threads()
-    loaded.kvc_select(native.address, plan.prefix.data_ptr(), plan.length.data_ptr(), rows, threads)
+    size = None if plan.size is None else plan.size.data_ptr()
+    loaded.kvc_select(native.address, plan.prefix.data_ptr(), plan.length.data_ptr(), size, rows, threads)
 
 
 def select_all(types: Sequence[HeadType], plan: Plan) -> None:

@@ -10,26 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.attention.pages import HeadPages, HeadType, Plan
+from vllm_kvcompress.attention.pages import NUMBERS, HeadType, Plan
 from vllm_kvcompress.attention.window import WindowPlan
 from vllm_kvcompress.log import logger_for
-from vllm_kvcompress.policy.rule import HeadRule
 
 logger = logger_for(__name__)
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 ISAS = ("portable", "avx2", "avx512")
-_ABI = 5
+_ABI = 6
 _PAGED = ("kv", "score", "token", "victim")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class PackedType(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in (*_PAGED, "head_index", "block_table")),
+        *((name, c_void_p) for name in (*_PAGED, "head_index", "block_table", "sized")),
         *((f"{name}_{axis}", c_int64) for name in _PAGED for axis in ("block", "head")),
         ("table_row", c_int64),
-        *((name, c_int32) for name in ("heads", "page", "capacity", "line", "image", "anchors", "recent")),
+        *((name, c_int32) for name in ("heads", "page", "widest", *NUMBERS)),
         *((name, c_int32) for name in ("ring", "evicts", "dim", "dtype", "value_norm", "smooth_row")),
         ("decay", c_float),
     )
@@ -37,7 +36,7 @@ class PackedType(Structure):
 
 class Step(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "k", "v", "out", "prefix", "length", "begins")),
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "prefix", "length", "begins", "size")),
         *((f"{name}_{axis}", c_int64) for name in ("q", "k", "v", "out") for axis in ("row", "head")),
         *((name, c_int32) for name in ("rows", "group", "dim", "dtype", "threads", "kv_heads")),
         ("scale", c_float),
@@ -67,7 +66,7 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded.kvc_decode.argtypes = (c_void_p, c_int32, c_void_p)
     loaded.kvc_window.argtypes = (c_void_p, c_int32, c_void_p, c_void_p)
-    loaded.kvc_select.argtypes = (c_void_p, c_void_p, c_void_p, c_int32, c_int32)
+    loaded.kvc_select.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32)
     return loaded
 
 
@@ -100,8 +99,9 @@ NO_SCRATCH = "kvcompress: no memory for the scratch of the CPU attention kernel"
 class Native:
     """What the kernels need to know of one `HeadPages`, packed once; only the block table changes."""
 
-    def __init__(self, pages: HeadPages, rule: HeadRule, head_index: Tensor) -> None:
-        self.rule, self.head_index = rule, head_index
+    def __init__(self, kind: HeadType) -> None:
+        pages, rule, head_index = kind.pages, kind.rule, kind.head_index
+        self.rule, self.sized, self.head_index = rule, kind.sized, head_index
         self.struct = struct = PackedType()
         self.address = ctypes.addressof(struct)
         self.dtype = pages.kv.dtype
@@ -113,12 +113,14 @@ class Native:
         struct.heads, struct.page = pages.kv.shape[1], pages.page
         struct.head_index = head_index.data_ptr()
         struct.dim, struct.dtype = pages.head_size, _DTYPES.get(self.dtype, 0)
-        for name in (
-            *("capacity", "line", "image", "anchors", "recent"),
-            *("ring", "evicts", "value_norm", "smooth_row"),
-        ):
+        for name in (*NUMBERS, "ring", "evicts", "value_norm", "smooth_row"):
             setattr(struct, name, int(getattr(rule, name)))
-        struct.decay = rule.decay
+        struct.decay, struct.widest = rule.decay, kind.capacity
+        if kind.sized:
+            struct.evicts = any(one.evicts for one in kind.sized)
+            numbers = [getattr(one, name) for one in kind.sized for name in NUMBERS]
+            self.numbers = (c_int32 * len(numbers))(*numbers)  # as long as the struct points there
+            struct.sized = ctypes.addressof(self.numbers)
         side = (pages.score, pages.token, pages.victim)
         self.fits = (
             pages.kv.is_cpu
@@ -134,8 +136,13 @@ def native_of(kind: HeadType) -> Native | None:
     """The packed form of a head type, or None if the kernels can't read its tensors."""
     kept, table = kind.pages.__dict__, kind.block_table
     native: Native | None = kept.get("_native")
-    if native is None or native.rule is not kind.rule or native.head_index is not kind.head_index:
-        native = kept["_native"] = Native(kind.pages, kind.rule, kind.head_index)
+    if (
+        native is None
+        or native.rule is not kind.rule
+        or native.sized is not kind.sized
+        or native.head_index is not kind.head_index
+    ):
+        native = kept["_native"] = Native(kind)
     if not native.fits or table.dtype != torch.int32 or table.stride(1) != 1:
         return None
     native.struct.block_table, native.struct.table_row = table.data_ptr(), table.stride(0)
@@ -144,7 +151,7 @@ def native_of(kind: HeadType) -> Native | None:
 
 def is_plain(plan: Plan) -> bool:
     """Whether the kernels can read a plan."""
-    tensors = [plan.prefix, plan.length, *([] if plan.begins is None else [plan.begins])]
+    tensors = [x for x in (plan.prefix, plan.length, plan.begins, plan.size) if x is not None]
     return all(t.dtype == torch.int32 and t.is_contiguous() and t.is_cpu for t in tensors)
 
 
@@ -163,6 +170,7 @@ def step_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan | WindowPlan, scale: flo
     return Step(
         *(x.data_ptr() for x in (q, k, v, out, plan.prefix, plan.length)),
         None if plan.begins is None else plan.begins.data_ptr(),
+        None if plan.size is None else plan.size.data_ptr(),
         *(x.stride(axis) for x in (q, k, v, out) for axis in (0, 1)),
         *(
             len(plan.prefix),

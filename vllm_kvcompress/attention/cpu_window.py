@@ -58,8 +58,8 @@ def verify(
         return window.verify(q, k, v, types, plan, scale, out)
     places = max(plan.counts)
     mass = [
-        _buffer(kind.pages, (len(plan.rows), kind.pages.kv.shape[1], places, kind.rule.capacity + places))
-        if kind.rule.scores
+        _buffer(kind.pages, (len(plan.rows), kind.pages.kv.shape[1], places, kind.capacity + places))
+        if kind.scores
         else None
         for kind in types
     ]

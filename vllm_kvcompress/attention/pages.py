@@ -4,13 +4,17 @@ A *logical slot* of a request is a number: its prefix tokens come first, then th
 table of the head type says where it lies: page ``block_table[row, slot // page]``, place ``slot % page``.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor
 
 from vllm_kvcompress.policy.rule import SIDE_BYTES, HeadRule
+
+NUMBERS = ("capacity", "line", "image", "anchors", "recent")
+"""What of a rule may differ between the sizes of pictures."""
 
 
 @dataclass
@@ -66,18 +70,38 @@ class HeadType:
     pages : HeadPages
         Its head axis: branch 0's n heads, then branch 1's n heads.
     rule : HeadRule
-        What these heads keep.
+        What these heads keep of a picture; of the default size, where there are several.
     head_index : Tensor
         [2 * n] int32: place of each cache head on the ``2 * Hkv`` axis of k and v (branch * Hkv + head).
         `select_victims` does not read it.
     block_table : Tensor
         [rows, max_blocks] int32. Entries beyond a row's resident slots are never followed.
+    sized : tuple of HeadRule
+        What they keep of pictures of each size that is drawn, alike but for the numbers of slots and tokens
+        (`NUMBERS`); empty where there is one size, which costs nothing.
     """
 
     pages: HeadPages
     rule: HeadRule
     head_index: Tensor
     block_table: Tensor
+    sized: tuple[HeadRule, ...] = ()
+
+    @property
+    def capacity(self) -> int:
+        """Resident image slots of a head, of the size that has most."""
+        return max(rule.capacity for rule in self.sized) if self.sized else self.rule.capacity
+
+    @property
+    def scores(self) -> bool:
+        """Whether pictures of any size are scored."""
+        return any(rule.scores for rule in self.sized) if self.sized else self.rule.scores
+
+    def of(self, size: int, rows: Tensor | None = None) -> "HeadType":
+        """The same for pictures of one size alone; ``rows`` picks block tables."""
+        rule = self.sized[size] if self.sized else self.rule
+        table = self.block_table if rows is None else self.block_table[rows]
+        return replace(self, rule=rule, block_table=table, sized=())
 
 
 @dataclass
@@ -95,11 +119,26 @@ class Plan:
         [rows, 2] int32: the logical slot that each branch's prompt begins at, at most ``prefix``. What lies
         before it fills the shorter prompt up: none of the branch's queries sees it, but its own does. None
         stands for zeros, and costs nothing.
+    size : Tensor, optional
+        [rows] int32: which of `HeadType.sized` rules the row. None where there is one size.
     """
 
     prefix: Tensor
     length: Tensor
     begins: Tensor | None = None
+    size: Tensor | None = None
+
+    def of(self, rows: Tensor) -> "Plan":
+        """The same of these rows, [n] integer."""
+        begins, size = (None if x is None else x[rows] for x in (self.begins, self.size))
+        return Plan(self.prefix[rows], self.length[rows], begins, size)
+
+    def by_size(self) -> "Iterator[tuple[int, Tensor, Plan]]":
+        """The rows that are no padding, size by size: the size, [n] int64 which they are, their plan."""
+        assert self.size is not None
+        for size in self.size[self.length > 0].unique().tolist():
+            rows = ((self.size == size) & (self.length > 0)).nonzero().flatten()
+            yield size, rows, replace(self.of(rows), size=None)
 
 
 def begins_of(begins: Tensor, head_index: Tensor, heads: int) -> Tensor:

@@ -75,7 +75,7 @@ def _write(k: Tensor, v: Tensor, kind: HeadType, plan: PrefillPlan) -> None:
     place = new.position % pages.page
     fresh = torch.cat((k[new.tokens[:, None], heads], v[new.tokens[:, None], heads]), -1)
     pages.kv[block, :, place] = fresh.to(pages.kv.dtype)
-    if kind.rule.scores:
+    if kind.scores:
         pages.token[block, :, place] = -1
         pages.score[block, :, place] = 0.0
 
@@ -123,8 +123,9 @@ def _replay(
 ) -> None:
     """Image tokens of one row, line by line."""
     # Indexing heads copies, so each type works on its own slice and `out` is written here.
-    mine = [replace(kind, block_table=kind.block_table[row.row : row.row + 1]) for kind in types]
-    at, token, line = row.first, row.token, types[0].rule.line
+    own = [kind.of(row.size) for kind in types]
+    mine = [replace(kind, block_table=kind.block_table[row.row : row.row + 1]) for kind in own]
+    at, token, line = row.first, row.token, mine[0].rule.line
     first = torch.tensor([row.begins], device=q.device) if any(row.begins) else None
     while at < row.last:
         end = min(row.last, at + line - token % line)

@@ -16,13 +16,15 @@ MOST_SLOTS = 2**14  # that one call gathers, unless a single row has more: 256 M
 
 
 class Row(NamedTuple):
-    """A row's tokens in the step, the prefix and length that they take it to, where its branches begin."""
+    """A row's tokens in the step, the prefix and length that they take it to, where its branches begin, and
+    its picture's size."""
 
     first: int
     last: int
     prefix: int
     length: int
     begins: tuple[int, int] = (0, 0)
+    size: int = 0
 
     @property
     def before(self) -> int:
@@ -147,8 +149,8 @@ class Chunks:
 
 
 class Drawn(NamedTuple):
-    """A row's image tokens: the row, the step's first and last (exclusive), prefix, the picture's first, and
-    where its branches begin."""
+    """A row's image tokens: the row, the step's first and last (exclusive), prefix, the picture's first,
+    where its branches begin, and the picture's size."""
 
     row: int
     first: int
@@ -156,6 +158,7 @@ class Drawn(NamedTuple):
     prefix: int
     token: int
     begins: tuple[int, int] = (0, 0)
+    size: int = 0
 
 
 @dataclass
@@ -183,7 +186,7 @@ class PrefillPlan:
     @classmethod
     def of(
         cls, starts: Sequence[int], prefixes: Sequence[int], lengths: Sequence[int], device: torch.device,
-        begins: Sequence[tuple[int, int]] | None = None,
+        begins: Sequence[tuple[int, int]] | None = None, sizes: Sequence[int] | None = None,
     ) -> "PrefillPlan | None":  # fmt: skip
         """The plan of rows; None if none has anything to do.
 
@@ -197,9 +200,12 @@ class PrefillPlan:
             Where the cache is.
         begins : sequence of (int, int), optional
             Where each row's branches begin, as in `Plan`.
+        sizes : sequence of int, optional
+            Of each row's picture, as in `Plan`.
         """
-        spans = zip(pairwise(starts), prefixes, lengths, begins or [(0, 0)] * len(prefixes), strict=True)
-        rows = [Row(*span, prefix, length, begin) for span, prefix, length, begin in spans]
+        firsts, sizes = begins or [(0, 0)] * len(prefixes), sizes or [0] * len(prefixes)
+        spans = zip(pairwise(starts), prefixes, lengths, firsts, sizes, strict=True)
+        rows = [Row(*span, prefix, length, begin, size) for span, prefix, length, begin, size in spans]
         live = [n for n, row in enumerate(rows) if row.length]
         if not live:
             return None
@@ -211,6 +217,7 @@ class PrefillPlan:
                 row.prefix,
                 row.before + row.prompt - row.prefix,
                 row.begins,
+                row.size,
             )
             for n in live
             if (row := rows[n]).prompt < row.last - row.first

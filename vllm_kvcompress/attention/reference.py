@@ -40,6 +40,13 @@ def decode(
     out : Tensor
         [rows, 2 * Hq, D], written; zeros in padding rows.
     """
+    if plan.size is not None:
+        out[plan.length == 0] = 0
+        for size, rows, mine in plan.by_size():
+            part = torch.empty_like(q[rows])
+            decode(q[rows], k[rows], v[rows], [kind.of(size, rows) for kind in types], mine, scale, part)
+            out[rows] = part
+        return
     group = q.shape[1] // k.shape[1]
     out[plan.length == 0] = 0
     live = (plan.length > 0).nonzero().flatten()

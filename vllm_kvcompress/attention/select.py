@@ -27,6 +27,10 @@ def select_victims(type_all_layers: HeadType, plan: Plan) -> None:
     plan : Plan
         The plan of the step that has just run.
     """
+    if plan.size is not None:
+        for size, which, mine in plan.by_size():
+            select_victims(type_all_layers.of(size, which), mine)
+        return
     kind, rule, pages = type_all_layers, type_all_layers.rule, type_all_layers.pages
     if not rule.scores:
         return

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vllm_kvcompress.attention.pages import HeadType, Plan
 from vllm_kvcompress.attention.triton_attend import add_scores, attend_group, attend_single, to_cache
-from vllm_kvcompress.attention.triton_kinds import RING, SCORES, packed, pick
+from vllm_kvcompress.attention.triton_kinds import RING, SCORES, of_row, packed, pick, sized
 from vllm_kvcompress.policy.rule import MAX_TYPES
 
 __all__ = ["decode", "launch"]
@@ -57,20 +57,23 @@ def _victim(kind, n, table, head, token):
     return tl.load(kind.victim + at).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=("scratch_row", "prefix", "length", "begins"))
+@triton.jit(do_not_specialize=("scratch_row", "prefix", "length", "begins", "size"))
 def _decode(
-    kinds, q, k, v, out, scratch, prefix, length, begins,
+    kinds, q, k, v, out, scratch, prefix, length, begins, size,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, scratch_row, scale,
     TYPES: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     LANES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
+    SIZED: tl.constexpr,
 ):  # fmt: skip
     """Grid: cache heads of all types, rows. LANES: query heads, padded to what the products need.
     ALIGNED: KV heads of a branch where branches may begin at unlike slots; else 0: ``begins`` is not read.
+    SIZED: whether rows have a ``size``.
     """
     row = tl.program_id(1)
     prefix, length = tl.load(prefix + row), tl.load(length + row)
     row = row.to(tl.int64)
     kind, n, head = pick(kinds, tl.program_id(0), 1, TYPES)
+    n = of_row(kind, n, size, row, SIZED)
     place = tl.load(kind.head_index + head)
     group = tl.arange(0, LANES)
     dim = tl.arange(0, WIDTH)
@@ -143,7 +146,7 @@ class Launch(NamedTuple):
 
 def longest_first(types: Sequence[HeadType]) -> list[HeadType]:
     """The types that have heads, in the order in which they leave a row's last programs least idle."""
-    return sorted((t for t in types if len(t.head_index)), key=lambda t: -t.rule.capacity)
+    return sorted((t for t in types if len(t.head_index)), key=lambda t: -t.capacity)
 
 
 def launch(
@@ -158,7 +161,7 @@ def launch(
     group = heads // k.shape[1]
     check_inputs(q, k, v, types, out, group)
     kinds, align, kept = packed(
-        types, lambda kind: kind.pages.kv.shape[1] * kind.rule.capacity if kind.rule.scores else 0
+        types, lambda kind: kind.pages.kv.shape[1] * kind.capacity if kind.scores else 0
     )
     scratch = torch.empty(rows * kept * group, dtype=torch.float32, device=q.device)
     width = max(16, triton.next_power_of_2(dim))
@@ -168,11 +171,13 @@ def launch(
     constants: dict[str, Any] = {
         "TYPES": len(kinds), "ALIGN": align, "GROUP": group, "DIM": dim, "WIDTH": width,
         "LANES": 1 if group == 1 else MAX_GROUP, "STAGES": 1 if group == 1 else 3, "BLOCK": block,
-        "num_warps": 4, "enable_fp_fusion": True, **aligned(plan.begins, k),
+        "num_warps": 4, "enable_fp_fusion": True, **aligned(plan.begins, k), **sized(plan.size),
     }  # fmt: skip
     strides = [stride for x in (q, k, v, out) for stride in x.stride()[:2]]
-    begins = plan.prefix if plan.begins is None else plan.begins
-    given = (kinds, q, k, v, out, scratch, plan.prefix, plan.length, begins, *strides, kept, scale * LOG2E)
+    begins, size = (plan.prefix if x is None else x for x in (plan.begins, plan.size))
+    given = (
+        kinds, q, k, v, out, scratch, plan.prefix, plan.length, begins, size, *strides, kept, scale * LOG2E,
+    )  # fmt: skip
     return Launch((sum(len(kind.head_index) for kind in types), rows), given, constants)
 
 

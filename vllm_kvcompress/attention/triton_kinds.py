@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from math import gcd
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_kvcompress.attention.pages import HeadPages, HeadType
-from vllm_kvcompress.policy.rule import MAX_TYPES, HeadRule
+from vllm_kvcompress.attention.pages import NUMBERS, HeadType
+from vllm_kvcompress.policy.rule import MAX_TYPES
 
 RING, SCORES, VALUE_NORM, SMOOTH_ROW = (tl.constexpr(1 << n) for n in range(4))
 # Triton's interpreter compiles nothing and takes its time for every operation: there, numbers go as they are
@@ -56,6 +57,7 @@ class KindArgs(NamedTuple):
     victim: Any
     head_index: Any
     table: Any
+    sized: Any  # [sizes, 5] int32, what `NUMBERS` names of each; any pointer where there is one size
     numbers: Any
     per_slot: Any  # 1 / page: floor((slot + 0.5) * per_slot) is a slot's page, exactly to 2**20 slots
     decay: Any
@@ -80,6 +82,26 @@ def pick(kinds, item, PER_ITEM: tl.constexpr, TYPES: tl.constexpr):
     if not PLAIN:
         numbers = Numbers(*[(number >> 1) - 1 for number in numbers])
     return kind, numbers, item
+
+
+@triton.jit
+def of_row(kind, n, size, row, SIZED: tl.constexpr):
+    """A type's numbers as they are for a row: with those of its size where SIZED, else as they are."""
+    if SIZED:
+        at = kind.sized + 5 * tl.load(size + row)
+        capacity, image = tl.load(at), tl.load(at + 2)
+        flags = tl.where(capacity < image, n.flags, n.flags & ~SCORES)
+        n = Numbers(
+            n.score_at, n.token_at, n.victim_at, n.kv_block, n.kv_head, n.score_block, n.index_block,
+            n.side_head, n.table_row, n.heads, n.scratch, n.page, capacity, tl.load(at + 1), tl.load(at + 3),
+            tl.load(at + 4), image, flags,
+        )  # fmt: skip
+    return n
+
+
+def sized(size: Tensor | None) -> dict[str, bool]:
+    """The constant of `of_row`: servers of several sizes have variants of their own."""
+    return {"SIZED": size is not None}
 
 
 def odd(number: int) -> int:
@@ -129,35 +151,42 @@ def kind_args(kind: HeadType, align: int, scratch: int) -> KindArgs:
     """
     table, kept = kind.block_table, kind.pages.__dict__
     rest = align, scratch, table.stride()
-    rule, known, args = kept.get("_kind_args", (None, None, None))
-    if rule is not kind.rule or known != rest:
+    rule, sizes, known, args = kept.get("_kind_args", (None, None, None, None))
+    if rule is not kind.rule or sizes is not kind.sized or known != rest:
         if table.stride(1) != 1:
             raise ValueError("block_table: the pages of a row must lie next to each other")
-        args = _kind_args(kind.pages, kind.rule, align, scratch, table.stride(0))
-        kept["_kind_args"] = kind.rule, rest, args
-    return args._replace(head_index=kind.head_index, table=table)
+        args = _kind_args(kind, align, scratch)
+        kept["_kind_args"] = kind.rule, kind.sized, rest, args
+    index = kind.head_index
+    return args._replace(head_index=index, table=table, sized=index if args.sized is None else args.sized)
 
 
-def _kind_args(pages: HeadPages, rule: HeadRule, align: int, scratch: int, table_row: int) -> KindArgs:
+def _kind_args(kind: HeadType, align: int, scratch: int) -> KindArgs:
     """All but the tensors that a step brings."""
+    pages, rule = kind.pages, kind.rule
     side = (pages.score, pages.token, pages.victim)
     if pages.kv.stride()[2:] != (2 * pages.head_size, 1) or any(x.stride(2) != 1 for x in side):
         raise ValueError("pages: the slots of a head must lie next to each other, K and V in one piece")
-    if rule.scores and (len({x.stride(1) for x in side}) > 1 or side[1].stride() != side[2].stride()):
+    if kind.scores and (len({x.stride(1) for x in side}) > 1 or side[1].stride() != side[2].stride()):
         raise ValueError("pages: the heads of score, token and victim must be equally far apart")
     (score, score_at), (token, token_at), (victim, victim_at) = (_aligned(x) for x in side)
     kv_block, kv_head = (stride // align for stride in pages.kv.stride()[:2])
-    flags = RING.value * rule.ring + SCORES.value * rule.scores
+    flags = RING.value * rule.ring + SCORES.value * kind.scores
     flags += VALUE_NORM.value * rule.value_norm + SMOOTH_ROW.value * rule.smooth_row
     numbers = Numbers(
         score_at=score_at, token_at=token_at, victim_at=victim_at, kv_block=kv_block, kv_head=kv_head,
         score_block=pages.score.stride(0), index_block=pages.token.stride(0), side_head=pages.score.stride(1),
-        table_row=table_row, heads=pages.kv.shape[1], scratch=scratch, page=pages.page,
+        table_row=kind.block_table.stride(0), heads=pages.kv.shape[1], scratch=scratch, page=pages.page,
         capacity=rule.capacity, line=rule.line, anchors=rule.anchors, recent=rule.recent, image=rule.image,
         flags=flags,
     )  # fmt: skip
     odds = Numbers(*map(odd, numbers))
-    return KindArgs(pages.kv, score, token, victim, None, None, odds, 1 / pages.page, float(rule.decay))
+    of_sizes = None
+    if kind.sized:
+        table = [[getattr(one, name) for name in NUMBERS] for one in kind.sized]
+        of_sizes = torch.tensor(table, dtype=torch.int32, device=pages.kv.device)
+    rest = odds, 1 / pages.page, float(rule.decay)
+    return KindArgs(pages.kv, score, token, victim, None, None, of_sizes, *rest)
 
 
 def _aligned(x: Tensor) -> tuple[Tensor, int]:

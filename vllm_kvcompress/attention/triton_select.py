@@ -25,8 +25,10 @@ from vllm_kvcompress.attention.triton_decode import Launch
 from vllm_kvcompress.attention.triton_kinds import (
     SMOOTH_ROW,
     VALUE_NORM,
+    of_row,
     packed,
     pick,
+    sized,
 )
 from vllm_kvcompress.policy.rule import HeadRule
 
@@ -156,18 +158,19 @@ def _fade(kind, n, head, table, before, resident):
         tl.store(to, score * kind.decay, mask=use)
 
 
-@triton.jit(do_not_specialize=("scratch_row", "prefix", "length"))
+@triton.jit(do_not_specialize=("scratch_row", "prefix", "length", "size"))
 def _select(
-    kinds, scratch, prefix, length, scratch_row,
+    kinds, scratch, prefix, length, size, scratch_row,
     TYPES: tl.constexpr, HEADS: tl.constexpr, ALIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, SIZED: tl.constexpr,
 ):  # fmt: skip
     """Grid: groups of HEADS cache heads of all types, rows."""
     row = tl.program_id(1)
     before, tokens = tl.load(prefix + row), tl.load(length + row)
     kind, n, group = pick(kinds, tl.program_id(0), HEADS, TYPES)
+    n = of_row(kind, n, size, row, SIZED)
     drawn = tokens - before
-    if (tokens > 0) & (drawn > 0) & (drawn % n.line == 0):
+    if (tokens > 0) & (drawn > 0) & (drawn % n.line == 0) & (n.capacity < n.image):
         table = kind.table + row.to(tl.int64) * n.table_row
         due = tl.minimum(n.line, n.image - drawn) - tl.maximum(n.capacity - drawn, 0)
         resident = tl.minimum(drawn, n.capacity)
@@ -206,7 +209,7 @@ def launch(types: Sequence[HeadType], plan: Plan) -> Launch:
         return triton.cdiv(kind.pages.kv.shape[1], HEADS)
 
     kinds, align, kept = packed(
-        types, lambda kind: programs(kind) * kind.rule.capacity * (1 + kind.rule.smooth_row)
+        types, lambda kind: programs(kind) * kind.capacity * (1 + kind.rule.smooth_row)
     )
     groups, pages, rows = sum(map(programs, types)), types[0].pages, len(plan.length)
     width = max(16, triton.next_power_of_2(pages.head_size))
@@ -214,9 +217,11 @@ def launch(types: Sequence[HeadType], plan: Plan) -> Launch:
     constants = {
         "TYPES": len(kinds), "HEADS": HEADS, "ALIGN": align, "DIM": pages.head_size, "WIDTH": width,
         "TILE": max(16, 2048 // width), "num_warps": 4, "enable_fp_fusion": False,
+        **sized(plan.size),
     }  # fmt: skip
     scratch = torch.empty(rows * kept, dtype=torch.int64, device=pages.kv.device)
-    return Launch((groups, rows), (kinds, scratch, plan.prefix, plan.length, kept), constants)
+    size = plan.prefix if plan.size is None else plan.size
+    return Launch((groups, rows), (kinds, scratch, plan.prefix, plan.length, size, kept), constants)
 
 
 def select_all(types: Sequence[HeadType], plan: Plan) -> None:
@@ -226,7 +231,7 @@ def select_all(types: Sequence[HeadType], plan: Plan) -> None:
     within columns: it reads on the host which rows are due, so a CUDA graph can't hold them. Types that
     score, to `MAX_TYPES` of one head size and dtype, are one launch.
     """
-    scoring = [kind for kind in types if kind.rule.scores and kind.pages.kv.shape[1]]
+    scoring = [kind for kind in types if kind.scores and kind.pages.kv.shape[1]]
     here = [kind for kind in scoring if native(kind.rule)]
     for kind in scoring:
         if not native(kind.rule):

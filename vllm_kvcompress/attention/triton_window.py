@@ -23,7 +23,7 @@ from vllm_kvcompress.attention.triton_decode import (
     first_seen,
     longest_first,
 )
-from vllm_kvcompress.attention.triton_kinds import RING, SCORES, KindArgs, packed, pick
+from vllm_kvcompress.attention.triton_kinds import RING, SCORES, KindArgs, of_row, packed, pick, sized
 from vllm_kvcompress.attention.window import WindowPlan
 
 __all__ = ["commit", "launch_commit", "launch_verify", "verify"]
@@ -55,11 +55,14 @@ def _taken(kind, n, table, head, prefix, token, count, PLACES: tl.constexpr):
 
 
 @triton.jit
-def _program(kinds, row, prefix, length, count, TYPES: tl.constexpr, PLACES: tl.constexpr):
+def _program(
+    kinds, row, prefix, length, size, count, TYPES: tl.constexpr, PLACES: tl.constexpr, SIZED: tl.constexpr
+):
     """A program's cache head and row: its type, numbers, place in the type and on k's head axis, block table,
     the row's prefix, its first place's token, slots in use before that, and `_taken` of ``count`` places."""
     prefix, length = tl.load(prefix + row), tl.load(length + row)
     kind, n, head = pick(kinds, tl.program_id(0), 1, TYPES)
+    n = of_row(kind, n, size, row, SIZED)
     place = tl.load(kind.head_index + head)
     table = kind.table + row.to(tl.int64) * n.table_row
     token = length - 1 - prefix
@@ -70,19 +73,19 @@ def _program(kinds, row, prefix, length, count, TYPES: tl.constexpr, PLACES: tl.
 
 @triton.jit(do_not_specialize=("scratch_row", "tops_row"))
 def _verify(
-    kinds, q, k, v, out, logits, tops, starts, counts, prefix, length, begins,
+    kinds, q, k, v, out, logits, tops, starts, counts, prefix, length, begins, size,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, scratch_row, tops_row, scale,
     TYPES: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr, SPREAD: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr, SIZED: tl.constexpr,
 ):  # fmt: skip
     """Grid: cache heads of all types, rows. SPREAD: query heads of a group, padded to a power of two.
-    ALIGNED: as in ``triton_decode``."""
+    ALIGNED, SIZED: as in ``triton_decode``."""
     LANES: tl.constexpr = PLACES * SPREAD
     row = tl.program_id(1)
     first, count = tl.load(starts + row).to(tl.int64), tl.load(counts + row)
     kind, n, head, place, table, prefix, _, held, taken = _program(
-        kinds, row, prefix, length, count, TYPES, PLACES
+        kinds, row, prefix, length, size, count, TYPES, PLACES, SIZED
     )
     row = row.to(tl.int64)
 
@@ -165,16 +168,16 @@ def _mass(from_, ends, use, GROUP: tl.constexpr, width):
 
 @triton.jit(do_not_specialize=("scratch_row", "tops_row"))
 def _commit(
-    kinds, k, v, logits, tops, starts, standing, prefix, length,
+    kinds, k, v, logits, tops, starts, standing, prefix, length, size,
     k_row, k_head, v_row, v_head, scratch_row, tops_row,
     TYPES: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PLACES: tl.constexpr, TILE: tl.constexpr,
+    PLACES: tl.constexpr, TILE: tl.constexpr, SIZED: tl.constexpr,
 ):  # fmt: skip
     """Grid: cache heads of all types, rows. Keeps the first ``standing`` places, as drawing one by one."""
     row = tl.program_id(1)
     first, stands = tl.load(starts + row).to(tl.int64), tl.load(standing + row).to(tl.int32)
     kind, n, head, place, table, prefix, token, held, taken = _program(
-        kinds, row, prefix, length, stands, TYPES, PLACES
+        kinds, row, prefix, length, size, stands, TYPES, PLACES, SIZED
     )
     row = row.to(tl.int64)
     own, dim = tl.arange(0, PLACES), tl.arange(0, WIDTH)
@@ -254,13 +257,13 @@ def launch_verify(
     constants = {
         "TYPES": len(kinds), "ALIGN": align, "GROUP": group, "SPREAD": triton.next_power_of_2(group),
         "DIM": dim, "WIDTH": width, "PLACES": PLACES, "BLOCK": block,
-        "STAGES": 2, "num_warps": 4 if one else 8, **aligned(plan.begins, k),
+        "STAGES": 2, "num_warps": 4 if one else 8, **aligned(plan.begins, k), **sized(plan.size),
     }  # fmt: skip
     strides = [stride for x in (q, k, v, out) for stride in x.stride()[:2]]
     args = (
         kinds, q, k, v, out, held.logits, held.tops, *plan.on_device, plan.prefix,
-        plan.length, plan.prefix if plan.begins is None else plan.begins, *strides, kept, k.shape[1],
-        scale * LOG2E,
+        plan.length, *(plan.prefix if x is None else x for x in (plan.begins, plan.size)), *strides, kept,
+        k.shape[1], scale * LOG2E,
     )  # fmt: skip
     return Launch((sum(len(kind.head_index) for kind in types), rows), args, constants), held
 
@@ -281,11 +284,12 @@ def launch_commit(held: Held, standing: Tensor) -> Launch:
     constants = {
         "TYPES": len(kinds), "ALIGN": align, "GROUP": held.group, "DIM": dim,
         "WIDTH": max(16, triton.next_power_of_2(dim)), "PLACES": PLACES, "TILE": 128, "num_warps": 4,
+        **sized(held.plan.size),
     }  # fmt: skip
     plan = held.plan
     args = (
         kinds, k, v, held.logits, held.tops, plan.on_device[0], standing, plan.prefix, plan.length,
-        *k.stride()[:2], *v.stride()[:2], kept, k.shape[1],
+        plan.prefix if plan.size is None else plan.size, *k.stride()[:2], *v.stride()[:2], kept, k.shape[1],
     )  # fmt: skip
     return Launch((sum(len(kind.head_index) for kind in held.types), len(plan.rows)), args, constants)
 
@@ -304,5 +308,5 @@ def _kinds(types: Sequence[HeadType]) -> tuple[tuple[KindArgs, ...], int, int]:
     """As `packed`; scratch memory in lines of PLACES queries."""
     return packed(
         types,
-        lambda kind: kind.pages.kv.shape[1] * (kind.rule.capacity + PLACES) if kind.rule.scores else 0,
+        lambda kind: kind.pages.kv.shape[1] * (kind.capacity + PLACES) if kind.scores else 0,
     )

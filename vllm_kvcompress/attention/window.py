@@ -27,8 +27,8 @@ class WindowPlan:
         the end of its line of the picture can't stand.
     prefix, length : Tensor
         ``[n]`` int32, where the cache is: prompt tokens, and tokens up to and including the window's first.
-    begins : Tensor, optional
-        ``[n, 2]`` int32, as in `Plan`.
+    begins, size : Tensor, optional
+        ``[n, 2]`` and ``[n]`` int32, as in `Plan`.
     """
 
     rows: list[int]
@@ -37,6 +37,7 @@ class WindowPlan:
     prefix: Tensor
     length: Tensor
     begins: Tensor | None = None
+    size: Tensor | None = None
 
     @cached_property
     def on_device(self) -> tuple[Tensor, Tensor]:
@@ -78,12 +79,13 @@ def verify(
     """
     q, out = (x.unflatten(1, (-1, q.shape[1] // k.shape[1])) for x in (q, out))
     begins = plan.begins
+    sizes = [0] * len(plan.rows) if plan.size is None else plan.size.tolist()
     held: list[list[Line]] = []
     for row, (start, count, prefix, token) in enumerate(plan.spans):
         at = slice(start, start + count)
         held.append([])
         for kind in types:
-            mine = replace(kind, block_table=kind.block_table[row : row + 1])
+            mine = replace(kind.of(sizes[row]), block_table=kind.block_table[row : row + 1])
             heads = kind.head_index.long()
             part = q[at, heads], k[at, heads], v[at, heads]
             first = None if begins is None else begins_of(begins[row, None], kind.head_index, k.shape[1])[0]

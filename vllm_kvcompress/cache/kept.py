@@ -37,7 +37,9 @@ class _Row(NamedTuple):
     tables: list[Tensor]
 
 
-def kept_tokens(runner: Any, request_id: str, prefix: int) -> tuple[int, list[KeptTokens]] | None:
+def kept_tokens(
+    runner: Any, request_id: str, prefix: int, size: int = 0
+) -> tuple[int, list[KeptTokens]] | None:
     """What the cache holds of a picture, after the step that ran last.
 
     Reads the pages back from the device: a call costs some milliseconds, between two steps.
@@ -50,6 +52,8 @@ def kept_tokens(runner: Any, request_id: str, prefix: int) -> tuple[int, list[Ke
         The front end's; the engine adds eight random characters (vllm/v1/engine/input_processor.py).
     prefix : int
         Tokens before its first image token.
+    size : int
+        Which of the model's sizes it has.
 
     Returns
     -------
@@ -65,7 +69,7 @@ def kept_tokens(runner: Any, request_id: str, prefix: int) -> tuple[int, list[Ke
     groups = [group.layer_names[0] for group in runner.kv_cache_config.kv_cache_groups]
     found = []
     for name, table in zip(groups, row.tables, strict=True):
-        kind = store.whole(context[name].kind)
+        kind = store.whole(context[name].kind).of(size)
         drawn = min(row.written - prefix, kind.rule.image)
         if drawn < 1:
             return None

@@ -23,13 +23,15 @@ class CacheLayout:
     kv_heads, head_size : int
         KV heads of a layer (one branch), numbers per key.
     rules : tuple of HeadRule
-        Of each head type, one to six; every one has a head somewhere.
+        Of each head type, one to six; every one has a head somewhere. For pictures of the default size.
     paging : Paging
         Tokens per page of each.
     dtype : torch.dtype
         Of K and V.
     summary : str
         What was decided, for the start-up log; empty on ranks that leave it to the first to say.
+    others : tuple of tuple of HeadRule
+        ``[sizes beside the default][types]``: the types' rules for pictures of the model's other sizes.
     """
 
     types: tuple[tuple[int, ...], ...]
@@ -39,6 +41,19 @@ class CacheLayout:
     paging: Paging
     dtype: torch.dtype
     summary: str = ""
+    others: tuple[tuple[HeadRule, ...], ...] = ()
+
+    def sized(self, kind: int) -> tuple[HeadRule, ...]:
+        """A type's rules by size; empty where there is one size."""
+        return tuple(rules[kind] for rules in (self.rules, *self.others)) if self.others else ()
+
+    def capacity(self, kind: int) -> int:
+        """Image slots of a head of a type, for pictures of the size that has most."""
+        return max(rules[kind].capacity for rules in (self.rules, *self.others))
+
+    def scores(self, kind: int) -> bool:
+        """Whether a type's heads are scored, in pictures of any size."""
+        return any(rules[kind].scores for rules in (self.rules, *self.others))
 
     @property
     def layers(self) -> int:
@@ -74,7 +89,7 @@ class CacheLayout:
 
     def slot_bytes(self, kind: int) -> int:
         """Bytes of one slot of one head of a type."""
-        return slot_bytes(self.head_size, self.dtype, self.rules[kind].scores)
+        return slot_bytes(self.head_size, self.dtype, self.scores(kind))
 
     @property
     def mean_slots(self) -> float:
@@ -104,12 +119,13 @@ class Footprint:
         return self.full / self.resident
 
 
-def footprint(layout: CacheLayout, prefix: int) -> Footprint:
-    """Bytes of a picture with ``prefix`` prompt tokens."""
-    slots = [rule.capacity for rule in layout.rules]
+def footprint(layout: CacheLayout, prefix: int, size: int = 0) -> Footprint:
+    """Bytes of a picture with ``prefix`` prompt tokens, of one of the model's sizes."""
+    rules = (layout.rules, *layout.others)[size]
+    slots = [rule.capacity for rule in rules]
     resident = picture_bytes(layout.counts, slots, layout.paging.tokens, layout.weights, prefix)
     heads = layout.layers * BRANCHES * layout.kv_heads
-    full = (prefix + layout.rules[0].image) * heads * 2 * layout.head_size * layout.dtype.itemsize
+    full = (prefix + rules[0].image) * heads * 2 * layout.head_size * layout.dtype.itemsize
     return Footprint(resident, full)
 
 

@@ -19,7 +19,8 @@ class BoundedManager(FullAttentionManager):
     """One head type's blocks of every request.
 
     ``prefixes`` says how many tokens come before a request's first image token, where that is known (the
-    scheduler fills it in); otherwise the whole prompt counts, which is never too little. ``texts`` says of
+    scheduler fills it in); otherwise the whole prompt counts, which is never too little. ``sizes`` says of
+    which of the model's sizes its picture is; where that is not known, the largest counts. ``texts`` says of
     every text request how many tokens it may have in all.
     """
 
@@ -29,6 +30,7 @@ class BoundedManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: HeadTypeSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.prefixes: Mapping[str, int] = {}
+        self.sizes: Mapping[str, int] = {}
         self.texts: Mapping[str, int] = {}
         self._prompt_tokens: dict[str, int] = {}
 
@@ -38,7 +40,7 @@ class BoundedManager(FullAttentionManager):
         prefix = self.prefixes.get(request_id)
         if prefix is None:
             prefix = self._prompt_tokens.get(request_id, prompt_tokens)
-        return self.kv_cache_spec.blocks_for(prefix)
+        return self.kv_cache_spec.blocks_for(prefix, self.sizes.get(request_id))
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None

@@ -26,6 +26,8 @@ class HeadTypeSpec(AttentionSpec):
         Resident image slots (the budget of this head type).
     image_tokens : int
         Tokens of a whole picture.
+    others : tuple of (int, int)
+        ``capacity`` and ``image_tokens`` of pictures of the model's other sizes, in its order.
     context : int
         The longest sequence that is served (max_model_len).
     page_size_padded : int
@@ -38,6 +40,7 @@ class HeadTypeSpec(AttentionSpec):
     capacity: int
     image_tokens: int
     context: int
+    others: tuple[tuple[int, int], ...] = ()
     dcp_sharded: bool = False
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
@@ -56,12 +59,19 @@ class HeadTypeSpec(AttentionSpec):
     def uses_slot_mapping(self) -> bool:
         return False
 
-    def blocks_for(self, prefix: int) -> int:
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Capacity and image tokens by size, the default's first."""
+        return (self.capacity, self.image_tokens), *self.others
+
+    def blocks_for(self, prefix: int, size: int | None = 0) -> int:
         """Pages that a request of ``prefix`` tokens before the picture holds for its whole life.
 
-        No request has more resident tokens than the context.
+        ``size`` is the picture's; None takes the one that needs most. No request has more resident tokens
+        than the context.
         """
-        return cdiv(min(prefix + self.capacity, self.context), self.block_size)
+        capacity = max(slots for slots, _ in self.sizes) if size is None else self.sizes[size][0]
+        return cdiv(min(prefix + capacity, self.context), self.block_size)
 
     def blocks_for_text(self, tokens: int) -> int:
         """Pages that a text request of ``tokens``, prompt and answer, holds: all of them stay."""
@@ -72,7 +82,10 @@ class HeadTypeSpec(AttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
         longest = min(self.context, vllm_config.model_config.max_model_len)
-        return self.blocks_for(max(longest - self.image_tokens, 1)) * self.page_size_bytes
+        most = max(
+            self.blocks_for(max(longest - tokens, 1), size) for size, (_, tokens) in enumerate(self.sizes)
+        )
+        return most * self.page_size_bytes
 
 
 def longest_text(specs: Sequence[HeadTypeSpec], blocks: int) -> int:

@@ -71,6 +71,7 @@ class HeadTypeCache(nn.Module, AttentionLayerBase):
             page_size_padded=layout.page_bytes,
             capacity=rule.capacity,
             image_tokens=rule.image,
+            others=tuple((other.capacity, other.image) for other in layout.sized(self.kind)[1:]),
             context=vllm_config.model_config.max_model_len,
         )
 
@@ -119,21 +120,22 @@ class CompressedCache(nn.Module):
             use_huge_pages(_bytes_of(kv_cache))
         pages = pages_from_bytes(
             raw, layout.total(kind), layout.page_tokens(kind), layout.head_size, layout.dtype,
-            layout.rules[kind].scores,
+            layout.scores(kind),
         )  # fmt: skip
-        rule = layout.rules[kind]
+        rule, sized = layout.rules[kind], layout.sized(kind)
         empty = torch.zeros(0, 0, dtype=torch.int32, device=kv_cache.device)
         every: list[int] = []
         types, first = [], 0
         for layer in range(layout.layers):
             index = layout.heads(kind, layer)
             head_index = torch.tensor(index, dtype=torch.int32, device=kv_cache.device)
-            types.append(HeadType(pages.layer(first, first + len(index)), rule, head_index, empty))
+            part = pages.layer(first, first + len(index))
+            types.append(HeadType(part, rule, head_index, empty, sized))
             first += len(index)
             every += index
         self._types[kind] = types
         all_index = torch.tensor(every, dtype=torch.int32, device=kv_cache.device)
-        self._all_layers[kind] = HeadType(pages, rule, all_index, empty)
+        self._all_layers[kind] = HeadType(pages, rule, all_index, empty, sized)
         self._step = ()
         if len(self._types) == len(layout.rules):
             self._line = layout.summary and f"{layout.summary}; {at_once(layout, kv_cache.shape[0])}"
@@ -164,9 +166,9 @@ class CompressedCache(nn.Module):
         places = longest(window_config(self._vllm_config))
         heads = 2 * layout.kv_heads * layout.layers
         mass = sum(
-            layout.total(kind) * (rule.capacity + places)
-            for kind, rule in enumerate(layout.rules)
-            if rule.scores
+            layout.total(kind) * (layout.capacity(kind) + places)
+            for kind in range(len(layout.rules))
+            if layout.scores(kind)
         )
         return places * (heads * 2 * layout.head_size * layout.dtype.itemsize + 4 * mass)
 
@@ -251,7 +253,7 @@ class CompressedCache(nn.Module):
     def _with_tables(self, layer: int, tables: dict[int, Tensor]) -> list[HeadType]:
         """A layer's head types, with these block tables by type."""
         return [
-            HeadType(t.pages, t.rule, t.head_index, table)
+            replace(t, block_table=table)
             for kind, table in tables.items()
             if len((t := self._types[kind][layer]).head_index)
         ]
@@ -272,7 +274,8 @@ class CompressedCache(nn.Module):
         self.kernels.commit(self._held, kept)
         self._held = []
         every = [replace(self._all_layers[kind], block_table=table) for kind, table in self._drafted.items()]
-        self.kernels.select_all(every, Plan(window.prefix, window.length + kept - 1))
+        ends = window.length + kept - 1
+        self.kernels.select_all(every, Plan(window.prefix, ends, None, window.size))
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

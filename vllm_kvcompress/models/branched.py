@@ -163,7 +163,8 @@ class BranchedImageModel(nn.Module):
         scale = torch.where(draws, self.rows.scale[token_rows], TEXT_ROW)
         if self.image.eol >= 0:
             coming = positions + 1 - self.rows.prefix[token_rows]
-            scale = torch.where(draws & self.image.ends(coming), LINE_END, scale)
+            ends = self.image.ends(coming, self.rows.widths(token_rows))
+            scale = torch.where(draws & ends, LINE_END, scale)
         return torch.cat([hidden, pack_scale(scale, hidden.dtype)], dim=-1)
 
     def _in_place(self, embeds: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from vllm_kvcompress.heads.fit import Assignment, by_threshold, fit, smallest_bu
 from vllm_kvcompress.heads.paged import Pages
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.heads.provide import ModelMark, provide_profile
+from vllm_kvcompress.heads.resized import resized
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.config import cached_head_size
 from vllm_kvcompress.models.ranks import Ranks
@@ -62,7 +63,12 @@ def plan_cache(vllm_config: "VllmConfig", model: "BranchedImageModel") -> tuple[
 
     assignment = assign(config, model.image.raster, shape, dtype, profile, ranks.number)
     own = replace(shape, kv_heads=shape.kv_heads // ranks.number)
-    layout = plan_layout(assignment.of_rank(ranks.mine, ranks.number), own, dtype)
+    mine = assignment.of_rank(ranks.mine, ranks.number)
+    others = tuple(
+        resized(mine.rules, mine.counts, config.policy, mine.mean_slots, raster)
+        for raster in model.image.rasters[1:]
+    )
+    layout = plan_layout(mine, own, dtype, others)
     if ranks.first:
         layout = replace(layout, summary=_summary(config, assignment, layout, kernels, ranks))
     return layout, kernels

@@ -6,8 +6,9 @@ Two layouts exist (facts and traps: the project's notes on Janus-Pro): deepseek-
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -111,13 +112,40 @@ class ModelSettings:
     Parameters
     ----------
     size : (int, int) or None
-        Width and height of the pictures in pixels; None is the model's own.
+        Width and height of all pictures in pixels; None is the model's own, or ``sizes``.
     default_texts : bool
         Whether requests that say nothing else have the model's own texts.
+    sizes : tuple of (int, int)
+        Of pictures, the default first; empty where the operator names none.
+    context : int or None
+        Tokens of prompt and picture (``--max-model-len``): sizes that the operator has not named are left out
+        where they do not fit.
     """
 
     size: tuple[int, int] | None = None
     default_texts: bool = True
+    sizes: tuple[tuple[int, int], ...] = ()
+    context: int | None = None
+
+    @property
+    def named(self) -> tuple[tuple[int, int], ...]:
+        """The sizes that the operator names, by either setting."""
+        return self.sizes if self.size is None else (self.size,)
+
+
+class PictureSize(NamedTuple):
+    """A size that a model draws.
+
+    Parameters
+    ----------
+    raster : Raster
+        The picture's token grid.
+    grid_ids : tuple of int
+        Ids between begin-of-image and the first code, the same in every prompt for it: they say the grid.
+    """
+
+    raster: Raster
+    grid_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +157,7 @@ class ImageModel:
     Parameters
     ----------
     raster : Raster
-        The picture's token grid.
+        The picture's token grid; the default one, where there are more sizes.
     text_vocab, codes : int
         Sizes of the tokenizer's vocabulary and of the image codebook.
     bos, pad, boi : int
@@ -148,7 +176,7 @@ class ImageModel:
     eol : int
         Id of the end-of-line token that every line of the raster ends in, no code's id; -1 without.
     grid_ids : tuple of int
-        Ids between begin-of-image and the first code, the same in every prompt: they say the grid.
+        Ids between begin-of-image and the first code, the same in every prompt for ``raster``.
     writes : bool
         Whether it answers with text where a prompt asks for no picture.
     negative : tuple of int
@@ -158,6 +186,8 @@ class ImageModel:
     suffix, negative_text : str
         The model's own texts: what the images route adds to a prompt, and the negative prompt where a request
         has none; the request can do without (``default_texts``).
+    more_sizes : tuple of PictureSize
+        What it draws beside ``raster``. A size is known by its place in `sizes`.
     """
 
     raster: Raster
@@ -176,12 +206,39 @@ class ImageModel:
     negative: tuple[int, ...] = ()
     suffix: str = ""
     negative_text: str = ""
+    more_sizes: tuple[PictureSize, ...] = ()
 
     def __post_init__(self) -> None:
         if self.first_code < 0:
             object.__setattr__(self, "first_code", self.text_vocab)
-        if (self.eol >= 0) != bool(self.raster.ends):
-            raise ValueError(f"eol: id {self.eol} with {self.raster.ends} end-of-line tokens a line")
+        for raster in self.rasters:
+            if (self.eol >= 0) != bool(raster.ends):
+                raise ValueError(f"eol: id {self.eol} with {raster.ends} end-of-line tokens a line")
+        if len(set(self.begins)) < len(self.begins):
+            raise ValueError("more_sizes: two sizes whose prompts end in the same ids")
+
+    @cached_property
+    def sizes(self) -> tuple[PictureSize, ...]:
+        """What it draws, the default first."""
+        return PictureSize(self.raster, self.grid_ids), *self.more_sizes
+
+    @property
+    def rasters(self) -> tuple[Raster, ...]:
+        """The grids of `sizes`."""
+        return tuple(size.raster for size in self.sizes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """``WIDTHxHEIGHT`` of `sizes`."""
+        return tuple(raster.name for raster in self.rasters)
+
+    def of(self, size: int) -> "ImageModel":
+        """The same model as one that draws this size alone: its grid, prompts and negative prompt."""
+        if not self.more_sizes:
+            return self
+        raster, grid_ids = self.sizes[size]
+        negative = self.negative and (*self.negative[: -len(self.begin)], *self.begins[size])
+        return replace(self, raster=raster, grid_ids=grid_ids, negative=negative, more_sizes=())
 
     @property
     def aligns(self) -> bool:
@@ -208,14 +265,29 @@ class ImageModel:
 
     @property
     def begin(self) -> tuple[int, ...]:
-        """The ids that a picture's prompt ends in; of no use where prompts are classes."""
+        """The ids that a prompt for the default size ends in; of no use where prompts are classes."""
         return (self.boi, *self.grid_ids)
 
-    def is_begun(self, ids: Sequence[int], prefix: int) -> bool:
-        """Whether a prompt asks for a picture: its ``prefix`` ends in begin-of-image, or is a class."""
+    @cached_property
+    def begins(self) -> tuple[tuple[int, ...], ...]:
+        """`begin` of each of `sizes`."""
+        return tuple((self.boi, *size.grid_ids) for size in self.sizes)
+
+    def size_of(self, ids: Sequence[int], prefix: int) -> int | None:
+        """Which of `sizes` a prompt asks for: its ``prefix`` ends in the size's ids, or is a class.
+
+        None of a prompt that asks for no picture, or for one of a size that is not served.
+        """
         if self.classes:
-            return prefix == 1 and 0 <= ids[0] < self.classes
-        return tuple(ids[max(0, prefix - len(self.begin)) : prefix]) == self.begin
+            return 0 if prefix == 1 and 0 <= ids[0] < self.classes else None
+        for size, begin in enumerate(self.begins):
+            if tuple(ids[max(0, prefix - len(begin)) : prefix]) == begin:
+                return size
+        return None
+
+    def is_begun(self, ids: Sequence[int], prefix: int) -> bool:
+        """Whether a prompt asks for a picture, as `size_of` has it."""
+        return self.size_of(ids, prefix) is not None
 
     def prefix_length(self, prompt_ids: Sequence[int]) -> int:
         """Tokens of a prompt before the image tokens at its end."""
@@ -228,7 +300,10 @@ class ImageModel:
         """``[tokens]`` ids -> bool: after which of them a code comes, if the prompt asks for a picture."""
         if self.classes:
             return ids.new_ones(ids.shape, dtype=torch.bool)
-        return (ids == self.begin[-1]) | self.is_drawn(ids)
+        drawing = self.is_drawn(ids)
+        for last in {begin[-1] for begin in self.begins}:
+            drawing = drawing | (ids == last)
+        return drawing
 
     @overload
     def is_drawn(self, ids: int) -> bool: ...
@@ -258,16 +333,20 @@ class ImageModel:
         return torch.cat([codes, logits[:, self.eol, None]], -1) if self.eol >= 0 else codes
 
     def tokens(self, codes: Sequence[int]) -> list[int]:
-        """The ids of a picture, ends of lines in their places, from its codes in raster order."""
+        """The ids of a picture on ``raster``, ends of lines in place, from its codes in raster order."""
         ids, columns = [self.first_code + code for code in codes], self.raster.columns
         if self.eol < 0:
             return ids
         lines = [ids[at : at + columns] for at in range(0, len(ids), columns)]
         return [one for line in lines for one in (*line, self.eol)]
 
-    def ends(self, tokens: Tensor) -> Tensor:
-        """Which of the picture's tokens, counted from 0, are ends of lines; negative ones never are."""
-        return (tokens >= 0) & (tokens % self.raster.width >= self.raster.columns)
+    def ends(self, tokens: Tensor, width: Tensor | int | None = None) -> Tensor:
+        """Which tokens of pictures, counted from 0, are ends of lines; negative ones never are.
+
+        ``width`` is the tokens of a line, of all or ``[tokens]`` of each; by default as ``raster`` has it.
+        """
+        width = self.raster.width if width is None else width
+        return (tokens >= 0) & (tokens % width >= width - self.raster.ends)
 
 
 def text_vocab_size(hf_config: PreTrainedConfig) -> int:

@@ -58,7 +58,10 @@ class Family(Protocol):
         """
 
     def prompt_ids(self, tokenizer: Any, model: "ImageModel", text: str) -> list[int]:
-        """Prompt ids for drawing ``text``. Raises ValueError, one line, if there are none."""
+        """Prompt ids for drawing ``text``. Raises ValueError, one line, if there are none.
+
+        This, and what follows, is asked of ``model`` with one size (`ImageModel.of`): a picture's own.
+        """
 
     def negative_ids(self, tokenizer: Any, model: "ImageModel", text: str, length: int) -> list[int]:
         """The unconditional branch's prompt, of exactly ``length`` ids, for what the user does not want.
@@ -106,7 +109,9 @@ class JanusLike:
         from vllm_kvcompress.models.config import raster_of
 
         width, height = raster_of(hf_config).pixel_size
-        if settings.size not in (None, (width, height)):
+        if settings.named not in ((), ((width, height),)):
+            setting = "sizes" if settings.sizes else "size"
             raise ValueError(
-                f"additional_config.kvcompress.size: this model draws {width}x{height} only; leave it out"
+                f"additional_config.kvcompress.{setting}: this model draws {width}x{height} only; leave it "
+                "out"
             )

@@ -1,5 +1,6 @@
 """What vLLM's configuration must know of a Janus checkpoint, checked once at start-up."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress import last_word, patches, served
-from vllm_kvcompress.config import FP8, KEY, CompressionConfig, is_compressed, parse_config
+from vllm_kvcompress.config import FP8, KEY, CompressionConfig, is_compressed, parse_config, pixels_of
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.checkpoint import check_files
 from vllm_kvcompress.models.config import ModelSettings
@@ -59,7 +60,9 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
         vision, load_format = looks(model_config), str(vllm_config.load_config.load_format)
         check_files(Path(model_config.model), model_config.hf_config, load_format, vision)
         config = parse_config(vllm_config.additional_config)  # a misplaced key is an error without it too
-        resolve_tokens(model_config, ModelSettings(config.pixels, config.default_texts))
+        sizes, context = tuple(map(pixels_of, config.sizes or ())), model_config.max_model_len
+        settings = ModelSettings(config.pixels, config.default_texts, sizes, context)
+        resolve_tokens(model_config, settings)
         check_context(model_config)
         if vision:
             check_pictures(model_config)
@@ -78,7 +81,7 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
                 "settings"
             )
         if is_compressed(vllm_config):
-            check_conflicts(vllm_config, image_model(model_config).raster)
+            check_conflicts(vllm_config, image_model(model_config).rasters)
             compilation = vllm_config.compilation_config
             if current_platform.is_cuda_alike() and compilation.splitting_ops is None:
                 # Piecewise CUDA graphs must not swallow the cache's bookkeeping. vLLM's own operations stay
@@ -102,6 +105,10 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
             "Image model: %d x %d tokens a picture, %d x %d pixels, image ids from %d.",
             image.raster.lines, image.raster.width, width, height, image.first_code,
         )  # fmt: skip
+        if image.more_sizes:
+            logger.info(
+                "Sizes that requests may choose: %s; the first is the default.", ", ".join(image.names)
+            )
         served.prepare(vllm_config)
         patches.serve_images_route()
 
@@ -125,22 +132,28 @@ def use_own_backend(vllm_config: "VllmConfig", config: CompressionConfig) -> Com
 
 
 def check_context(model_config: "ModelConfig") -> None:
-    """Raise ValueError, one line, where no prompt leaves room for a picture of the size that is set."""
+    """Raise ValueError, one line, where no prompt leaves room for a picture of a size that is served."""
     image, context = image_model(model_config), model_config.max_model_len
-    if image.aligns and image.raster.tokens + len(image.begin) > context:
-        width, height = image.raster.pixel_size
-        raise ValueError(
-            f"a picture of {width}x{height} takes {image.raster.tokens} tokens, but the context holds "
-            f"{context}: set additional_config.{KEY}.size to a smaller one, or raise --max-model-len"
-        )
+    for raster, begin in zip(image.rasters, image.begins, strict=True):
+        if image.aligns and raster.tokens + len(begin) > context:
+            setting = "sizes to smaller ones" if image.more_sizes else "size to a smaller one"
+            raise ValueError(
+                f"a picture of {raster.name} takes {raster.tokens} tokens, but the context holds "
+                f"{context}: set additional_config.{KEY}.{setting}, or raise --max-model-len"
+            )
 
 
-def check_conflicts(vllm_config: "VllmConfig", raster: Raster) -> None:
-    """Refuse, in one line, what the compressed cache can't be combined with, or not on this grid."""
+def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> None:
+    """Refuse, in one line, what the compressed cache can't be combined with, or not on these grids."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     config = parse_config(vllm_config.additional_config)
-    config.policy.check(raster)
+    for raster in rasters:
+        try:
+            config.policy.check(raster)
+        except ValueError as error:
+            of_which = f", of pictures of {raster.name}" if len(rasters) > 1 else ""
+            raise ValueError(f"{error}{of_which}") from None
     if config.head_profile != AUTO and config.policy.types in ("profile", "fitted"):
         from vllm_kvcompress.heads.profile import HeadProfile  # where such a model is served, not before
 

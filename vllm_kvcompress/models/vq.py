@@ -49,7 +49,7 @@ class PictureDecoder(nn.Module):
     Parameters
     ----------
     raster : Raster
-        The picture's token grid.
+        The picture's token grid; the default one, where there are several.
     """
 
     def __init__(self, raster: Raster) -> None:
@@ -78,13 +78,13 @@ class PictureDecoder(nn.Module):
         raise NotImplementedError
 
     @torch.inference_mode()
-    def picture(self, codes: list[int]) -> tuple[int, int, bytes]:
+    def picture(self, codes: list[int], raster: Raster | None = None) -> tuple[int, int, bytes]:
         """Width, height and RGB bytes, row by row, of one picture's first lines; raises as `decode`."""
-        pixels = self.decode(torch.tensor([codes], dtype=torch.int64))[0].cpu().contiguous()
+        pixels = self.decode(torch.tensor([codes], dtype=torch.int64), raster)[0].cpu().contiguous()
         height, width, _ = pixels.shape
         return width, height, pixels.numpy().tobytes()
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, raster: Raster | None = None) -> Tensor:
         """Pixels of the first lines of pictures.
 
         ``clip((x + 1) / 2 * 255, 0, 255)`` in float32, truncated (generation_inference.py:95-100).
@@ -93,6 +93,8 @@ class PictureDecoder(nn.Module):
         ----------
         codes : Tensor
             int64 ``[B, lines * columns]``, on any device; ``lines`` may be fewer than a picture has.
+        raster : Raster, optional
+            The pictures' grid, by default the decoder's.
 
         Returns
         -------
@@ -104,14 +106,11 @@ class PictureDecoder(nn.Module):
         ValueError
             Not whole lines, more than a picture, or a code outside the codebook.
         """
-        columns, size = self.raster.columns, len(self._codebook)
-        if (
-            codes.ndim != 2
-            or codes.shape[1] % columns
-            or not 0 < codes.shape[1] <= columns * self.raster.lines
-        ):
+        raster = raster or self.raster
+        columns, size = raster.columns, len(self._codebook)
+        if codes.ndim != 2 or codes.shape[1] % columns or not 0 < codes.shape[1] <= columns * raster.lines:
             raise ValueError(
-                f"codes must be [pictures, tokens] with 1 to {self.raster.lines} whole lines of {columns} "
+                f"codes must be [pictures, tokens] with 1 to {raster.lines} whole lines of {columns} "
                 f"tokens, got {list(codes.shape)}"
             )
         if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < size:

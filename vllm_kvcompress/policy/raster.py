@@ -55,6 +55,11 @@ class Raster:
         """(width, height) in pixels."""
         return self.columns * self.patch, self.lines * self.patch
 
+    @property
+    def name(self) -> str:
+        """``WIDTHxHEIGHT`` in pixels, as users say it."""
+        return "{}x{}".format(*self.pixel_size)
+
     def is_end(self, token: int) -> bool:
         """Whether the ``token``-th image token is an end-of-line token."""
         return token % self.width >= self.columns

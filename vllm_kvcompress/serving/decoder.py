@@ -27,7 +27,8 @@ _REFUSED = "Server shutting down"  # what vLLM says of calls to an engine that d
 
 logger = logger_for(__name__)
 
-Waiting = tuple[list[int], "asyncio.Future[Pixels]"]
+Drawn = tuple[list[int], int]  # the codes of whole lines, and which of the model's sizes the picture has
+Waiting = tuple[Drawn, "asyncio.Future[Pixels]"]
 
 
 class Decoder:
@@ -54,8 +55,8 @@ class Decoder:
         """Whether a picture that comes now has to wait."""
         return self._work is not None
 
-    async def decode(self, codes: list[int]) -> Pixels:
-        """Pixels of whole lines.
+    async def decode(self, codes: list[int], size: int = 0) -> Pixels:
+        """Pixels of whole lines of a picture of one of the model's sizes.
 
         If the caller is cancelled, its picture is not decoded, unless that has begun: a worker can't be
         interrupted.
@@ -66,7 +67,7 @@ class Decoder:
             What the call raised, EngineDeadError among others.
         """
         pixels: asyncio.Future[Pixels] = asyncio.get_running_loop().create_future()
-        self._waiting.append((codes, pixels))
+        self._waiting.append(((codes, size), pixels))
         if self._work is None:
             self._work = asyncio.create_task(self._work_off())
         return await pixels
@@ -76,7 +77,7 @@ class Decoder:
         try:
             while batch := self._next():
                 try:
-                    pictures = await self._decoded([codes for codes, _ in batch])
+                    pictures = await self._decoded([drawn for drawn, _ in batch])
                 except Exception as error:
                     for _, pixels in batch:
                         if not pixels.done():  # a caller that left hears of nothing
@@ -95,12 +96,12 @@ class Decoder:
         """The oldest pictures that somebody still waits for."""
         batch: list[Waiting] = []
         while self._waiting and len(batch) < MOST:
-            codes, pixels = self._waiting.popleft()
+            drawn, pixels = self._waiting.popleft()
             if not pixels.done():
-                batch.append((codes, pixels))
+                batch.append((drawn, pixels))
         return batch
 
-    async def _decoded(self, pictures: list[list[int]]) -> list[Pixels]:
+    async def _decoded(self, pictures: list[Drawn]) -> list[Pixels]:
         if not self._closed:
             try:
                 return [Pixels(*picture) for picture in await unless_dead(self._engine, self._call(pictures))]
@@ -110,9 +111,9 @@ class Decoder:
                 self._closed = isinstance(error, EngineDeadError) or _REFUSED in str(error)
                 logger.info("The engine did not decode (%s): this process does", " ".join(str(error).split()))
         assert self._spare is not None
-        return [await asyncio.to_thread(self._spare.decode, codes) for codes in pictures]
+        return [await asyncio.to_thread(self._spare.decode, *drawn) for drawn in pictures]
 
-    async def _call(self, pictures: list[list[int]]) -> list[tuple[int, int, bytes]]:
+    async def _call(self, pictures: list[Drawn]) -> list[tuple[int, int, bytes]]:
         answers = await self._workers.call(DECODE_METHOD, (pictures,))
         (decoded,) = [answer for answer in answers if answer is not None]
         return decoded

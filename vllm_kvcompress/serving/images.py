@@ -159,12 +159,11 @@ class ImagesEndpoint:
         if self._painter is None or not self._playground:
             return JSONResponse({"detail": "Not Found"}, status_code=HTTPStatus.NOT_FOUND)
         model, painter = self._models.base_model_paths[0].name, self._painter
-        return playground.page({"model": model, "size": painter.size, **self._facts(painter)}, compare)
+        return playground.page({"model": model, **self._facts(painter)}, compare)
 
     def _facts(self, painter: Painter) -> dict[str, Any]:
         return {
-            "lines": painter.model.raster.lines,
-            "columns": painter.model.raster.columns,
+            "sizes": list(painter.model.names),
             "guidance_scale": painter.model.guidance_scale,
             "cache": self._cache,
         }
@@ -186,7 +185,7 @@ class ImagesEndpoint:
             message = f"the body has more than {self._limits.body_bytes} bytes: shorten it"
             return _error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "RequestTooLargeError", "body", message)
         request = parse_request(raw_request.headers.get("content-type", ""), body)
-        notes = granted(request, self._painter.size, self._strict)
+        notes = granted(request, self._painter.model.names, self._strict)
         if request.model and not self._serves(request.model):
             served = ", ".join(path.name for path in self._models.base_model_paths)
             if self._strict:
@@ -220,18 +219,17 @@ class ImagesEndpoint:
             created=int(time.time()),
             data=[EncodedPicture.of(picture.b64_json, request) for picture in pictures],
             output_format=request.file_format,
-            size=painter.size,
+            size=job.size_name,
             usage=await self._usage(job, pictures),
             notes=list(notes) or None,
         )
         return JSONResponse(answer.model_dump(exclude_none=True))
 
     async def _usage(self, job: Job, pictures: Sequence[Picture]) -> ImagesUsage:
-        assert self._painter is not None
         extra = None
         if self._usage_extra is not None:
             extra = await self._usage_extra([p.output for p in pictures if p.output is not None])
-        return ImagesUsage.of(len(job.prompt_ids), len(pictures) * self._painter.model.raster.tokens, extra)
+        return ImagesUsage.of(len(job.prompt_ids), len(pictures) * job.raster.tokens, extra)
 
     def _serves(self, name: str) -> bool:
         """Whether vLLM's other routes know this name; without adapters: the model has none."""

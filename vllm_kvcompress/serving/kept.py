@@ -10,6 +10,7 @@ from vllm_kvcompress.serving.protocol import Kept, KeptOfType
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
+    from vllm_kvcompress.models.config import ImageModel
     from vllm_kvcompress.policy.raster import Raster
 
 KEPT_METHOD = "kvcompress_kept"
@@ -24,40 +25,41 @@ class KeptReader:
     ----------
     engine : EngineClient
         The server's.
-    raster : Raster
-        Of the pictures.
+    model : ImageModel
+        What is served.
     """
 
-    def __init__(self, engine: "EngineClient", raster: "Raster") -> None:
+    def __init__(self, engine: "EngineClient", model: "ImageModel") -> None:
         self._compressed = is_compressed(engine.vllm_config)
         self._workers = OneEngine(engine)
-        self._raster = raster
+        self._rasters = model.rasters
 
     @property
     def compressed(self) -> bool:
         """Whether there is anything to say: a full cache keeps every token."""
         return self._compressed
 
-    async def __call__(self, request_id: str, prefix: int) -> Kept | None:
+    async def __call__(self, request_id: str, prefix: int, size: int = 0) -> Kept | None:
         """What is kept of a picture now; None if it is not being drawn, or the engine does not say."""
         if not self._compressed:
             return None
         try:
             for _ in range(self._workers.engines):
-                answers = await self._workers.call(KEPT_METHOD, (request_id, prefix))
+                answers = await self._workers.call(KEPT_METHOD, (request_id, prefix, size))
                 if ranks := [answer for answer in answers if answer is not None]:
-                    return self._over_ranks(ranks)
+                    return _over_ranks(ranks, self._rasters[size])
         except Exception as error:  # an engine that drains answers no calls; the picture goes on
             logger.debug("No word of what is kept: %s", error)
         return None
 
-    def _over_ranks(self, ranks: list[tuple[int, list[tuple[str, int, list[int]]]]]) -> Kept:
-        """One answer of those of an engine's ranks, each of which has some of the heads."""
-        types, raster = [], self._raster
-        for parts in zip(*(types for _, types in ranks), strict=True):
-            heads = sum(part[1] for part in parts)
-            counts = [sum(held) for held in zip(*(part[2] for part in parts), strict=True)]
-            percent = [round(100 * held / heads) for held in raster.cells(counts)]
-            types.append(KeptOfType(name=parts[0][0], heads=heads, percent=percent))
-        drawn = len(raster.cells(range(ranks[0][0])))
-        return Kept(lines=raster.lines, columns=raster.columns, drawn=drawn, types=types)
+
+def _over_ranks(ranks: list[tuple[int, list[tuple[str, int, list[int]]]]], raster: "Raster") -> Kept:
+    """One answer of those of an engine's ranks, each of which has some of the heads."""
+    types = []
+    for parts in zip(*(types for _, types in ranks), strict=True):
+        heads = sum(part[1] for part in parts)
+        counts = [sum(held) for held in zip(*(part[2] for part in parts), strict=True)]
+        percent = [round(100 * held / heads) for held in raster.cells(counts)]
+        types.append(KeptOfType(name=parts[0][0], heads=heads, percent=percent))
+    drawn = len(raster.cells(range(ranks[0][0])))
+    return Kept(lines=raster.lines, columns=raster.columns, drawn=drawn, types=types)

@@ -26,12 +26,14 @@ from vllm_kvcompress.serving.drain import SHUTTING_DOWN
 from vllm_kvcompress.serving.encode import encode_base64
 from vllm_kvcompress.serving.kept import KeptReader
 from vllm_kvcompress.serving.protocol import MAX_SEED, BadParameter, ImageRequest, Kept
+from vllm_kvcompress.serving.wishes import nearest
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.outputs import RequestOutput
 
     from vllm_kvcompress.models.config import ImageModel
+    from vllm_kvcompress.policy.raster import Raster
     from vllm_kvcompress.serving.spare import SpareDecoder
 
 # (tokenizer, image model, text) -> ids that end in begin-of-image
@@ -46,14 +48,24 @@ logger = logger_for(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """A request that the engine will accept: what to draw, and how."""
+    """A request that the engine will accept: what to draw, and how.
+
+    ``size`` is which of the model's sizes, ``raster`` its grid.
+    """
 
     request: ImageRequest
+    size: int
+    raster: "Raster"
     prompt_ids: list[int]
     extra_args: dict[str, Any]
     request_id: str
     trace_headers: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()  # on what the picture is not
+
+    @property
+    def size_name(self) -> str:
+        """The pictures' size as the API spells it."""
+        return self.raster.name
 
 
 @dataclass(frozen=True)
@@ -108,12 +120,8 @@ class Painter:
         # vLLM's own, which is safe to use from several threads.
         self._tokenizer = engine.renderer.get_tokenizer()
         self._decoder = Decoder(engine, spare)
-        self._kept = KeptReader(engine, model.raster)
-
-    @property
-    def size(self) -> str:
-        """The model's picture size as the API spells it."""
-        return "{}x{}".format(*self.model.raster.pixel_size)
+        self._kept = KeptReader(engine, model)
+        self._models = [model.of(size) for size in range(len(model.sizes))]
 
     @property
     def compressed(self) -> bool:
@@ -138,25 +146,27 @@ class Painter:
         """
         if self.engine.errored:
             raise self.engine.dead_error
-        suffix = self.model.suffix if request.default_texts else ""
-        prompt_ids = await self._tokenized("prompt", self._prompt_ids, request.prompt + suffix)
-        self._check_room("prompt", prompt_ids)
+        size = nearest(request.size, self.model.names)
+        model = self._models[size]
+        suffix = model.suffix if request.default_texts else ""
+        prompt_ids = await self._tokenized("prompt", self._prompt_ids, model, request.prompt + suffix)
+        self._check_room("prompt", prompt_ids, model)
         scale = self.model.guidance_scale if request.guidance_scale is None else request.guidance_scale
         negative = self._negative(request, scale)
         if negative is not None:
             # As long as the longer of the two: both branches of a token share its position.
-            alone = await self._tokenized("negative_prompt", self._prompt_ids, negative)
-            self._check_room("negative_prompt", alone)
-            prompt_ids = self._lengthened(self.model, prompt_ids, len(alone))
+            alone = await self._tokenized("negative_prompt", self._prompt_ids, model, negative)
+            self._check_room("negative_prompt", alone, model)
+            prompt_ids = self._lengthened(model, prompt_ids, len(alone))
         extra_args: dict[str, Any] = {GUIDANCE_SCALE: scale}
         if negative is not None:
             extra_args[NEGATIVE_IDS] = await self._tokenized(
-                "negative_prompt", self._negative_ids, negative, len(prompt_ids)
+                "negative_prompt", self._negative_ids, model, negative, len(prompt_ids)
             )
         self.engine.check_admission(request.n)
         # The random part keeps ids apart when a client repeats its X-Request-Id.
         name = f"img-{request_id}-{random_uuid()}"
-        return Job(request, prompt_ids, extra_args, name, trace_headers, tuple(notes))
+        return Job(request, size, model.raster, prompt_ids, extra_args, name, trace_headers, tuple(notes))
 
     def _negative(self, request: ImageRequest, scale: float) -> str | None:
         """The unconditional branch's text; None where it has none."""
@@ -168,13 +178,13 @@ class Painter:
             return request.negative_prompt  # an empty one is a prompt too
         return self.model.negative_text if request.default_texts else ""
 
-    def _check_room(self, parameter: str, ids: list[int]) -> None:
+    def _check_room(self, parameter: str, ids: list[int], model: "ImageModel") -> None:
         limit = parse_config(self.engine.vllm_config.additional_config).limits.prompt_tokens
         if len(ids) > limit:
             raise BadParameter(
                 parameter, f"{parameter} has {len(ids)} tokens, and this server takes {limit}: shorten it"
             )
-        context, picture = self.engine.model_config.max_model_len, self.model.raster.tokens
+        context, picture = self.engine.model_config.max_model_len, model.raster.tokens
         if len(ids) + picture > context:
             raise BadParameter(
                 parameter,
@@ -182,9 +192,11 @@ class Painter:
                 f"but the context holds {context}",
             )
 
-    async def _tokenized(self, parameter: str, tokenize: Callable[..., list[int]], *args: Any) -> list[int]:
+    async def _tokenized(
+        self, parameter: str, tokenize: Callable[..., list[int]], model: "ImageModel", *args: Any
+    ) -> list[int]:
         try:
-            return await asyncio.to_thread(tokenize, self._tokenizer, self.model, *args)
+            return await asyncio.to_thread(tokenize, self._tokenizer, model, *args)
         except ValueError as error:
             raise BadParameter(parameter, str(error)) from None
 
@@ -203,7 +215,7 @@ class Painter:
         EngineDeadError
             It has died.
         """
-        raster = self.model.raster
+        raster = job.raster
         due = partial_lines(raster.lines, job.request.partial_images)
         if every := job.request.partial_lines:
             due = list(range(every, raster.lines, every))
@@ -218,8 +230,8 @@ class Painter:
                 due = [line for line in due if line > lines]
                 kept = None
                 if job.request.kept:
-                    kept = await self._kept(f"{job.request_id}-{index}", len(job.prompt_ids))
-                yield Picture(await self._picture(tokens[: lines * raster.width], job.request), kept=kept)
+                    kept = await self._kept(f"{job.request_id}-{index}", len(job.prompt_ids), job.size)
+                yield Picture(await self._picture(tokens[: lines * raster.width], job), kept=kept)
         if output is None or not output.finished or len(tokens) != raster.tokens:
             reason = output.outputs[0].finish_reason if output is not None else None
             if reason == "abort":  # nobody else than the engine itself aborts what is still waited for
@@ -227,7 +239,7 @@ class Painter:
             raise GenerationError(
                 f"the picture ended after {len(tokens)} of {raster.tokens} tokens (finish reason {reason})"
             )
-        yield Picture(await self._picture(tokens, job.request), output)
+        yield Picture(await self._picture(tokens, job), output)
 
     async def _outputs(self, job: Job, index: int, streaming: bool) -> AsyncGenerator["RequestOutput", None]:
         """The engine's outputs for one picture; each holds the tokens since the one before."""
@@ -249,7 +261,7 @@ class Painter:
             raise
 
     def _sampling(self, job: Job, index: int, streaming: bool) -> SamplingParams:
-        request, raster = job.request, self.model.raster
+        request, raster = job.request, job.raster
         top_k = self.model.top_k if request.top_k is None else request.top_k
         seed = None if request.seed is None else (request.seed + index) % (MAX_SEED + 1)
         return SamplingParams(
@@ -266,19 +278,16 @@ class Painter:
             stream_interval=raster.width if streaming else None,  # nobody looks between line ends
         )
 
-    async def _picture(self, tokens: list[int], request: ImageRequest) -> str:
+    async def _picture(self, tokens: list[int], job: Job) -> str:
         """Encoded picture of whole lines' token ids. Raises GenerationError."""
-        codes = [self.model.code(token) for token in self.model.raster.cells(tokens)]
+        request, raster = job.request, job.raster
+        codes = [self.model.code(token) for token in raster.cells(tokens)]
         if any(not 0 <= code < self.model.codes for code in codes):
             raise GenerationError("the model drew a token that is not an image token")
         try:
-            pixels = await self._decoder.decode(codes)
+            pixels = await self._decoder.decode(codes, job.size)
             return await asyncio.to_thread(
-                encode_base64,
-                pixels,
-                self.model.raster.pixel_size,
-                request.file_format,
-                request.output_compression,
+                encode_base64, pixels, raster.pixel_size, request.file_format, request.output_compression
             )
         except VLLMError:  # a dead engine
             raise

@@ -47,8 +47,7 @@ def page(facts: dict[str, Any], compare: str = "") -> HTMLResponse:
     Parameters
     ----------
     facts : dict
-        Of the server, for the page to show: ``model``, ``size``, ``lines``, ``columns``, ``guidance_scale``,
-        ``cache``.
+        Of the server, for the page to show: ``model``, ``sizes``, ``guidance_scale``, ``cache``.
     compare : str
         URL of a second server to draw with as well; what is no http(s) URL counts as none. It and this server
         are all that the page may connect to.

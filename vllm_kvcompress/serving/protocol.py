@@ -45,7 +45,9 @@ class ImageRequest(BaseModel):
     model: str | None = Field(None, description="A name the model is served under.")
     n: int = Field(1, ge=1, le=10, description="Number of pictures; 1 when streaming.")
     size: str = Field(
-        "auto", pattern=r"^(auto|\d{1,5}x\d{1,5})$", description="`auto`, or `WIDTHxHEIGHT`; a wish."
+        "auto",
+        pattern=r"^(auto|\d{1,5}x\d{1,5})$",
+        description="`auto`, or `WIDTHxHEIGHT`: one of the model's; a wish.",
     )
     response_format: Literal["b64_json", "url"] | None = Field(
         None,

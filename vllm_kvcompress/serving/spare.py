@@ -31,7 +31,9 @@ class SpareDecoder:
     """
 
     def __init__(self, config: "PreTrainedConfig", weights: bytes) -> None:
-        self._config, self._weights = config, weights
+        from vllm_kvcompress.models.registry import image_model_of
+
+        self._config, self._weights, self._model = config, weights, image_model_of(config)
         self._vq: PictureDecoder | None = None
 
     @classmethod
@@ -46,23 +48,25 @@ class SpareDecoder:
         (weights,) = [answer for answer in answers if answer is not None][:1]
         return cls(engine.model_config.hf_config, weights)
 
-    def decode(self, codes: list[int]) -> Pixels:
-        """Pixels of whole lines. Takes up to seconds: keep it off the event loop, one call at a time.
+    def decode(self, codes: list[int], size: int = 0) -> Pixels:
+        """Pixels of whole lines of a picture of one of the model's sizes.
+
+        Takes up to seconds: keep it off the event loop, one call at a time.
 
         Raises ValueError as ``PictureDecoder.decode`` does.
         """
         if self._vq is None:
             self._vq = self._built()
-        return Pixels(*self._vq.picture(codes))
+        return Pixels(*self._vq.picture(codes, self._model.sizes[size].raster))
 
     def _built(self) -> "PictureDecoder":
         from safetensors.torch import load
 
-        from vllm_kvcompress.models.registry import family_of, image_model_of
+        from vllm_kvcompress.models.registry import family_of
 
         state = load(self._weights)
         dtype = next(iter(state.values())).dtype
-        vq = family_of(self._config).decoder(self._config, image_model_of(self._config).raster, dtype)
+        vq = family_of(self._config).decoder(self._config, self._model.raster, dtype)
         vq.load_state_dict(state)
         self._weights = b""
         return vq

@@ -39,7 +39,7 @@ async def picture_events(
                     "b64_json": picture.b64_json,
                     "created_at": int(time.time()),
                     "output_format": job.request.file_format,
-                    "size": painter.size,
+                    "size": job.size_name,
                 }
                 event: PartialImageEvent | CompletedEvent
                 if picture.output is None:

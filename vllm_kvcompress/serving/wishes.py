@@ -6,7 +6,9 @@ what is different. ``{"kvcompress": {"strict": true}}`` refuses instead, for who
 """
 
 from collections.abc import Iterator, Sequence
+from math import log
 
+from vllm_kvcompress.config import pixels_of
 from vllm_kvcompress.serving.protocol import BadParameter, ImageRequest, shown
 
 _ONE_VALUE = {
@@ -23,17 +25,42 @@ _NO_EFFECT = {
 }
 
 
-def unmet(request: ImageRequest, size: str) -> Iterator[tuple[str, str]]:
+def nearest(wish: str, sizes: Sequence[str]) -> int:
+    """Which of the model's sizes is drawn for a wish: itself, or the nearest in shape.
+
+    Parameters
+    ----------
+    wish : str
+        ``auto``, for the first, or ``WIDTHxHEIGHT``.
+    sizes : sequence of str
+        ``WIDTHxHEIGHT`` each, the default first. Of several that are as near, the first.
+    """
+    if wish in sizes:
+        return sizes.index(wish)
+    if wish == "auto" or not min(pixels_of(wish)):
+        return 0
+
+    def shape(size: str) -> float:
+        width, height = pixels_of(size)
+        return log(width / height)
+
+    off = [round(abs(shape(size) - shape(wish)), 9) for size in sizes]
+    return off.index(min(off))
+
+
+def unmet(request: ImageRequest, sizes: Sequence[str]) -> Iterator[tuple[str, str]]:
     """What of a request can't be had: (field, one sentence that says what is there instead).
 
     Parameters
     ----------
     request : ImageRequest
-    size : str
-        The model's own size, ``WIDTHxHEIGHT``. A model has one, so it is the nearest to any other.
+    sizes : sequence of str
+        The model's, ``WIDTHxHEIGHT``, the default first.
     """
-    if request.size not in ("auto", size):
-        yield "size", f"size {request.size} is not to be had: pictures are {size}"
+    if request.size not in ("auto", *sizes):
+        drawn = sizes[nearest(request.size, sizes)]
+        near = f", of which {drawn} is the nearest in shape" if len(sizes) > 1 else ""
+        yield "size", f"size {request.size} is not to be had: pictures are {', '.join(sizes)}{near}"
     for field, (known, why) in _ONE_VALUE.items():
         if (value := getattr(request, field)) not in known:
             yield field, f"{field} {shown(value)} is not to be had: {why}"
@@ -53,7 +80,7 @@ def unmet(request: ImageRequest, size: str) -> Iterator[tuple[str, str]]:
         yield "response_format", "response_format url is not to be had in a stream: events have b64_json"
 
 
-def granted(request: ImageRequest, size: str, strict: bool) -> list[str]:
+def granted(request: ImageRequest, sizes: Sequence[str], strict: bool) -> list[str]:
     """Notes on what a request can't have.
 
     Raises
@@ -61,7 +88,7 @@ def granted(request: ImageRequest, size: str, strict: bool) -> list[str]:
     BadParameter
         With ``strict``, for the first of them.
     """
-    wishes: Sequence[tuple[str, str]] = list(unmet(request, size))
+    wishes: Sequence[tuple[str, str]] = list(unmet(request, sizes))
     if strict and wishes:
         raise BadParameter(*wishes[0])
     return [note for _, note in wishes]

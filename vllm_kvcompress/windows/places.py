@@ -101,15 +101,16 @@ class DraftPlaces:
         if not request.num_output_tokens + coming:
             return None
         prefix = prefixes[request.request_id]
-        if not _plain(request) or not self._model.is_begun(request.prompt_token_ids or (), prefix):
+        size = self._model.size_of(request.prompt_token_ids or (), prefix) if _plain(request) else None
+        if size is None:
             return None
         if self._uniform:
             return MAX_WINDOW - 1
         known = request.num_tokens - prefix
-        room = self._model.raster.tokens - known - 1
+        raster = self._model.sizes[size].raster
+        room = raster.tokens - known - 1
         if self._cut:
-            width = self._model.raster.width
-            room = min(room, width - (known - 1) % width - 1)
+            room = min(room, raster.width - (known - 1) % raster.width - 1)
         return room
 
 

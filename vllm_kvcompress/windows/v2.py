@@ -58,8 +58,8 @@ def standing(samples: Tensor, inputs: Tensor, counts: Tensor, limit: Tensor) -> 
 
 
 def next_drafts(
-    samples: Tensor, counts: Tensor, stands: Tensor, known: Tensor, places: Tensor, prefix: Tensor, line: int,
-    count: int, eol: int = -1,
+    samples: Tensor, counts: Tensor, stands: Tensor, known: Tensor, places: Tensor, prefix: Tensor,
+    line: Tensor | int, count: int, eol: int = -1,
 ) -> Tensor:  # fmt: skip
     """Drafts for the places after the tokens that stand.
 
@@ -76,8 +76,10 @@ def next_drafts(
         ``[rows]`` position of the token that each row's first place fed.
     prefix : Tensor
         ``[rows]`` tokens before the picture's first.
-    line, count : int
-        Tokens a line; drafts wanted.
+    line : Tensor or int
+        Tokens a line, ``[rows]`` or of all rows.
+    count : int
+        Drafts wanted.
     eol : int
         Id that every line ends in, a draft that is always right; -1 without.
 
@@ -86,6 +88,7 @@ def next_drafts(
     Tensor
         ``[rows, count]`` ids.
     """
+    line = line[:, None] if isinstance(line, Tensor) else line
     nth = torch.arange(count, device=samples.device)
     at = stands[:, None] + nth
     kept = samples.gather(1, at.clamp(max=samples.shape[1] - 1))

@@ -5,10 +5,10 @@ Sources: baaivision/Emu3, emu3/mllm/processing_emu3.py and image_generation.py; 
 
 import re
 from collections.abc import Mapping
-from math import isqrt
+from math import sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_kvcompress.models.config import ImageModel, ModelSettings
+from vllm_kvcompress.models.config import ImageModel, ModelSettings, PictureSize
 from vllm_kvcompress.policy.raster import Raster
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ NEGATIVE = (
     "worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
 AREA = 720 * 720  # pixels of a picture where no size is set
+RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))  # and its width to its height
 MOST_TOKENS = 32767  # of a picture: what a head rule can count
+LEAST_PROMPT = 64  # tokens that a size of the model's own list leaves for the prompt
 
 # Ids differ between checkpoints; these strings don't.
 _BOS, _PAD, _EOL = "<|extra_203|>", "<|endoftext|>", "<|extra_200|>"
@@ -90,23 +92,35 @@ class Emu3Family:
 
         return MoVQDecoder(hf_config.vq_config, raster, dtype)
 
-    def raster(self, hf_config: "PreTrainedConfig", settings: ModelSettings) -> Raster:
-        """The token grid of the size that is set, by default a square of Emu3's area."""
+    def rasters(self, hf_config: "PreTrainedConfig", settings: ModelSettings) -> list[Raster]:
+        """The token grids that are served, the default first: those that are set, or the usual ratios.
+
+        Raises ValueError, one line, for a size that is set and can't be drawn.
+        """
         patch = 2 ** (len(hf_config.vq_config.channel_multiplier) - 1)
-        side = isqrt(AREA)
-        width, height = (side, side) if settings.size is None else settings.size
-        if width % patch or height % patch:
-            raise ValueError(
-                f"additional_config.kvcompress.size: {width}x{height} is no multiple of the model's {patch} "
-                "pixels a token"
-            )
-        raster = Raster(height // patch, width // patch + 1, patch, ends=1)
-        if raster.tokens > MOST_TOKENS:
-            raise ValueError(
-                f"additional_config.kvcompress.size: {width}x{height} takes {raster.tokens} tokens, and a "
-                f"picture has at most {MOST_TOKENS}"
-            )
-        return raster
+        setting = f"additional_config.kvcompress.{'sizes' if settings.sizes else 'size'}"
+        for width, height in settings.named:
+            if width % patch or height % patch:
+                raise ValueError(
+                    f"{setting}: {width}x{height} is no multiple of the model's {patch} pixels a token"
+                )
+        grids = [(width // patch, height // patch) for width, height in settings.named]
+        rasters = [
+            Raster(lines, columns + 1, patch, ends=1)
+            for columns, lines in grids or [usual_grid(*ratio, patch) for ratio in RATIOS]
+        ]
+        first = rasters[0]
+        if not grids:  # a long one that does not fit is left out; the default is refused in another place
+            context = min(settings.context or MOST_TOKENS, MOST_TOKENS)
+            most = max(first.tokens, context - LEAST_PROMPT)
+            rasters = [raster for raster in rasters if raster.tokens <= most]
+        for raster in rasters:
+            if raster.tokens > MOST_TOKENS:
+                raise ValueError(
+                    f"{setting}: {raster.name} takes {raster.tokens} tokens, and a picture has at most "
+                    f"{MOST_TOKENS}"
+                )
+        return rasters
 
     def resolve(self, hf_config: "PreTrainedConfig", tokenizer: Any, settings: ModelSettings) -> None:
         """Find every id by its string, and the ids that say the grid and the default negative prompt."""
@@ -119,18 +133,22 @@ class Emu3Family:
                 f"config.json: vocabulary_map gives {_CODE.format(gap)} another id than {first + gap}: the "
                 "ids of codes must follow one another"
             )
-        raster = self.raster(hf_config, settings)
-        grid = [*_encoded(tokenizer, f"{raster.lines}*{raster.columns}"), vocabulary[_IMG]]
+        sizes = [
+            PictureSize(raster, (*_encoded(tokenizer, f"{raster.lines}*{raster.columns}"), vocabulary[_IMG]))
+            for raster in self.rasters(hf_config, settings)
+        ]
+        raster, grid = sizes[0]
         begin = [vocabulary[_BOI], *grid]
         words = _encoded(tokenizer, NEGATIVE) if settings.default_texts else []
         found = {
             "raster": raster,
+            "more_sizes": tuple(sizes[1:]),
             "bos": vocabulary[_BOS],
             "pad": vocabulary[_PAD],
             "boi": vocabulary[_BOI],
             "eol": vocabulary[_EOL],
             "first_code": first,
-            "grid_ids": tuple(grid),
+            "grid_ids": grid,
             "negative": (vocabulary[_BOS], *words, *begin),
         }
         if settings.default_texts:
@@ -163,6 +181,15 @@ class Emu3Family:
 
         ids = self.prompt_ids(tokenizer, model, PROMPTS[number] + model.suffix)
         return model.aligned(ids, len(model.negative))
+
+
+def usual_grid(width: int, height: int, patch: int) -> tuple[int, int]:
+    """Columns and lines of a picture of Emu3's area in a ratio, rounded as Emu3's processor does.
+
+    (processing_emu3.py, ``calculate_generate_size``; halves go to the even number, as Python's do.)
+    """
+    side = sqrt(AREA / (width * height))
+    return round(width * side / patch), round(height * side / patch)
 
 
 class _Vocabulary:

@@ -3,6 +3,7 @@ const $ = (id) => document.getElementById(id);
 const facts = JSON.parse($("facts").textContent);
 const ROUTE = "/v1/images/generations";
 const HISTORY = "kvcompress.history", DRAFT = "kvcompress.draft", KEYS = ["key", "otherkey"];
+const FIELDS = ["prompt", "negative", "n", "seed", "guidance", "size", "every"];
 const MOST = 30; // entries of the history
 
 const make = (tag, props = {}, ...children) => {
@@ -22,8 +23,8 @@ const servers = [{ name: "this server", url: "", key: "key" }];
 if (facts.compare) servers.push({ name: facts.compare, url: facts.compare, key: "otherkey" });
 let running = null; // the AbortController of what is being drawn
 
-$("about").textContent = `${facts.model}, ${facts.size}, ${facts.cache}`;
-$("size").append(make("option", { value: facts.size, textContent: facts.size }));
+$("about").textContent = `${facts.model}, ${facts.sizes[0]}, ${facts.cache}`;
+$("size").append(...facts.sizes.map((size) => make("option", { value: size, textContent: size })));
 $("guidance").placeholder = facts.guidance_scale;
 $("compare").value = facts.compare ?? "";
 KEYS.forEach((id) => {
@@ -34,10 +35,11 @@ if (facts.compare) $("more").open = true;
 fill(stored(sessionStorage, DRAFT, {}));
 
 function fill(fields) {
-  for (const id of ["prompt", "negative", "n", "seed", "guidance", "every"]) if (id in fields) $(id).value = fields[id];
+  for (const id of FIELDS) if (id in fields) $(id).value = fields[id];
+  if (!$("size").value) $("size").value = facts.sizes[0]; // an older entry may be of a size that is gone
 }
 function fields() {
-  return Object.fromEntries(["prompt", "negative", "n", "seed", "guidance", "every"].map((id) => [id, $(id).value]));
+  return Object.fromEntries(FIELDS.map((id) => [id, $(id).value]));
 }
 
 $("connect").addEventListener("click", () => {
@@ -65,7 +67,7 @@ async function draw() {
     const pair = make("div", { className: "pair" });
     $("results").append(pair);
     for (const server of servers) {
-      const view = new View(server, seed + index);
+      const view = new View(server, seed + index, asked.size);
       pair.append(view.figure);
       jobs.push(picture(server, body(asked, seed + index), view, running.signal));
     }
@@ -86,7 +88,7 @@ async function draw() {
 }
 
 function body(asked, seed) {
-  const sent = { prompt: asked.prompt, seed, size: facts.size, stream: true };
+  const sent = { prompt: asked.prompt, seed, size: asked.size, stream: true };
   if (asked.negative.trim()) sent.negative_prompt = asked.negative;
   if (asked.guidance !== "") sent.guidance_scale = Number(asked.guidance);
   if (asked.every) Object.assign(sent, { partial_lines: Number(asked.every), kept: true });
@@ -143,8 +145,8 @@ async function* events(stream) {
 }
 
 class View {
-  constructor(server, seed) {
-    const [width, height] = facts.size.split("x");
+  constructor(server, seed, size) {
+    const [width, height] = size.split("x");
     this.seed = seed;
     this.image = make("img", { alt: `picture of seed ${seed}, not begun`, width, height });
     this.image.style.setProperty("--ratio", `${width} / ${height}`);
@@ -209,8 +211,9 @@ async function waitFor(server) {
 function remember(asked, b64) {
   const image = new Image();
   image.onload = () => {
-    const canvas = make("canvas", { width: 96, height: 96 });
-    canvas.getContext("2d").drawImage(image, 0, 0, 96, 96);
+    const scale = 96 / Math.max(image.width, image.height);
+    const canvas = make("canvas", { width: scale * image.width, height: scale * image.height });
+    canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
     const entry = { ...asked, thumb: canvas.toDataURL("image/jpeg", 0.8) };
     keep(localStorage, HISTORY, [entry, ...stored(localStorage, HISTORY, [])].slice(0, MOST));
     listHistory();
