@@ -1,10 +1,12 @@
 """Emu3 from published-looking files to pictures, against transformers' own ``generate`` and decoder."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dense_emu3 import dense, greedy
@@ -298,3 +300,25 @@ def test_calibration_does_not_see_the_padding(folder: Path) -> None:
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     assert found[0][0].std() > 0
+
+
+def test_one_command_evaluates(folder: Path, tmp_path: Path) -> None:
+    """Likelihoods of known pictures, and pictures drawn, of a size that is named."""
+    scenes = tmp_path / "scenes.npz"
+    codes = np.random.default_rng(0).integers(0, 16, (2, 28))
+    np.savez(scenes, captions=np.array(["a cat", "a bird on a tree"]), codes=codes)
+
+    def evaluate(size: str) -> Any:
+        return CliRunner().invoke(app, [
+            "eval", str(folder), "-o", str(tmp_path / size), "--presets", "full,line_ar",
+            "--budgets", "1,0.5", "--pictures", "1", "--categories", "colors", "--scenes", "2",
+            "--scenes-file", str(scenes), "--size", size, "--dtype", "float32",
+        ])  # fmt: skip
+
+    done = evaluate(SIZES["wide"])
+    assert done.exit_code == 0, done.output
+    full, all_of_it, half = json.loads((tmp_path / SIZES["wide"] / "results.json").read_text())
+    assert [max(map(abs, one["kl"])) < 1e-6 for one in (full, all_of_it, half)] == [True, True, False]
+    assert len(half["correct"]) == 3
+    wrong = evaluate(SIZES["high"])
+    assert "scenes: pictures of 28 codes, where one of 12x24 has 18: name the size" in wrong.output

@@ -12,6 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.utils.math_utils import cdiv
 
 from vllm_kvcompress.cache.kept import kept_tokens
+from vllm_kvcompress.eval.likelihood import Trial, replay_batches
 from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.rows import NEGATIVE_IDS
 from vllm_kvcompress.scheduler import REPORT
@@ -219,3 +220,18 @@ def test_what_is_no_prompt_of_this_server_is_refused_in_one_line(folder: Path) -
             engine.draw([ids], setting)
         assert "\n" not in str(raised.value)
     assert len(engine.draw([high], params(None, 1.0, max_tokens=24))[0]) == 24, "and the engine goes on"
+
+
+def test_an_evaluation_replays_the_default_size(folder: Path) -> None:
+    """The likelihoods of drawing, whatever other sizes the server has."""
+    section = {"preset": "line_ar", "budget": 0.5}
+    engine = started(folder, **section)
+    image = engine.image
+    ids = image.aligned(prompt(engine, "a cat", 0), len(image.negative))
+    [out] = engine.outputs([ids], params(None, 1.0, temperature=1.0, seed=1, logprobs=0))
+    drawn = list(zip(out.outputs[0].token_ids, out.outputs[0].logprobs, strict=True))
+    cells = image.raster.cells(drawn)
+    wanted = -sum(step[token].logprob for token, step in cells) / len(cells)
+    scenes = [(ids, [image.code(token) for token, _ in cells])]
+    [(_, found)] = replay_batches(engine.llm, scenes, {"paged": Trial(section)}, 3.0, batch=1)
+    assert found["paged"].nll == pytest.approx([wanted], abs=2e-5)

@@ -12,6 +12,7 @@ from vllm_kvcompress.policy import PRESETS
 
 if TYPE_CHECKING:
     from vllm_kvcompress.eval.run import Evaluation
+    from vllm_kvcompress.models.config import ImageModel
 
 ALL = ",".join(PRESETS)
 SHEET_COLUMNS = 8
@@ -35,6 +36,7 @@ def evaluate(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of the drawing.")] = 1.0,
     seed: int = 0,
+    size: Annotated[str | None, typer.Option(help="Of the pictures, of a model that has several.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 64,
     dtype: Annotated[str, typer.Option(help="As for vllm serve.")] = "auto",
     gpu_memory_utilization: Annotated[
@@ -58,7 +60,7 @@ def evaluate(
     from vllm_kvcompress.eval.prompts import CATEGORIES
     from vllm_kvcompress.eval.run import Evaluation
 
-    _check_family(model, pictures)
+    image = _check_family(model, pictures, size)
     chosen = CATEGORIES if categories == "all" else tuple(name.strip() for name in categories.split(","))
     unknown = [name for name in chosen if name not in CATEGORIES]
     if unknown:
@@ -67,10 +69,10 @@ def evaluate(
     cells = grid([name.strip() for name in presets.split(",")], sizes)
     if ablation:
         small = [text for text in sizes if text not in ("1", "1.0")]
-        cells += ablation_cells(_width(model), small)
-    scale = _own_guidance(model) if guidance is None else guidance
+        cells += ablation_cells(image.raster.width, small)
+    scale = _own_guidance(model, image) if guidance is None else guidance
     room = Room(gpu_memory_utilization, kv_cache_memory_bytes)
-    asked = Asked(chosen, pictures, seed, scale, temperature, batch, dtype, room)
+    asked = Asked(chosen, pictures, seed, scale, temperature, batch, dtype, room, size)
     evaluation = Evaluation(model, output, cells, asked, scenes, scenes_file)
     evaluation.check_folder()
 
@@ -92,48 +94,29 @@ def _shown(argument: str) -> str:
     )
 
 
-def _check_family(model: str, pictures: int) -> None:
-    """Raise ValueError, one line, for a model that is none of ours, or that can't be asked for this."""
-    from vllm.transformers_utils.config import get_config
-
+def _check_family(model: str, pictures: int, size: str | None) -> "ImageModel":
+    """What is known of the model. Raises ValueError, one line, if it can't be asked for this."""
+    from vllm_kvcompress.eval.engine import described
     from vllm_kvcompress.models.registry import family_of
-    from vllm_kvcompress.plugin import register
 
-    register()
-    try:
-        family = family_of(get_config(model, trust_remote_code=False))
-    except RuntimeError as error:
-        raise ValueError(str(error)) from None
-    if not family.evaluated:
-        raise ValueError(f"{family.name}: evaluations do not know guidance branches of unlike length yet")
+    config, image = described(model, size)
+    family = family_of(config)
     if pictures and not family.sentences:
         raise ValueError(
             f"pictures: they are drawn from sentences, which {family.name} does not read; give --pictures 0, "
             "and known pictures whose captions are prompts with --scenes-file"
         )
+    return image
 
 
-def _own_guidance(model: str) -> float:
+def _own_guidance(model: str, image: "ImageModel") -> float:
     """What a server of the model would guide with by default."""
     from transformers import GenerationConfig
 
-    from vllm_kvcompress.models.config import ImageModel
-
     try:
-        return GenerationConfig.from_pretrained(model).guidance_scale or ImageModel.guidance_scale
+        return GenerationConfig.from_pretrained(model).guidance_scale or image.guidance_scale
     except OSError:
-        return ImageModel.guidance_scale
-
-
-def _width(model: str) -> int:
-    """W, from the checkpoint's configuration."""
-    from vllm.transformers_utils.config import get_config
-
-    from vllm_kvcompress.models.config import raster_of
-    from vllm_kvcompress.plugin import register
-
-    register()
-    return raster_of(get_config(model, trust_remote_code=False)).width
+        return image.guidance_scale
 
 
 def _draw(evaluation: "Evaluation", records: list[dict[str, Any]], judged: dict[str, Any]) -> list[str]:

@@ -5,7 +5,12 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from vllm_kvcompress.models.config import ImageModel
 
 PROMPT_ROOM = 256
 """Prompt tokens that a picture's memory is reckoned with."""
@@ -40,8 +45,47 @@ def in_process(task: Callable, *args: Any) -> Any:
         return pool.submit(task, *args).result()
 
 
+def described(model: str, size: str | None = None) -> "tuple[PreTrainedConfig, ImageModel]":
+    """A checkpoint's configuration, and what its family makes of it, before an engine starts.
+
+    ``size``: as in ``additional_config.kvcompress``. Raises ValueError, one line, for a model that is none of
+    ours or has no such size.
+    """
+    from vllm.tokenizers import get_tokenizer
+    from vllm.transformers_utils.config import get_config
+
+    from vllm_kvcompress.config import KEY, parse_config
+    from vllm_kvcompress.models.config import ModelSettings
+    from vllm_kvcompress.models.registry import family_of
+    from vllm_kvcompress.plugin import register
+
+    register()
+    settings = parse_config({KEY: {"size": size}})
+    config = get_config(model, trust_remote_code=False)
+    try:
+        family = family_of(config)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    family.resolve(config, get_tokenizer(model), ModelSettings(settings.pixels))
+    return config, family.describe(config, {})
+
+
+def asking(llm: Any, text: str) -> list[int]:
+    """The ids of a prompt as the images route makes them, the model's own texts included."""
+    from vllm_kvcompress.models.registry import family_of, image_model
+
+    image, family = image_model(llm.model_config), family_of(llm.model_config.hf_config)
+    ids = family.prompt_ids(llm.get_tokenizer(), image, text + image.suffix)
+    return image.aligned(ids, len(image.negative))
+
+
 def start(
-    model: str, section: dict[str, Any], pictures: int, dtype: str = "auto", room: Room | None = None
+    model: str,
+    section: dict[str, Any],
+    pictures: int,
+    dtype: str = "auto",
+    room: Room | None = None,
+    size: str | None = None,
 ) -> Any:
     """An ``LLM`` on the kvcompress backend, in this process, that draws ``pictures`` pictures at once."""
     # In this process, so that its errors are exceptions rather than another process's traceback.
@@ -52,7 +96,7 @@ def start(
 
     from vllm_kvcompress.config import BACKEND, KEY
 
-    length, token = _sizes(model)
+    length, token = _sizes(model, size)
     settings: dict[str, Any] = {"model": model, "dtype": dtype, "max_num_seqs": pictures}
     settings |= {"max_model_len": length, "limit_mm_per_prompt": {"image": 0}}
     if not torch.cuda.is_available():
@@ -61,21 +105,17 @@ def start(
             # A CPU would otherwise give vLLM most of the machine's memory.
             settings["kv_cache_memory_bytes"] = (pictures + 1) * length * token
     settings |= (room or Room()).settings()
-    return LLM(attention_backend=BACKEND, additional_config={KEY: section}, **settings)
+    return LLM(attention_backend=BACKEND, additional_config={KEY: {**section, "size": size}}, **settings)
 
 
-def _sizes(model: str) -> tuple[int, int]:
+def _sizes(model: str, size: str | None) -> tuple[int, int]:
     """Tokens of a request, and the full cache's bytes a token in float32: enough for any dtype."""
-    from vllm.transformers_utils.config import get_config
-
     from vllm_kvcompress.cache.layout import BRANCHES
-    from vllm_kvcompress.models.config import cached_head_size, raster_of
-    from vllm_kvcompress.plugin import register
+    from vllm_kvcompress.models.config import cached_head_size
 
-    register()
-    config = get_config(model, trust_remote_code=False)
+    config, image = described(model, size)
     text = config.get_text_config()
-    length = min(PROMPT_ROOM + raster_of(config).tokens, text.max_position_embeddings)
+    length = min(PROMPT_ROOM + len(image.negative) + image.raster.tokens, text.max_position_embeddings)
     return length, text.num_hidden_layers * BRANCHES * text.num_key_value_heads * 2 * cached_head_size(
         text
     ) * 4

@@ -191,11 +191,7 @@ class _Worker:
             self.model.compressed.recorder = None
         # The token at position p is foretold at p - 1.
         token = positions.view(rows, steps) - self.rows.prefix[:, None]
-        foretells = (
-            (self.rows.drawn() & ~self.model.image.ends(token, self.model.image.raster.width))
-            .roll(-1, 1)
-            .flatten()
-        )
+        foretells = (self.rows.drawn() & ~self.model.image.ends(token)).roll(-1, 1).flatten()
         branches = hidden[foretells, :-2]
         plain, guided = (self._code_log_probabilities(branches, scale) for scale in (1.0, self.guidance))
         return plain.unflatten(0, (rows, -1)), guided.unflatten(0, (rows, -1))

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_kvcompress.eval.engine import Room, start
+from vllm_kvcompress.eval.engine import Room, asking, start
 from vllm_kvcompress.eval.features import Frechet
 from vllm_kvcompress.eval.judge import judge
 from vllm_kvcompress.eval.prompts import prompt_set
@@ -37,6 +37,8 @@ class Asked:
         As for vllm serve.
     room : Room
         The engine's memory.
+    size : str, optional
+        Of the pictures, where a model has several; as in ``additional_config.kvcompress``.
     """
 
     categories: tuple[str, ...]
@@ -47,6 +49,7 @@ class Asked:
     batch: int = 64
     dtype: str = "auto"
     room: Room = field(default_factory=Room)
+    size: str | None = None
 
     def prompts(self) -> list[Prompt]:
         return prompt_set(self.number, self.categories, self.seed)
@@ -56,13 +59,13 @@ def draw(model: str, section: dict[str, Any], asked: Asked) -> NDArray[np.uint8]
     """All pictures of a cell, ``[N, H, W, 3]`` uint8; a progress bar on stderr. Run it `in_process`."""
     from vllm import SamplingParams
 
-    from vllm_kvcompress.models.registry import family_of, image_model
+    from vllm_kvcompress.models.registry import image_model
 
-    llm = start(model, section, asked.batch, asked.dtype, asked.room)
+    llm = start(model, section, asked.batch, asked.dtype, asked.room, asked.size)
     try:
         image = image_model(llm.model_config)
-        family, prompts = family_of(llm.model_config.hf_config), asked.prompts()
-        ids = [family.prompt_ids(llm.get_tokenizer(), image, prompt.text) for prompt in prompts]
+        prompts = asked.prompts()
+        ids = [asking(llm, prompt.text) for prompt in prompts]
         params = [
             SamplingParams(
                 temperature=asked.temperature,
@@ -74,7 +77,7 @@ def draw(model: str, section: dict[str, Any], asked: Asked) -> NDArray[np.uint8]
         outs = llm.generate([{"prompt_token_ids": one} for one in ids], params, use_tqdm=True)
         pictures = []
         for out in outs:
-            codes = [image.code(token) for token in out.outputs[0].token_ids]
+            codes = [image.code(token) for token in image.raster.cells(out.outputs[0].token_ids)]
             width, height, raw = llm.collective_rpc("kvcompress_decode_image", args=(codes,))[0]
             pictures.append(np.frombuffer(raw, np.uint8).reshape(height, width, 3))
         return np.stack(pictures)

@@ -119,7 +119,7 @@ class FullReplay:
         for begin, (q, k, v) in zip(self.begins.T, branches, strict=True):
             seen = (causal & (at >= begin[:, None, None]) | itself)[:, None]
             parts.append(scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True))
-        return torch.cat(parts, 1).transpose(1, 2)
+        return torch.cat(parts, 1).transpose(1, 2).contiguous()  # a single row is not copied on its way
 
 
 class PagedReplay:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vllm_kvcompress.eval import held_out
 from vllm_kvcompress.eval.cells import Cell
-from vllm_kvcompress.eval.engine import in_process, start
+from vllm_kvcompress.eval.engine import asking, in_process, start
 from vllm_kvcompress.eval.judge import Verdict
 from vllm_kvcompress.eval.kept import draw_kept, kvcompress_kept
 from vllm_kvcompress.eval.likelihood import Likelihood, Trial, replay_batches
@@ -144,7 +144,7 @@ def _truth() -> Any:
 
 def _replay(evaluation: Evaluation, cells: Sequence[Cell], path: Path) -> None:
     asked = evaluation.asked
-    llm = start(evaluation.model, {"preset": "full"}, 1, asked.dtype, asked.room)
+    llm = start(evaluation.model, {"preset": "full"}, 1, asked.dtype, asked.room, asked.size)
     try:
         scenes = _scenes(evaluation, llm, evaluation.scenes)
         resolve = Profiles(llm, evaluation.folder / "profiles")
@@ -169,18 +169,21 @@ def _replay(evaluation: Evaluation, cells: Sequence[Cell], path: Path) -> None:
 
 def _scenes(evaluation: Evaluation, llm: Any, number: int) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, codes) of held-out pictures."""
-    from vllm_kvcompress.models.registry import family_of, image_model
-
     captions, codes = held_out.scenes_for(evaluation.model, number, evaluation.scenes_file)
-    image, tokenizer = image_model(llm.model_config), llm.get_tokenizer()
-    family = family_of(llm.model_config.hf_config)
-    ids = [family.prompt_ids(tokenizer, image, text) for text in captions]
+    raster = image_model_of(llm.model_config.hf_config).raster
+    if codes.shape[1] != raster.lines * raster.columns:
+        width, height = raster.pixel_size
+        raise ValueError(
+            f"scenes: pictures of {codes.shape[1]} codes, where one of {width}x{height} has "
+            f"{raster.lines * raster.columns}: name the size with --size, or other scenes with --scenes-file"
+        )
+    ids = [asking(llm, text) for text in captions]
     return list(zip(ids, codes.tolist(), strict=True))
 
 
 def _look(evaluation: Evaluation, cells: Sequence[Cell], path: Path) -> None:
     asked = evaluation.asked
-    llm = start(evaluation.model, {"preset": "full"}, 1, asked.dtype, asked.room)
+    llm = start(evaluation.model, {"preset": "full"}, 1, asked.dtype, asked.room, asked.size)
     try:
         scenes = _scenes(evaluation, llm, min(KEPT_SCENES, evaluation.scenes))
         prompts, codes = [ids for ids, _ in scenes], [picture for _, picture in scenes]

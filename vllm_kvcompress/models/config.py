@@ -333,18 +333,19 @@ class ImageModel:
         return torch.cat([codes, logits[:, self.eol, None]], -1) if self.eol >= 0 else codes
 
     def tokens(self, codes: Sequence[int]) -> list[int]:
-        """The ids of a picture, ends of lines in their places, from its codes in raster order."""
+        """The ids of a picture on ``raster``, ends of lines in place, from its codes in raster order."""
         ids, columns = [self.first_code + code for code in codes], self.raster.columns
         if self.eol < 0:
             return ids
         lines = [ids[at : at + columns] for at in range(0, len(ids), columns)]
         return [one for line in lines for one in (*line, self.eol)]
 
-    def ends(self, tokens: Tensor, width: Tensor | int) -> Tensor:
+    def ends(self, tokens: Tensor, width: Tensor | int | None = None) -> Tensor:
         """Which tokens of pictures, counted from 0, are ends of lines; negative ones never are.
 
-        ``width`` is the tokens of a line, of all pictures or ``[tokens]`` of each.
+        ``width`` is the tokens of a line, of all or ``[tokens]`` of each; by default as ``raster`` has it.
         """
+        width = self.raster.width if width is None else width
         return (tokens >= 0) & (tokens % width >= width - self.raster.ends)
 
 
