@@ -265,10 +265,8 @@ def test_several_pictures_of_a_request_and_a_decoder_without_its_engine(folder: 
         assert spare.decode(codes) == Pixels(*vq.picture(codes))
 
 
-def test_commands_say_what_they_need(folder: Path, tmp_path: Path) -> None:
-    """A size that fits the context; and evaluations that do not know such models."""
-    result = CliRunner().invoke(app, ["eval", str(folder), "-o", str(tmp_path / "eval"), "--pictures", "0"])
-    assert (result.exit_code, "branches of unlike length" in result.output) == (1, True)
+def test_commands_say_what_they_need(folder: Path) -> None:
+    """A size that fits the context."""
     for size, said in (
         (None, "a picture of 720x720 takes 32580 tokens, but the context holds 1024: set"),
         ("30x16", "30x16 is no multiple of the model's 4 pixels a token"),

@@ -22,7 +22,6 @@ class AlignedLike:
     """Prompts that say the picture's size, in ids after begin-of-image; lines that end in a token."""
 
     sentences: ClassVar[bool] = True
-    evaluated: ClassVar[bool] = False
     codes_apart: ClassVar[bool] = False
 
     guidance_scale: ClassVar[float]

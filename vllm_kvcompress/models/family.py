@@ -25,9 +25,6 @@ class Family(Protocol):
     sentences: ClassVar[bool]
     """Whether a prompt may be any sentence, as the prompts of an evaluation are."""
 
-    evaluated: ClassVar[bool]
-    """Whether `vllm_kvcompress.eval` can replay its pictures."""
-
     codes_apart: ClassVar[bool]
     """Whether codes have ids behind the text's vocabulary, rather than in it."""
 
@@ -88,7 +85,6 @@ class Family(Protocol):
 class JanusLike:
     """What families with Janus's configuration, VQ decoder and names have in common."""
 
-    evaluated: ClassVar[bool] = True
     codes_apart: ClassVar[bool] = True
 
     def check(self, hf_config: "PreTrainedConfig") -> None:
