@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Emu3TextConfig
 
-from vllm_kvcompress.cache.layout import TYPICAL_PREFIX, footprint
+from vllm_kvcompress.cache.layout import TYPICAL_PREFIX, CacheLayout, footprint
 from vllm_kvcompress.cache.plan import ModelShape, plan_layout, split_pages
 from vllm_kvcompress.heads.fit import by_threshold
 from vllm_kvcompress.models.llamagen.config import PREFIX, LlamaGenConfig
@@ -54,11 +54,22 @@ def test_every_model_has_its_sizes() -> None:
 @pytest.mark.parametrize("name", SIZES)
 def test_the_table_of_sizes(name: str) -> None:
     shape, raster, prefix = geometry(name)
-    policy, heads = Policy("line_ar", 1 / 6), (shape.layers, shape.kv_heads)
-    semantic, margin = np.zeros(heads, bool), np.zeros(heads)
-    assignment = by_threshold(policy, raster, semantic, margin, split_pages, 1)
-    size = footprint(plan_layout(assignment, shape, torch.bfloat16), prefix)
+    size = footprint(layout(shape, raster, 1 / 6), prefix)
     tokens, a_token, whole, kept = SIZES[name][-4:]
     said = f"{size.full / 2**20:.1f} MiB", f"{size.resident / 2**20:.1f} MiB"
     per_token = size.full // (prefix + raster.tokens) / 2**10
     assert (tokens, a_token, (whole, kept)) == (str(raster.tokens), f"{per_token:.0f} KiB", said)
+
+
+def test_an_eighth_of_the_longest_pictures() -> None:
+    shape, raster, prefix = geometry("Lumina-mGPT-7B-1024")
+    size = footprint(layout(shape, raster, 1 / 8), prefix)
+    assert f"at an eighth {size.resident / 1e9:.2f} GB instead of {size.full / 1e9:.2f}" in DOCUMENT
+
+
+def layout(shape: ModelShape, raster: Raster, budget: float) -> CacheLayout:
+    """Of ``line_ar``, whose heads are of one type."""
+    heads = (shape.layers, shape.kv_heads)
+    semantic, margin = np.zeros(heads, bool), np.zeros(heads)
+    assignment = by_threshold(Policy("line_ar", budget), raster, semantic, margin, split_pages, 1)
+    return plan_layout(assignment, shape, torch.bfloat16)

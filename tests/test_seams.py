@@ -8,6 +8,7 @@ import ast
 import importlib
 import importlib.metadata
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -365,6 +366,17 @@ def test_images_endpoint_is_an_endpoint_plugin() -> None:
         assert_callable_like(
             getattr(ImagesEndpoint, name), getattr(EndpointPlugin, name), f"EndpointPlugin.{name}"
         )
+
+
+def test_an_api_process_that_ends_stops_its_client_off_the_loop() -> None:
+    """What `SharedDrain` waits in, and where it refuses."""
+    from vllm.entrypoints.launchers import launcher
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    ends = inspect.getsource(launcher.serve_http)
+    assert re.search(r"run_in_executor\(\s*None, partial\(engine_client\.shutdown, timeout=timeout\)", ends)
+    assert "self.check_admission(" in inspect.getsource(AsyncLLM.add_request)
+    assert list(inspect.signature(AsyncLLM.shutdown).parameters) == ["self", "timeout"]
 
 
 # --- Runners, model, benchmark client ---
