@@ -66,7 +66,7 @@ def test_offline(asked: dict[str, Any], options: list[str], given: dict[str, Any
 def test_eval(
     asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch, options: list[str], given: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(engine, "_sizes", lambda model: (100, 64))
+    monkeypatch.setattr(engine, "_sizes", lambda model, size: (100, 64))
     with pytest.raises(Started):
         engine.start("model", {}, 3, room=Room(**given))
     assert memory(asked) == given
@@ -76,7 +76,7 @@ def test_eval(
 def test_a_cpu_gives_no_engine_most_of_the_machine(
     asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_sizes", lambda model: (100, 64))
+    monkeypatch.setattr(engine, "_sizes", lambda model, size: (100, 64))
     with pytest.raises(Started):
         engine.start("model", {}, 3)
     assert memory(asked) == {"kv_cache_memory_bytes": 4 * 100 * 64}

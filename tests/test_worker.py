@@ -18,10 +18,10 @@ def worker(request: pytest.FixtureRequest) -> Any:
     """Of rank 0, with an untrained decoder."""
     torch.manual_seed(0)
     config = transformers_config(TINY, "float32", image_token_id=5).vq_config
-    vq = VQDecoder(config, Raster(TINY.lines, TINY.lines, patch=TINY.patch), dtype=request.param)
-    return SimpleNamespace(
-        rank=0, vq=vq, model_runner=SimpleNamespace(get_model=lambda: SimpleNamespace(vq=vq))
-    )
+    raster = Raster(TINY.lines, TINY.lines, patch=TINY.patch)
+    vq = VQDecoder(config, raster, dtype=request.param)
+    model = SimpleNamespace(vq=vq, image=SimpleNamespace(sizes=[SimpleNamespace(raster=raster)]))
+    return SimpleNamespace(rank=0, vq=vq, model_runner=SimpleNamespace(get_model=lambda: model))
 
 
 def codes(seed: int, lines: int) -> list[int]:
@@ -33,7 +33,7 @@ def test_a_picture_is_the_same_to_the_bit_in_any_company(worker: Any) -> None:
     """Finished and unfinished ones in one call, each as it comes alone."""
     pictures = [codes(seed, lines) for seed, lines in enumerate((TINY.lines, 3, TINY.lines, 1))]
     alone = [kvcompress_decode_image(worker, picture) for picture in pictures]
-    assert kvcompress_decode_images(worker, pictures) == alone
+    assert kvcompress_decode_images(worker, [(picture, 0) for picture in pictures]) == alone
     assert [height for _, height, _ in alone if alone] == [
         len(p) // TINY.lines * TINY.patch for p in pictures
     ]
@@ -42,10 +42,10 @@ def test_a_picture_is_the_same_to_the_bit_in_any_company(worker: Any) -> None:
 
 def test_other_workers_of_the_engine_leave_it(worker: Any) -> None:
     other = SimpleNamespace(rank=1)
-    assert kvcompress_decode_images(other, [codes(0, 1)]) is None
+    assert kvcompress_decode_images(other, [(codes(0, 1), 0)]) is None
     assert kvcompress_decode_image(other, codes(0, 1)) is None
 
 
 def test_codes_that_are_wrong_are_the_calls_failure(worker: Any) -> None:
     with pytest.raises(ValueError, match="whole lines"):
-        kvcompress_decode_images(worker, [codes(0, 1), codes(0, 1)[:-1]])
+        kvcompress_decode_images(worker, [(codes(0, 1), 0), (codes(0, 1)[:-1], 0)])

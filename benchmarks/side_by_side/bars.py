@@ -57,12 +57,12 @@ BARS = (
     *(
         Bar(f"image tokens/s over the stock full cache's, {batch} {of}, budget 1/8",
             group, batch, tokens_per_second, STOCK, aim, contender=LONG)
-        for group, of in (("long", "of Lumina-mGPT-1024's"), ("longer", "of Emu3's"))
+        for group, of in (("lumina", "of Lumina-mGPT-1024's"), ("emu3", "of Emu3's"))
         for batch, aim in (("4", 2.0), ("1", 1.5))
     ),
     *(
         Bar(f"last line's step over the first line's past the budget, 4 {of}",
             group, "4", growth, None, 1.05, at_least=False, contender=LONG)
-        for group, of in (("long", "of Lumina-mGPT-1024's"), ("longer", "of Emu3's"))
+        for group, of in (("lumina", "of Lumina-mGPT-1024's"), ("emu3", "of Emu3's"))
     ),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from side_by_side.child import FIT
 from side_by_side.contenders import CONTENDERS, LONG, OURS, PRESETS, STOCK, TRANSFORMERS
-from side_by_side.workloads import Workload, emu3, janus, lumina_1024, shapes, tiny
+from side_by_side.workloads import Workload, emu3, janus, long_image, lumina_1024, shapes, tiny
 
 MODES = ("quick", "full", "tiny", "tiny-more")
 
@@ -108,8 +108,15 @@ def groups(mode: str) -> list[Group | HttpGroup]:
                 "http", shapes("shapes-http", ()), (STOCK, "decoupled 1/5", OURS), 3, 96, 8, (0.5, 0.7, 0.9)
             ),
             HttpGroup("http-1b", janus("janus-1b-http", 24, ()), (STOCK, OURS), 1, 24, 8, (0.7,)),
-            Group("long", lumina_1024("long", 4, (0, 6, 11, 24, 36, 48, 63)), (STOCK, LONG), (1, 4), 3),
-            Group("longer", emu3("longer", 4, (0, 8, 15, 34, 51, 68, 89)), (STOCK, LONG), (1, 4), 3),
+            Group(
+                "long",
+                long_image("long", 12, (0, 6, 12, 24, 36, 48, 63)),
+                (STOCK, OURS, "line_ar 1/6"),
+                (4,),
+                3,
+            ),
+            Group("lumina", lumina_1024("lumina", 4, (0, 6, 11, 24, 36, 48, 63)), (STOCK, LONG), (1, 4), 3),
+            Group("emu3", emu3("emu3", 4, (0, 8, 15, 34, 51, 68, 89)), (STOCK, LONG), (1, 4), 3),
             Group("types", janus("janus-1b-types", 24, (0, 4, 12, 23)), _TYPES, (16,), 5),
             Group("presets", janus("janus-1b", 24, (0, 4, 12, 23)), _OTHERS, (1, 4, 16), 3),
             Group("presets-64", janus("janus-1b-64", 12, (0, 4, 23)), _OTHERS, (64,), 3),
@@ -122,8 +129,9 @@ def groups(mode: str) -> list[Group | HttpGroup]:
             Group("bars", model, _MAIN, (1, 4, 16, 64), 3, lines=((64, (0, 4, 23)),)),
             Group("memory", janus("janus-1b-memory", 6, (0, 4, 23), 8), (STOCK, OURS), (FIT,), 3, 64),
             HttpGroup("http", shapes("shapes-http", ()), (STOCK, OURS), 2, 32),
-            Group("long", lumina_1024("long", 2, (0, 11, 32, 63)), (STOCK, LONG), (1, 4), 2),
-            Group("longer", emu3("longer", 2, (0, 15, 45, 89)), (STOCK, LONG), (1, 4), 1),
+            Group("long", long_image("long", 4, (0, 11, 32, 63)), (STOCK, OURS), (4,), 2),
+            Group("lumina", lumina_1024("lumina", 2, (0, 11, 32, 63)), (STOCK, LONG), (1, 4), 2),
+            Group("emu3", emu3("emu3", 2, (0, 15, 45, 89)), (STOCK, LONG), (1, 4), 1),
             Group(
                 "types",
                 janus("janus-1b-types", 6, (0, 4, 12, 23)),

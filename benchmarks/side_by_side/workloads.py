@@ -173,6 +173,12 @@ def janus(name: str, layers: int, sampled: tuple[int, ...], memory_images: int =
     return Workload(name, title, janus_pro_1b(layers), 24, 24, 16, 128, layers, sampled, memory_images)
 
 
+def long_image(name: str, layers: int, sampled: tuple[int, ...]) -> Workload:
+    """Janus-Pro-1B's layers drawing Lumina-mGPT-1024's grid: 64 lines of 64 tokens and an end of line."""
+    title = f"Janus-Pro-1B, {layers} of 24 layers, 64 x 65 tokens as Lumina-mGPT-1024"
+    return Workload(name, title, janus_pro_1b(layers), 64, 65, 16, 128, layers, sampled)
+
+
 def lumina_1024(name: str, layers: int, sampled: tuple[int, ...]) -> Workload:
     """Lumina-mGPT-1024's layers (7B) and grid: 64 lines of 64 tokens and an end of line."""
     title = f"Lumina-mGPT-1024's geometry, {layers} of 32 layers, 64 x 65 tokens"
