@@ -38,6 +38,16 @@ def refused(http: httpx.Client, **fields: Any) -> tuple[str, str]:
     return error["param"], error["message"]
 
 
+def check_draws_alone(http: httpx.Client, model: str) -> None:
+    """Of a server that writes no text: completions and chats are a 400 that says so, and it goes on."""
+    words = http.post("/v1/completions", json={"model": model, "prompt": "Hello"})
+    assert words.status_code == 400
+    assert "this model draws pictures and writes no text: ask /v1/images/generations" in words.text
+    chat = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello"}]})
+    assert (chat.status_code, "draws pictures and does not chat" in chat.text) == (400, True)
+    assert asked(http, "a cat")["data"], "and the server goes on"
+
+
 def streamed(http: httpx.Client, prompt: str, **fields: Any) -> list[dict[str, Any]]:
     """The events of a stream."""
     with http.stream("POST", PATH, json={"prompt": prompt, "stream": True, **fields}) as answer:

@@ -50,6 +50,16 @@ class Engine:
         return cls.started[key]
 
     @classmethod
+    def sized(
+        cls, model: Path, backend: str | None = "kvcompress", batch: int = 256, **section: Any
+    ) -> "Engine":
+        """One of a model of several sizes, small pictures and a step of ``batch`` tokens; a step a token."""
+        config = {"kvcompress": {"window": 1, **section}}
+        return cls.get(
+            model, backend, additional_config=config, max_model_len=256, max_num_batched_tokens=batch
+        )
+
+    @classmethod
     def stop_all(cls) -> None:
         """Stop every engine of the module."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory

@@ -9,7 +9,7 @@ import dense_emu3
 import httpx
 import numpy as np
 import pytest
-from images_http import asked, picture, pixels, refused, streamed
+from images_http import asked, check_draws_alone, picture, pixels, refused, streamed
 from tokenizers import Tokenizer
 
 from vllm_kvcompress.models.emu3.family import NEGATIVE, SUFFIX
@@ -164,9 +164,4 @@ def test_a_prompt_in_tokens_says_its_size(served: tuple[httpx.Client, Path, Path
 def test_what_can_not_be_is_a_400_in_one_line(http: httpx.Client) -> None:
     assert refused(http, prompt="a" * 4000, default_texts=False)[0] == "prompt"
     assert refused(http, prompt="a cat", negative_prompt="a" * 4000)[0] == "negative_prompt"
-    words = http.post("/v1/completions", json={"model": "emu3", "prompt": "Hello"})
-    assert words.status_code == 400
-    assert "this model draws pictures and writes no text: ask /v1/images/generations" in words.text
-    chat = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello"}]})
-    assert (chat.status_code, "draws pictures and does not chat" in chat.text) == (400, True)
-    assert asked(http, "a cat")["data"], "and the server goes on"
+    check_draws_alone(http, "emu3")

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conversions import Converting
 from dense_vq import DenseVQ
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,7 +28,7 @@ STATE, VQ_STATE = decoder_state(SIZES), vq_state(SIZES)
 Change = dict[str, Tensor | None]
 
 
-class Sources:
+class Sources(Converting):
     """A decoder's and a VQ model's file, and what is made of them."""
 
     def __init__(self, folder: Path) -> None:
@@ -42,14 +43,6 @@ class Sources:
     def convert(self, **more: object) -> bool:
         said: dict = {"grid": SIZES.grid, "heads": SIZES.heads, **more}
         return convert(self.decoder, self.out, **said)
-
-    def refused(self, **more: object) -> str:
-        """The error's one line, after which nothing is in the folder's place."""
-        with pytest.raises(CheckpointError) as caught:
-            self.convert(**more)
-        assert not self.out.exists()
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
 
 
 @pytest.fixture

@@ -42,10 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def started(
     folder: Path, size: str, backend: str | None = "kvcompress", batch: int = 256, **section: Any
 ) -> Engine:
-    config = {"kvcompress": {"window": 1, "size": SIZES[size], **section}}
-    return Engine.get(
-        folder, backend, additional_config=config, max_model_len=256, max_num_batched_tokens=batch
-    )
+    return Engine.sized(folder, backend, batch, size=SIZES[size], **section)
 
 
 def ids_of(name: str, size: str, text: str) -> tuple[list[int], list[int]]:

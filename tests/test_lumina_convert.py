@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conversions import Converting
 from dense_vq import DenseTaming
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,7 +29,7 @@ STATE, VQ_STATE = decoder_state(SIZES), vq_state(SIZES)
 Change = dict[str, Tensor | None]
 
 
-class Sources:
+class Sources(Converting):
     """A model's folder, a VQ model's file and a tokenizer's folder; and what is made of them."""
 
     def __init__(self, folder: Path, geometry: LuminaGeometry = SIZES) -> None:
@@ -51,14 +52,6 @@ class Sources:
 
     def convert(self, **more: Any) -> bool:
         return convert(self.model, self.out, **{"vq": self.vq, "tokenizer": self.words, **more})
-
-    def refused(self, **more: Any) -> str:
-        """The error's one line, after which nothing is in the folder's place."""
-        with pytest.raises(CheckpointError) as caught:
-            self.convert(**more)
-        assert not self.out.exists()
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from dense_lumina import DenseLumina, full
 from dense_vq import DenseTaming
-from images_http import asked, picture, pixels, refused, streamed
+from images_http import asked, check_draws_alone, picture, pixels, refused, streamed
 from typer.testing import CliRunner
 
 from vllm_kvcompress.cli import app
@@ -115,12 +115,7 @@ def test_what_can_not_be_is_a_400_in_one_line(served: tuple[httpx.Client, Path])
     http, log = served
     assert refused(http, prompt="a" * 4000)[0] == "prompt"
     assert refused(http, prompt="a cat", negative_prompt="a" * 4000)[0] == "negative_prompt"
-    words = http.post("/v1/completions", json={"model": "lumina", "prompt": "Hello"})
-    assert words.status_code == 400
-    assert "this model draws pictures and writes no text: ask /v1/images/generations" in words.text
-    chat = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello"}]})
-    assert (chat.status_code, "draws pictures and does not chat" in chat.text) == (400, True)
-    assert asked(http, "a cat")["data"], "and the server goes on"
+    check_draws_alone(http, "lumina")
     said = log.read_text(errors="replace")
     assert "branches are of unlike length, which vLLM's attention backends can't do" in said
     assert "Image model: 4 x 9 tokens a picture, 32 x 16 pixels" in said

@@ -181,22 +181,26 @@ def long_image(name: str, layers: int, sampled: tuple[int, ...]) -> Workload:
 
 def lumina_1024(name: str, layers: int, sampled: tuple[int, ...]) -> Workload:
     """Lumina-mGPT-1024's layers (7B) and grid: 64 lines of 64 tokens and an end of line."""
-    title = f"Lumina-mGPT-1024's geometry, {layers} of 32 layers, 64 x 65 tokens"
-    geometry = replace(
-        janus_pro_1b(layers), hidden=4096, heads=32, kv_heads=32, intermediate=11008, codebook=8192,
-        text_vocab=16384, lines=64, max_positions=4608,
+    return _long(
+        name, "Lumina-mGPT-1024", layers, sampled, kv_heads=32, intermediate=11008, codebook=8192, lines=64,
+        max_positions=4608,
     )  # fmt: skip
-    return Workload(name, title, geometry, 64, 65, 32, 128, layers, sampled)
 
 
 def emu3(name: str, layers: int, sampled: tuple[int, ...]) -> Workload:
     """Emu3-Gen's layers (8B, four query heads a KV head) and grid: 90 lines of 90 tokens and a line end."""
-    title = f"Emu3's geometry, {layers} of 32 layers, 90 x 91 tokens"
-    geometry = replace(
-        janus_pro_1b(layers), hidden=4096, heads=32, kv_heads=8, intermediate=14336, codebook=32768,
-        text_vocab=16384, lines=90, max_positions=9216,
+    return _long(
+        name, "Emu3", layers, sampled, kv_heads=8, intermediate=14336, codebook=32768, lines=90,
+        max_positions=9216,
     )  # fmt: skip
-    return Workload(name, title, geometry, 90, 91, 8, 128, layers, sampled)
+
+
+def _long(name: str, model: str, layers: int, sampled: tuple[int, ...], **sizes: int) -> Workload:
+    """A Llama of 32 heads of 128 that draws square pictures whose lines end in a token."""
+    g = replace(janus_pro_1b(layers), hidden=4096, heads=32, text_vocab=16384, **sizes)
+    width = g.lines + 1
+    title = f"{model}'s geometry, {layers} of 32 layers, {g.lines} x {width} tokens"
+    return Workload(name, title, g, g.lines, width, g.kv_heads, 128, layers, sampled)
 
 
 def shapes(name: str, sampled: tuple[int, ...]) -> Workload:

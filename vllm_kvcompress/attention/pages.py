@@ -97,7 +97,7 @@ class HeadType:
         """Whether pictures of any size are scored."""
         return any(rule.scores for rule in self.sized) if self.sized else self.rule.scores
 
-    def of(self, size: int, rows: Tensor | None = None) -> "HeadType":
+    def of(self, size: int, rows: Tensor | slice | None = None) -> "HeadType":
         """The same for pictures of one size alone; ``rows`` picks block tables."""
         rule = self.sized[size] if self.sized else self.rule
         table = self.block_table if rows is None else self.block_table[rows]

@@ -11,7 +11,6 @@ the course of serving.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -123,8 +122,7 @@ def _replay(
 ) -> None:
     """Image tokens of one row, line by line."""
     # Indexing heads copies, so each type works on its own slice and `out` is written here.
-    own = [kind.of(row.size) for kind in types]
-    mine = [replace(kind, block_table=kind.block_table[row.row : row.row + 1]) for kind in own]
+    mine = [kind.of(row.size, slice(row.row, row.row + 1)) for kind in types]
     at, token, line = row.first, row.token, mine[0].rule.line
     first = torch.tensor([row.begins], device=q.device) if any(row.begins) else None
     while at < row.last:

@@ -5,7 +5,7 @@ Between the two lies sampling. An abort between them leaves no trace in the page
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -85,7 +85,7 @@ def verify(
         at = slice(start, start + count)
         held.append([])
         for kind in types:
-            mine = replace(kind.of(sizes[row]), block_table=kind.block_table[row : row + 1])
+            mine = kind.of(sizes[row], slice(row, row + 1))
             heads = kind.head_index.long()
             part = q[at, heads], k[at, heads], v[at, heads]
             first = None if begins is None else begins_of(begins[row, None], kind.head_index, k.shape[1])[0]

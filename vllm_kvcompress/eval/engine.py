@@ -2,7 +2,7 @@
 
 import multiprocessing as mp
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -70,13 +70,14 @@ def described(model: str, size: str | None = None) -> "tuple[PreTrainedConfig, I
     return config, family.describe(config, {})
 
 
-def asking(llm: Any, text: str) -> list[int]:
-    """The ids of a prompt as the images route makes them, the model's own texts included."""
+def asking(llm: Any, texts: Iterable[str]) -> list[list[int]]:
+    """The ids of prompts as the images route makes them, the model's own texts included."""
     from vllm_kvcompress.models.registry import family_of, image_model
 
     image, family = image_model(llm.model_config), family_of(llm.model_config.hf_config)
-    ids = family.prompt_ids(llm.get_tokenizer(), image, text + image.suffix)
-    return image.aligned(ids, len(image.negative))
+    tokenizer = llm.get_tokenizer()
+    ids = (family.prompt_ids(tokenizer, image, text + image.suffix) for text in texts)
+    return [image.aligned(one, len(image.negative)) for one in ids]
 
 
 def start(

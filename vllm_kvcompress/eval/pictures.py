@@ -65,7 +65,7 @@ def draw(model: str, section: dict[str, Any], asked: Asked) -> NDArray[np.uint8]
     try:
         image = image_model(llm.model_config)
         prompts = asked.prompts()
-        ids = [asking(llm, prompt.text) for prompt in prompts]
+        ids = asking(llm, [prompt.text for prompt in prompts])
         params = [
             SamplingParams(
                 temperature=asked.temperature,

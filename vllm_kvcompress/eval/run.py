@@ -172,13 +172,11 @@ def _scenes(evaluation: Evaluation, llm: Any, number: int) -> list[tuple[list[in
     captions, codes = held_out.scenes_for(evaluation.model, number, evaluation.scenes_file)
     raster = image_model_of(llm.model_config.hf_config).raster
     if codes.shape[1] != raster.lines * raster.columns:
-        width, height = raster.pixel_size
         raise ValueError(
-            f"scenes: pictures of {codes.shape[1]} codes, where one of {width}x{height} has "
+            f"scenes: pictures of {codes.shape[1]} codes, where one of {raster.name} has "
             f"{raster.lines * raster.columns}: name the size with --size, or other scenes with --scenes-file"
         )
-    ids = [asking(llm, text) for text in captions]
-    return list(zip(ids, codes.tolist(), strict=True))
+    return list(zip(asking(llm, captions), codes.tolist(), strict=True))
 
 
 def _look(evaluation: Evaluation, cells: Sequence[Cell], path: Path) -> None:

@@ -28,6 +28,12 @@ class AlignedLike:
     top_k: ClassVar[int]
     """Defaults where generation_config.json says none."""
 
+    def shapes(self, hf_config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
+        from vllm_kvcompress.models.weights import decoder_shapes
+
+        text = hf_config.get_text_config()
+        return decoder_shapes(text) | {"lm_head.weight": (text.vocab_size, text.hidden_size)}
+
     def keep(self, hf_config: "PreTrainedConfig", sizes: Sequence[PictureSize], **found: Any) -> None:
         """What ``ImageModel`` needs of the tokenizer goes with the configuration to every process."""
         (raster, grid_ids), *more = sizes

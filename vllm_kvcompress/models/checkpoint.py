@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_kvcompress.models.config import text_vocab_size
+from vllm_kvcompress.models.config import patch_of, text_vocab_size
 from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.models.vision_sizes import described, is_vision
 from vllm_kvcompress.models.weights import CheckpointError, Ledger
@@ -48,7 +48,7 @@ def check_checkpoint(hf_config: Any) -> None:
     if vq is None:
         raise ValueError("config.json describes no image tokenizer (vq_config): not a Janus checkpoint")
     check_sizes(hf_config)
-    patch = 2 ** (len(vq.channel_multiplier) - 1)
+    patch = patch_of(hf_config)
     vision = getattr(hf_config, "vision_config", None)
     size = vision.get("params", {}).get("image_size") if isinstance(vision, dict) else None
     size = size or getattr(vision, "image_size", None) or vq.num_patches * patch

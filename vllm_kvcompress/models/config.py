@@ -354,10 +354,16 @@ def text_vocab_size(hf_config: PreTrainedConfig) -> int:
     return hf_config.get_text_config().vocab_size
 
 
+def patch_of(hf_config: PreTrainedConfig) -> int:
+    """Pixels on a side of what a token stands for: all resolutions of the VQ decoder but one double it."""
+    patch: int = 2 ** (len(hf_config.vq_config.channel_multiplier) - 1)
+    return patch
+
+
 def raster_of(hf_config: PreTrainedConfig) -> Raster:
     """The token grid of the pictures of a JanusConfig or MultiModalityConfig."""
     vq = hf_config.vq_config
-    return Raster(vq.num_patches, vq.num_patches, patch=2 ** (len(vq.channel_multiplier) - 1))
+    return Raster(vq.num_patches, vq.num_patches, patch=patch_of(hf_config))
 
 
 def head_size(text: PreTrainedConfig) -> int:

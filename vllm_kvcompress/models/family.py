@@ -108,10 +108,9 @@ class JanusLike:
         """Raise ValueError, one line, if another size than the checkpoint's is set."""
         from vllm_kvcompress.models.config import raster_of
 
-        width, height = raster_of(hf_config).pixel_size
-        if settings.named not in ((), ((width, height),)):
+        raster = raster_of(hf_config)
+        if settings.named not in ((), (raster.pixel_size,)):
             setting = "sizes" if settings.sizes else "size"
             raise ValueError(
-                f"additional_config.kvcompress.{setting}: this model draws {width}x{height} only; leave it "
-                "out"
+                f"additional_config.kvcompress.{setting}: this model draws {raster.name} only; leave it out"
             )

@@ -8,7 +8,7 @@ from math import sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_kvcompress.models.aligned import RATIOS, AlignedLike, Vocabulary, rasters_of
-from vllm_kvcompress.models.config import ImageModel, ModelSettings, PictureSize
+from vllm_kvcompress.models.config import ImageModel, ModelSettings, PictureSize, patch_of
 from vllm_kvcompress.policy.raster import Raster
 
 if TYPE_CHECKING:
@@ -75,12 +75,6 @@ class Emu3Family(AlignedLike):
                 break
         return None if name.endswith("rotary_emb.inv_freq") else name
 
-    def shapes(self, hf_config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
-        from vllm_kvcompress.models.weights import decoder_shapes
-
-        text = hf_config.get_text_config()
-        return decoder_shapes(text) | {"lm_head.weight": (text.vocab_size, text.hidden_size)}
-
     def decoder(
         self, hf_config: "PreTrainedConfig", raster: Raster, dtype: "torch.dtype | None" = None
     ) -> "PictureDecoder":
@@ -93,7 +87,7 @@ class Emu3Family(AlignedLike):
 
         Raises ValueError, one line, for a size that is set and can't be drawn.
         """
-        patch = 2 ** (len(hf_config.vq_config.channel_multiplier) - 1)
+        patch = patch_of(hf_config)
         usual = [usual_grid(*ratio, patch) for ratio in RATIOS]
         return rasters_of(settings, usual, patch, unit=patch)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_kvcompress.models.aligned import RATIOS, AlignedLike, Vocabulary, rasters_of
-from vllm_kvcompress.models.config import ImageModel, ModelSettings, PictureSize, head_size
+from vllm_kvcompress.models.config import ImageModel, ModelSettings, PictureSize, head_size, patch_of
 from vllm_kvcompress.policy.raster import Raster
 
 if TYPE_CHECKING:
@@ -52,11 +52,8 @@ class LuminaFamily(AlignedLike):
         return _DECODER.sub("language_model.", name)
 
     def shapes(self, hf_config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
-        from vllm_kvcompress.models.weights import decoder_shapes
-
-        text = hf_config.get_text_config()
-        shapes = decoder_shapes(text) | {"lm_head.weight": (text.vocab_size, text.hidden_size)}
-        for layer in range(text.num_hidden_layers):
+        shapes = super().shapes(hf_config)
+        for layer in range(hf_config.get_text_config().num_hidden_layers):
             for norm in ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"):
                 name = f"language_model.layers.{layer}.self_attn.{norm}"
                 shapes[name] = tuple(hf_config.qk_norm_shape)
@@ -74,7 +71,7 @@ class LuminaFamily(AlignedLike):
 
         Raises ValueError, one line, for a size that is set and can't be drawn.
         """
-        patch = 2 ** (len(hf_config.vq_config.channel_multiplier) - 1)
+        patch = patch_of(hf_config)
         side = hf_config.size // (UNIT * patch)
         usual = [trained_grid(*ratio, side) for ratio in RATIOS]
         return rasters_of(settings, [*dict.fromkeys(usual)], patch, unit=UNIT * patch)
