@@ -24,16 +24,18 @@ from vllm_kvcompress.eval.scenes import sample_pair
 
 SHOWN = ("correct", "whole", "shapes", "count")
 """Of a verdict, per category."""
+BATCH = 50
+"""Scenes encoded and decoded at once."""
 
 
 def round_trip(model: JanusForConditionalGeneration, number: int) -> dict[str, float]:
     """Shares of validation scenes that are judged right, and whole, after encoding and decoding."""
     right: Counter[str] = Counter()
-    for first in tqdm(range(0, number, 50), desc="round trip"):
-        pixels, _ = scene_batch(VALID_STREAM, first, 50)
+    for first in tqdm(range(0, number, BATCH), desc="round trip"):
+        pixels, _ = scene_batch(VALID_STREAM, first, BATCH)
         with torch.inference_mode():
             codes = model.model.vqmodel.encode(pixels.to(model.dtype)).image_tokens.view(len(pixels), -1)
-        meanings = [sample_pair((VALID_STREAM, index))[1] for index in range(first, first + 50)]
+        meanings = [sample_pair((VALID_STREAM, index))[1] for index in range(first, first + BATCH)]
         for picture, meaning in zip(to_pictures(model, codes), meanings, strict=True):
             verdict = judge(picture, meaning)
             right += Counter(correct=verdict.correct, whole=verdict.whole)
@@ -46,7 +48,9 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER)
     parser.add_argument("--number", type=int, default=100, help="pictures a category")
-    parser.add_argument("--round-trip", type=int, default=200, help="validation scenes, a multiple of 50")
+    parser.add_argument(
+        "--round-trip", type=int, default=200, help=f"validation scenes, a multiple of {BATCH}"
+    )
     parser.add_argument("--categories", nargs="+", default=CATEGORIES, choices=CATEGORIES)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--temperature", type=float, default=1.0)

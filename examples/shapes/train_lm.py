@@ -212,7 +212,7 @@ def main() -> None:
         at, total = step - args.start_step, args.steps - args.start_step
         trained.step(args.rate * trapezoid(at, 100, total, args.decay))
         done = step + 1
-        if done % 20 == 0:
+        if done % 20 == 0 or done == args.steps:
             log_record(log, step=done, image_loss=image.item(), text_loss=words.item())
         if done % args.save_every == 0 or done == args.steps:
             with torch.no_grad():

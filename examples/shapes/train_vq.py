@@ -167,7 +167,7 @@ def main() -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         done = step + 1
-        if done % 10 == 0:
+        if done % 10 == 0 or done == args.steps:
             log_record(log, step=done, drawing_loss=drawing.item(), pointing_loss=pointing.item())
         if done % args.save_every == 0 or done == args.steps:
             log_record(log, step=done, **validate(vq, centres))
