@@ -141,11 +141,14 @@ def expected_rgb(seed=None, lines=MODEL.raster.lines):
     return drawn + bytes((127,)) * (WIDTH * HEIGHT * 3 - len(drawn))
 
 
-async def make_app(engine, *, api_key=None, keep_alive=0, engine_client=True, **endpoint_options):
-    """The app as vLLM builds it: plugin routes, its exception handlers, its middleware."""
+async def make_app(engine, *, api_key=None, keep_alive=0, engine_client=True, origins=(), **endpoint_options):
+    """The app as vLLM builds it: plugin routes, its exception handlers, its middleware.
+
+    ``origins`` are those of ``--allowed-origins``; like vLLM's, the default is none.
+    """
     args = Namespace(
         log_error_stack=False,
-        allowed_origins=["*"],
+        allowed_origins=list(origins),
         allow_credentials=False,
         allowed_methods=["*"],
         allowed_headers=["*"],
@@ -156,13 +159,10 @@ async def make_app(engine, *, api_key=None, keep_alive=0, engine_client=True, **
     )
     app = FastAPI()
     app.state.args = args
-    endpoint = ImagesEndpoint(
-        image_model=MODEL,
-        prompt_ids=prompt_ids,
-        negative_ids=negative_ids,
-        lengthened=lengthened,
-        **endpoint_options,
-    )
+    known = {
+        "image_model": MODEL, "prompt_ids": prompt_ids, "negative_ids": negative_ids, "lengthened": lengthened
+    }  # fmt: skip
+    endpoint = ImagesEndpoint(**known | endpoint_options)
     endpoint.attach_router(app)
     init_exception_handler(app)
     init_entrypoints_middleware(args, app, ("generate",))

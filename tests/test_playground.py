@@ -1,31 +1,19 @@
-"""The playground: what the route answers, and the page in a real browser.
-
-The browser is Debian's Chromium (or ``CHROMIUM``), driven by Playwright; both are optional, and a run
-without them says so.
-"""
+"""The playground: what the route answers, and what the page does with one server and with two."""
 
 import asyncio
 import base64
 import hashlib
-import os
 import re
-import shutil
 
 import httpx
 import pytest
-from images_fakes import MODEL, SIZE, WIDTH, FakeEngine, http_client, make_app, served
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from browsers import Compressed, ask, browser, engine, opened, says
+from images_fakes import MODEL, SIZE, WIDTH, http_client, make_app, served
 
 from vllm_kvcompress.serving.playground import PATH, origin, page
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+__all__ = ["browser"]
 PROMPT = "a <b>star</b>"
-
-
-def engine(playground: bool = True) -> FakeEngine:
-    made = FakeEngine()
-    made.vllm_config.additional_config = {"kvcompress": {"playground": playground}}
-    return made
 
 
 async def get(**options) -> httpx.Response:
@@ -57,8 +45,9 @@ async def test_the_policy_names_what_the_page_runs_and_nothing_else():
     [
         ("http://host:8001/v1", "http://host:8001"), ("https://EXAMPLE.org", "https://example.org"),
         ("http://[::1]:80/", "http://[::1]:80"), ("http://u:p@host/", "http://host"),
-        ("javascript:alert(1)", None), ("http://a; script-src *", None), ("http://host:99999", None),
-        ("", None),
+        ("javascript:alert(1)", None), ("data:text/html,x", None), ("http://host:99999", None),
+        ("http://a; script-src *", None),
+        ("localhost:8001", "http://localhost:8001"), ("[::1]:8001/v1", "http://[::1]:8001"), ("", None),
         ("http://a' *", None), ("//host", None), ("http://a\r\nX-Y: z", None),
     ],
 )  # fmt: skip
@@ -71,57 +60,6 @@ def test_a_second_server_is_an_origin_or_nothing(url, found):
 def test_facts_can_not_break_out():
     text = page({"model": "</script><b>"}).body.decode()
     assert "</script><b>" not in text
-
-
-class Compressed(FakeEngine):
-    """Says what it keeps: the heads of one type the even tokens, those of the other the odd ones."""
-
-    def __init__(self):
-        super().__init__()
-        self.vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
-        self.vllm_config.additional_config = {"kvcompress": {"playground": True}}
-
-    async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
-        if method != "kvcompress_kept":
-            return await super().collective_rpc(method, timeout, args, kwargs)
-        assert args[0] in self.running
-        even = [4 * (token % 2 == 0) for token in range(MODEL.raster.tokens)]
-        odd = [token % 2 for token in range(MODEL.raster.tokens)]
-        return [(10, [("ring 5", 4, even), ("scored 9", 1, odd)])] * 2
-
-
-@pytest.fixture
-async def browser():
-    reason = "the page in a browser needs Playwright: pip install playwright"
-    driver = pytest.importorskip("playwright.async_api", reason=reason)
-    if CHROMIUM is None:
-        pytest.skip("the page in a browser needs one: install Debian's chromium, or set CHROMIUM")
-    async with driver.async_playwright() as playwright:
-        opened = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        await opened.close()
-
-
-async def opened(browser, url: str):
-    """The page at a server, and what its console has said."""
-    tab, said = await browser.new_page(), []
-    tab.on("console", lambda message: said.append(message.text))
-    tab.on("pageerror", lambda error: said.append(str(error)))
-    await tab.goto(url + PATH)
-    return tab, said
-
-
-async def ask(tab, **fields: str) -> None:
-    for name, value in fields.items():
-        await tab.fill(f"#{name}", value)
-    await tab.click("#draw")
-
-
-async def says(tab, selector: str, text: str | re.Pattern[str]) -> None:
-    """Wait for an element's text."""
-    from playwright.async_api import expect
-
-    await expect(tab.locator(selector)).to_have_text(text, timeout=20_000)
 
 
 async def test_draws_and_streams(browser):
@@ -190,7 +128,7 @@ async def test_survives_a_servers_restart(browser):
 
 async def test_two_servers_side_by_side(browser):
     first, second = engine(), engine(False)
-    async with served(await make_app(first)) as url, served(await make_app(second)) as other:
+    async with served(await make_app(first)) as url, served(await make_app(second, origins=["*"])) as other:
         tab, said = await opened(browser, url)
         await tab.click("summary")
         await tab.fill("#prompt", "a cat")

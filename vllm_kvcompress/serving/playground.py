@@ -29,9 +29,10 @@ def _parts() -> tuple[str, str, str]:
 
 
 def origin(url: str) -> str | None:
-    """Scheme, host and port of an http(s) URL; None of anything else: it goes into a header."""
+    """Scheme, host and port of an http(s) URL, or of a host alone; else None: it goes into a header."""
+    url = url.strip()
     try:
-        parts = urlsplit(url.strip())
+        parts = urlsplit(url if "://" in url else f"http://{url}")
         port = f":{parts.port}" if parts.port else ""
     except ValueError:
         return None
@@ -49,8 +50,8 @@ def page(facts: dict[str, Any], compare: str = "") -> HTMLResponse:
     facts : dict
         Of the server, for the page to show: ``model``, ``sizes``, ``guidance_scale``, ``cache``.
     compare : str
-        URL of a second server to draw with as well; what is no http(s) URL counts as none. It and this server
-        are all that the page may connect to.
+        URL of a second server to draw with as well; what is no http(s) URL counts as none, and the page says
+        so. It and this server are all that the page may connect to.
     """
     other = origin(compare)
     markup, style, script = _parts()

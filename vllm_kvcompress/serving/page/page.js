@@ -1,8 +1,7 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
 const facts = JSON.parse($("facts").textContent);
-const ROUTE = "/v1/images/generations";
-const HISTORY = "kvcompress.history", DRAFT = "kvcompress.draft", KEYS = ["key", "otherkey"];
+const HISTORY = "kvcompress.history", DRAFT = "kvcompress.draft";
 const FIELDS = ["prompt", "negative", "n", "seed", "guidance", "size", "every"];
 const MOST = 30; // entries of the history
 
@@ -19,24 +18,37 @@ const keep = (area, name, value) => {
 };
 const bytes = (count) => count >= 2 ** 20 ? `${(count / 2 ** 20).toFixed(1)} MiB` : `${(count / 1024).toFixed(0)} KiB`;
 
+// Addresses of this server are relative to the page's: a proxy may have put both under a prefix.
 const servers = [{ name: "this server", url: "", key: "key" }];
-if (facts.compare) servers.push({ name: facts.compare, url: facts.compare, key: "otherkey" });
+if (facts.compare) servers.push({ name: facts.compare, url: `${facts.compare}/`, key: "otherkey" });
 let running = null; // the AbortController of what is being drawn
 
 $("about").textContent = `${facts.model}, ${facts.sizes[0]}, ${facts.cache}`;
 $("size").append(...facts.sizes.map((size) => make("option", { value: size, textContent: size })));
 $("guidance").placeholder = facts.guidance_scale;
-$("compare").value = facts.compare ?? "";
-KEYS.forEach((id) => {
-  $(id).value = stored(sessionStorage, id, "");
-  $(id).addEventListener("change", () => keep(sessionStorage, id, $(id).value));
-});
-if (facts.compare) $("more").open = true;
+// A key is kept for the server that it was given for: a link to this page may name another one.
+for (const { url, key } of servers) {
+  const name = `kvcompress.key ${url}`;
+  $(key).value = stored(sessionStorage, name, "");
+  $(key).addEventListener("change", () => keep(sessionStorage, name, $(key).value));
+}
+const compared = new URLSearchParams(location.search).get("compare")?.trim() ?? "";
+$("compare").value = facts.compare ?? compared;
+$("otherkey").disabled = !facts.compare;
+if (facts.compare) $("about").append(`; draws at ${facts.compare} as well`);
+else if (compared) $("error").textContent = `No second server: ${compared} is no address like http://localhost:8001.`;
+if (compared) $("more").open = true;
 fill(stored(sessionStorage, DRAFT, {}));
+ready(true);
 
 function fill(fields) {
   for (const id of FIELDS) if (id in fields) $(id).value = fields[id];
   if (!$("size").value) $("size").value = facts.sizes[0]; // an older entry may be of a size that is gone
+}
+// Never disabled: a browser takes the focus from a disabled button, and with it a keyboard's place.
+function ready(now) {
+  $("draw").setAttribute("aria-disabled", !now);
+  $("stop").setAttribute("aria-disabled", now);
 }
 function fields() {
   return Object.fromEntries(FIELDS.map((id) => [id, $(id).value]));
@@ -59,7 +71,7 @@ async function draw() {
   // An empty seed is chosen here, so that the history can draw the picture again.
   const seed = asked.seed === "" ? Math.floor(Math.random() * 2 ** 31) : Number(asked.seed);
   running = new AbortController();
-  $("draw").disabled = true; $("stop").disabled = false;
+  ready(false);
   $("error").textContent = ""; $("status").textContent = "Drawing…";
   $("results").replaceChildren();
   const jobs = [];
@@ -75,13 +87,13 @@ async function draw() {
   const outcomes = await Promise.allSettled(jobs);
   const stopped = running.signal.aborted;
   running = null;
-  $("draw").disabled = false; $("stop").disabled = true;
+  ready(true);
   const whole = outcomes.flatMap((outcome) => outcome.status === "fulfilled" ? [outcome.value] : []);
   $("status").textContent = stopped ? "Stopped." : whole.length ? `Done: ${whole.length} of ${jobs.length}.` : "";
   const failed = outcomes.find((outcome) => outcome.status === "rejected" && !stopped);
   if (failed) {
     $("error").textContent = failed.reason.message;
-    if (failed.reason.status === 401) { $("more").open = true; $("key").focus(); }
+    if (failed.reason.key) { $("more").open = true; $(failed.reason.key).focus(); }
     if (failed.reason.gone) waitFor(failed.reason.gone);
   }
   if (whole.length) remember({ ...asked, seed }, whole[0]);
@@ -105,11 +117,11 @@ async function picture(server, sent, view, signal) {
   const headers = { "Content-Type": "application/json" };
   if ($(server.key).value) headers.Authorization = `Bearer ${$(server.key).value}`;
   try {
-    const answer = await fetch(server.url + ROUTE, { method: "POST", headers, body: JSON.stringify(sent), signal });
+    const answer = await fetch(`${server.url}v1/images/generations`, { method: "POST", headers, body: JSON.stringify(sent), signal });
     if (!answer.ok) {
       const told = await answer.json().catch(() => null);
       const error = told?.error?.message ?? told?.error ?? `the server answered ${answer.status}`;
-      throw new Refused(said(error), { status: answer.status });
+      throw new Refused(said(error), answer.status === 401 ? { key: server.key } : {});
     }
     for await (const event of events(answer.body)) {
       if (event.type === "error") throw new Refused(said(event.error?.message ?? event.message ?? "the picture failed"));
@@ -122,8 +134,13 @@ async function picture(server, sent, view, signal) {
     throw new Refused(said("the connection ended before the picture did"), { gone: server });
   } catch (error) {
     view.caption.textContent = signal.aborted ? "stopped" : "not drawn";
-    if (error instanceof TypeError) throw new Refused(said("the server can't be reached"), { gone: server });
-    throw error;
+    if (!(error instanceof TypeError)) throw error;
+    if (!server.url || !await alive(server)) throw new Refused(said("the server can't be reached"), { gone: server });
+    // A browser hides why it may not read an answer: vLLM lets no other page read any, unless told so, and none
+    // at all read what it says of a wrong key.
+    const readable = await fetch(`${server.url}health`).then(() => true, () => false);
+    if (readable) throw new Refused(said("it refuses this page: is its API key right?"), { key: server.key });
+    throw new Refused(said(`it lets this page read no answer; start it with --allowed-origins '["${location.origin}"]'`));
   }
 }
 
@@ -170,8 +187,9 @@ class View {
     const facts = [`seed ${this.seed}`, `${seconds.toFixed(1)} s`];
     if (usage?.steps) facts.push(`${usage.steps} steps for ${usage.output_tokens} tokens`);
     if (cache) {
-      const share = Math.round(100 * cache.resident_bytes / cache.full_bytes);
-      facts.push(`KV cache ${bytes(cache.resident_bytes)}, ${share}% of the full cache's ${bytes(cache.full_bytes)}`);
+      const share = Math.round(100 * cache.resident_bytes / cache.full_bytes); // a full cache's whole blocks: over 100
+      const beside = share < 100 ? `, ${share}% of the full cache's ${bytes(cache.full_bytes)}` : "";
+      facts.push(`KV cache ${bytes(cache.resident_bytes)}${beside}`);
     }
     const link = make("a", { href: this.image.src, download: `seed-${this.seed}.${event.output_format}`, textContent: "download" });
     this.image.alt = `picture of seed ${this.seed}`;
@@ -195,14 +213,19 @@ function raster(type, kept) {
   return make("div", {}, canvas, `${type.name}, ${type.heads} heads: ${mean.toFixed(0)} of ${kept.drawn} kept`);
 }
 
+async function alive(server) {
+  // Of another server's answer a page may know that there was one.
+  const mode = server.url ? "no-cors" : "same-origin";
+  return fetch(`${server.url}health`, { mode }).then((answer) => answer.ok || answer.type === "opaque", () => false);
+}
+
 // After a restart: say when the server is back.
 async function waitFor(server) {
   const name = servers.length > 1 ? server.name : "The server";
   for (;;) {
     await new Promise((wake) => setTimeout(wake, 1000));
     if (running) return;
-    const answer = await fetch(`${server.url}/health`).catch(() => null);
-    if (answer?.ok) break;
+    if (await alive(server)) break;
   }
   $("error").textContent = "";
   $("status").textContent = `${name} is back.`;
@@ -227,11 +250,15 @@ function listHistory() {
   $("history").replaceChildren(...entries.map((entry) => {
     const again = make("button", { type: "button", textContent: "Draw again" });
     again.setAttribute("aria-label", `Draw again: ${entry.prompt}, seed ${entry.seed}`);
-    again.addEventListener("click", () => { fill(entry); draw(); scrollTo({ top: 0 }); });
+    again.addEventListener("click", () => {
+      if (running) return;
+      fill(entry); draw(); scrollTo({ top: 0 });
+      $("draw").focus(); // this list is made anew when the picture is done
+    });
     const more = Number(entry.n) > 1 ? `, ${entry.n} pictures` : "";
     return make("li", {}, make("img", { src: entry.thumb, alt: "" }),
       make("span", {}, entry.prompt, make("div", { className: "soft", textContent: `seed ${entry.seed}${more}` })), again);
   }));
 }
-$("forget").addEventListener("click", () => { localStorage.removeItem(HISTORY); listHistory(); });
+$("forget").addEventListener("click", () => { localStorage.removeItem(HISTORY); listHistory(); $("prompt").focus(); });
 listHistory();
