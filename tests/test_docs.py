@@ -1,6 +1,7 @@
 """The documents: links lead somewhere, and what the API and the settings have is told."""
 
 import re
+import runpy
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -55,6 +56,13 @@ def test_every_metric_is_told() -> None:
 
 def test_every_setting_is_told() -> None:
     assert set(CompressionConfig.model_fields) <= told("serving.md")
+
+
+def test_the_readmes_costs_and_gains_are_those_of_their_pages() -> None:
+    """After new numbers in docs/ or in the README's benchmark part: ``python tools/costs.py``."""
+    costs = runpy.run_path(str(ROOT / "tools" / "costs.py"))
+    [table] = costs["PLACE"].findall((ROOT / "README.md").read_text())
+    assert table == costs["table"]()
 
 
 def test_the_readme_is_short() -> None:

@@ -61,6 +61,20 @@ def test_the_table_of_sizes(name: str) -> None:
     assert (tokens, a_token, (whole, kept)) == (str(raster.tokens), f"{per_token:.0f} KiB", said)
 
 
+def test_the_readmes_table_is_an_excerpt() -> None:
+    """Parameters, tokens and bytes of its models, found by the checkpoint's name."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = readme.split("\n## Models\n")[1].split("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if "MiB" in line
+    ]
+    assert len(rows) == 6
+    for _, checkpoint, parameters, tokens, kept, _ in rows:
+        [name] = [name for name in SIZES if re.search(rf"[/_]{name}\b", checkpoint)]
+        cells = SIZES[name]
+        assert (parameters, tokens, kept) == (cells[0], cells[2], f"{cells[4]}, {cells[5]}"), name
+
+
 def test_an_eighth_of_the_longest_pictures() -> None:
     shape, raster, prefix = geometry("Lumina-mGPT-7B-1024")
     size = footprint(layout(shape, raster, 1 / 8), prefix)
