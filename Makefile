@@ -1,6 +1,6 @@
 # make demo   a picture from a served model, on any machine (BOTH=1: full and compressed cache, same seeds)
 # make test   the tests, two at a time          make test-fast   those without engines, under two minutes
-# make lint   ruff, mypy, links of the docs     make soak        the slow ones
+# make lint   ruff, mypy, docs, Dockerfiles     make soak        the slow ones
 # make docs   the docs as pages, in out/docs
 # make bench  side by side with transformers and vLLM's full cache, half an hour; make bench-full: hours
 PROMPT ?= a big blue star on a striped yellow ground
@@ -41,7 +41,7 @@ bench-full: .venv/.ready
 	@cd benchmarks && ../$(PY) -m side_by_side run full $(BENCH)
 
 lint: .venv/.ready
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m mkdocs build -q
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m mkdocs build -q && .venv/bin/hadolint docker/*.Dockerfile
 
 docs: .venv/.ready
 	@$(PY) -m mkdocs build -q && echo "open out/docs/index.html"

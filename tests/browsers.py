@@ -55,10 +55,11 @@ async def usage(outputs: Any) -> dict[str, Any]:
 async def browser() -> AsyncIterator[Any]:
     reason = "the page in a browser needs Playwright: pip install -e '.[browser]'"
     driver = pytest.importorskip("playwright.async_api", reason=reason)
-    if CHROMIUM is None:
-        pytest.skip("the page in a browser needs one: install Debian's chromium, or set CHROMIUM")
     async with driver.async_playwright() as playwright:
-        opened = await playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGS))
+        path = CHROMIUM or playwright.chromium.executable_path  # the one of `playwright install chromium`
+        if not os.path.exists(path):
+            pytest.skip("the page in a browser needs one: install Debian's chromium, or set CHROMIUM")
+        opened = await playwright.chromium.launch(executable_path=path, args=list(ARGS))
         yield opened
         await opened.close()
 

@@ -25,9 +25,11 @@ ROOT = Path(__file__).parents[1]
 IGNORED = shutil.ignore_patterns(
     ".git", ".venv", ".*_cache", ".hypothesis", "out", "build", "dist", "*.egg-info", "__pycache__", "*.so"
 )
+PARTS = ("*.py", "*.jinja", "*.html", "*.css", "*.js", "*.txt", "py.typed")
 OFFLINE = ("--no-deps", "--no-index", "--disable-pip-version-check", "--quiet")
 SERVER = ("--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "4",
-          "--kv-cache-memory-bytes", str(2**28), "--enforce-eager")  # fmt: skip
+          "--kv-cache-memory-bytes", str(2**28), "--enforce-eager",
+          "--additional-config", '{"kvcompress": {"playground": true}}')  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -89,13 +91,14 @@ def test_sdist_is_whole(sdist: Path) -> None:
     assert sources("csrc", "*.cpp", "*.h", "*.inl") <= held
     assert sources("tests", "*.py") <= held
     assert sources("docs", "*.md", "*.png") <= held
+    assert sources("vllm_kvcompress", *PARTS) | sources("docker", "*") | sources(".github", "*.yml") <= held
     assert sources("examples", "*.py") | sources("examples/shapes/model", "*.json") <= held
     assert not [name for name in held if name.endswith((".so", ".pyc"))]
 
 
 def test_wheel_holds_all_that_the_package_reads(wheel: Path) -> None:
     held = content(wheel)
-    assert sources("vllm_kvcompress", "*.py", "*.jinja", "*.html", "py.typed") <= held
+    assert sources("vllm_kvcompress", *PARTS) <= held
     assert "vllm_kvcompress/attention/_kernels.so" in held
     assert any(name.endswith("licenses/LICENSE") for name in held)
     foreign = {name.split("/")[0] for name in held}
@@ -163,6 +166,8 @@ def test_wheel_serves_the_original_layout(
     with server, httpx.Client(base_url=server.url, timeout=120) as http:
         counted = 'vllm:image_pictures_total{engine="0",model_name="janus"} '
         assert f"{counted}0.0" in http.get("/metrics").text
+        page = http.get("/playground").text
+        assert all(part in page for part in ("<form", "async function draw()", "color-scheme: light dark"))
         drawn = http.post("/v1/images/generations", json={"prompt": "a red circle", "seed": 1})
         assert drawn.status_code == 200, drawn.text
         picture = Image.open(io.BytesIO(base64.b64decode(drawn.json()["data"][0]["b64_json"])))
