@@ -7,10 +7,12 @@ import json
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import preloaded
 import pytest
+from transformers import AutoConfig
 
 from vllm_kvcompress import served, worker
 
@@ -56,13 +58,12 @@ MODELS = [
     "MultiModalityCausalLM", "JanusForConditionalGeneration", "LlamaGenForImageGeneration",
     "Emu3ForConditionalGeneration", "LuminaMGPTForImageGeneration",
 ]  # fmt: skip
-LAYOUTS = ["multi_modality", "janus", "llamagen", "emu3", "lumina_mgpt"]
 NOTHING: dict[str, Any] = {
     "architectures": [], "checks": [], "config": False, "convertors": [], "template": False,
     "tokenizer": False, "backend": False, "custom": None, "methods": [], "admission": False, "route": False,
 }  # fmt: skip
 REGISTERED: dict[str, Any] = {
-    "architectures": MODELS, "checks": MODELS, "config": True, "convertors": LAYOUTS, "template": True,
+    "architectures": MODELS, "checks": MODELS, "config": True, "convertors": [], "template": True,
     "tokenizer": True, "backend": True, "custom": None, "admission": True, "route": True,
 }  # fmt: skip
 
@@ -162,3 +163,21 @@ def test_an_untested_vllm_is_named_where_an_image_model_is_served(
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
     served.prepare(None)  # type: ignore[arg-type]
     assert caplog.messages == [said]
+
+
+@pytest.mark.parametrize(("implementation", "vocabulary"), [("auto", 640 + 256), ("transformers", 640)])
+def test_image_ids_are_of_our_models_alone(
+    checkpoints: dict[str, Path], implementation: str, vocabulary: int
+) -> None:
+    """What vLLM's own implementation has no embedding for must not become an id that requests may hold."""
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS as convertors
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+    from vllm_kvcompress.models.vllm_config import JanusConfigCheck
+
+    config = AutoConfig.from_pretrained(checkpoints["tiny-hf"])
+    convertor = convertors.get(config.model_type, ModelArchConfigConvertorBase)
+    arch = convertor(config, config.get_text_config()).convert()
+    model = SimpleNamespace(hf_config=config, model_impl=implementation, model_arch_config=arch)
+    JanusConfigCheck.verify_and_update_model_config(model)  # type: ignore[arg-type]
+    assert model.model_arch_config.vocab_size == vocabulary

@@ -81,7 +81,6 @@ HOOKS = {
     "vllm_kvcompress.models.janus:JanusForImageGeneration": (
         "embed_input_ids requires_raw_input_tokens get_placeholder_str embed_multimodal"
     ),
-    "vllm_kvcompress.models.vllm_config:JanusArchConvertor": "get_vocab_size",
     "vllm_kvcompress.models.vllm_config:JanusConfigCheck": (
         "verify_and_update_config verify_and_update_model_config"
     ),
@@ -282,15 +281,12 @@ def test_model_tables() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
-    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
-    from vllm_kvcompress.models.vllm_config import JanusArchConvertor, JanusConfigCheck
+    from vllm_kvcompress.models.vllm_config import JanusConfigCheck
 
     for architecture in ("MultiModalityCausalLM", "JanusForConditionalGeneration"):
         assert architecture in ModelRegistry.get_supported_archs()
         assert MODELS_CONFIG_MAP[architecture] is JanusConfigCheck
-    for model_type in ("multi_modality", "janus"):
-        assert MODEL_ARCH_CONFIG_CONVERTORS[model_type] is JanusArchConvertor
     assert _CONFIG_REGISTRY["multi_modality"].model_type == "multi_modality"
 
 

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 from vllm import envs
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
-from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress import last_word, patches, served
 from vllm_kvcompress.config import FP8, KEY, CompressionConfig, is_compressed, parse_config, pixels_of
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.checkpoint import check_files
-from vllm_kvcompress.models.config import ModelSettings
+from vllm_kvcompress.models.config import ModelSettings, text_vocab_size
 from vllm_kvcompress.models.pictures import check_pictures, looks
 from vllm_kvcompress.models.registry import family_of, image_model, serves, store_defaults
 from vllm_kvcompress.patches import media
@@ -31,15 +30,6 @@ SCHEDULER = "vllm_kvcompress.scheduler.ImageScheduler"
 REQUEST_TRACKER = "vllm_kvcompress.requests_v1:RequestTracker"
 
 
-class JanusArchConvertor(ModelArchConfigConvertorBase):
-    """The engine's vocabulary is text ids, and image ids."""
-
-    def get_vocab_size(self) -> int:
-        apart = family_of(self.hf_config).codes_apart
-        vq = getattr(self.hf_config, "vq_config", None)
-        return super().get_vocab_size() + (getattr(vq, "num_embeddings", 0) if apart else 0)
-
-
 class JanusConfigCheck(VerifyAndUpdateConfig):
     """Called by vLLM while it builds the engine's configuration; raises ValueError in one line."""
 
@@ -48,8 +38,14 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
         if not serves(model_config):
             return
         last_word.listen()
+        family = family_of(model_config.hf_config)
         with last_word.heard():
-            family_of(model_config.hf_config).check(model_config.hf_config)
+            family.check(model_config.hf_config)
+        if family.codes_apart:
+            # Image ids come after the text's. vLLM's table goes by model type: it would widen the vocabulary of
+            # --model-impl transformers too, whose model has no such ids and must be asked for none.
+            codes = model_config.hf_config.vq_config.num_embeddings
+            model_config.model_arch_config.vocab_size = text_vocab_size(model_config.hf_config) + codes
 
     @staticmethod
     @last_word.heard()
