@@ -17,9 +17,7 @@ import argparse
 import json
 import math
 import os
-import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_caches import JANUS_1B, JANUS_7B, PREFIX, TINY, Caches, Geometry, layouts
+from gpu_clock import copy_bandwidth, fits, seconds
 
 BATCHES = (16, 64, 128, 256, 512)  # images
 BUDGETS = (1.0, 0.5, 0.2, 1 / 6, 1 / 8)
@@ -91,34 +90,6 @@ def verify(dtype: torch.dtype, device: str, shape: Geometry, name: str) -> dict:
     return {"dtype": str(dtype), "layout": name, "output": worst, "score": score_worst}
 
 
-def seconds(run: Callable[[], None], repeats: int = 20) -> float:
-    """Median time of ``run`` in a CUDA graph."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        run()
-        run()  # compiled, and the allocator is warm
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second that a plain copy reads and writes, 2 GiB each way."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source))
-
-
 def attention(shape: Geometry, images: int, budget: float, name: str, device: str, bandwidth: float) -> dict:
     """(a) Decode attention of a layer against its floor; victims of a line's end of all rows at once."""
     from vllm_kvcompress.attention import triton_decode, triton_select
@@ -147,13 +118,6 @@ def attention(shape: Geometry, images: int, budget: float, name: str, device: st
     row |= {"us": taken * 1e6, "floor_us": floor * 1e6, "ratio": taken / floor}
     evicts = any(kind.rule.scores for kind in caches.together)
     return row | ({"victims_us": seconds(victims) * 1e6} if evicts else {})
-
-
-def fits(shape: Geometry, images: int, budget: float) -> bool:
-    """Whether the caches of all layers, and some room, fit the card."""
-    slots = images * (PREFIX + budget * shape.image + 4) * 2 * shape.heads * shape.layers
-    free, _ = torch.cuda.mem_get_info()
-    return slots * (4 * shape.head_size + 8) * 1.1 + 2**31 < free
 
 
 def table(rows: list[dict]) -> str:

@@ -7,8 +7,8 @@ a step (its own kernels, its scheduler) is in neither side of the comparison.
 
 import torch
 import torch.nn.functional as F
-from gpu import fits, seconds
 from gpu_caches import PREFIX, Caches, Geometry, layouts
+from gpu_clock import fits, seconds
 from gpu_full_cache import Attend, attends, best
 from torch import Tensor
 

@@ -4,13 +4,11 @@ Engines run in processes of their own, as in production. Where whole pictures pr
 last lines, a request's prompt already holds the rest.
 """
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from parity import load_reference, pixels, transformers_greedy
-from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -442,7 +440,7 @@ def test_image_tokens_in_a_text_prompt_are_refused(llm, model):
         draw(llm, [[model.bos, 50, model.text_vocab + 1]])
 
 
-# ---- the other layout, and the example
+# ---- the other layout
 
 
 def test_the_original_layout_draws_the_same(original, prompts, greedy):
@@ -450,14 +448,3 @@ def test_the_original_layout_draws_the_same(original, prompts, greedy):
     model = image_model(original.model_config)
     assert [image_prompt_ids(original.get_tokenizer(), model, text) for text in TEXTS] == prompts
     assert [codes(original, ids) for ids in draw(original, prompts)] == greedy
-
-
-def test_offline_example(llm, tmp_path, monkeypatch, capsys):
-    path = Path(__file__).parent.parent / "examples" / "offline.py"
-    spec = importlib.util.spec_from_file_location("offline", path)
-    offline = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(offline)
-    monkeypatch.setattr(offline, "LLM", lambda *args, **options: llm)
-    offline.main("model", "a cat", tmp_path / "made" / "cat.png", seed=3)
-    assert Image.open(tmp_path / "made" / "cat.png").size == (384, 384)
-    assert "576 image tokens" in capsys.readouterr().out

@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.cache.layout import BRANCHES, CacheLayout, footprint
+from vllm_kvcompress.attention.pages import BRANCHES
+from vllm_kvcompress.cache.layout import CacheLayout, footprint
 from vllm_kvcompress.cache.paging import MAX_WASTE, Split, plan_pages, plan_two
 from vllm_kvcompress.cache.plan import ModelShape, plan_layout, split_pages
 from vllm_kvcompress.heads.fit import by_threshold

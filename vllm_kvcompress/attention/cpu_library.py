@@ -134,15 +134,15 @@ class Native:
 
 def native_of(kind: HeadType) -> Native | None:
     """The packed form of a head type, or None if the kernels can't read its tensors."""
-    kept, table = kind.pages.__dict__, kind.block_table
-    native: Native | None = kept.get("_native")
+    pages, table = kind.pages, kind.block_table
+    native = pages.native
     if (
         native is None
         or native.rule is not kind.rule
         or native.sized is not kind.sized
         or native.head_index is not kind.head_index
     ):
-        native = kept["_native"] = Native(kind)
+        native = pages.native = Native(kind)
     if not native.fits or table.dtype != torch.int32 or table.stride(1) != 1:
         return None
     native.struct.block_table, native.struct.table_row = table.data_ptr(), table.stride(0)

@@ -89,8 +89,7 @@ def commit(layers: Sequence[Any], standing: Sequence[int] | Tensor) -> None:
 
 def _buffer(pages: HeadPages, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised float32 memory that stays with a layer's pages: fresh memory costs more than the work."""
-    kept, size = pages.__dict__, torch.Size(shape).numel()
-    held: Tensor | None = kept.get("_mass")
-    if held is None or held.numel() < size:
-        held = kept["_mass"] = torch.empty(size)
-    return held[:size]
+    size = torch.Size(shape).numel()
+    if pages.mass is None or pages.mass.numel() < size:
+        pages.mass = torch.empty(size)
+    return pages.mass[:size]

@@ -5,14 +5,21 @@ table of the head type says where it lies: page ``block_table[row, slot // page]
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vllm_kvcompress.policy.rule import SIDE_BYTES, HeadRule
 
+if TYPE_CHECKING:
+    from vllm_kvcompress.attention.cpu_library import Native
+    from vllm_kvcompress.attention.triton_kinds import Packed
+
+BRANCHES = 2
+"""Of guidance: every head has pages in both."""
 NUMBERS = ("capacity", "line", "image", "anchors", "recent")
 """What of a rule may differ between the sizes of pictures."""
 
@@ -34,12 +41,18 @@ class HeadPages:
     victim : Tensor
         [blocks, heads, page], int16: at a request's logical slot j, j < W, the image slot (counted from
         the prefix's end) of the j-th victim chosen at the last line's end.
+    native, packed, mass
+        What kernels have made of these pages and keep for the next step: the C++ kernels' description, the
+        Triton kernels' arguments, scratch memory of windows. Nobody else reads them.
     """
 
     kv: Tensor
     score: Tensor
     token: Tensor
     victim: Tensor
+    native: "Native | None" = field(default=None, init=False, repr=False, compare=False)
+    packed: "Packed | None" = field(default=None, init=False, repr=False, compare=False)
+    mass: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def page(self) -> int:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_kvcompress.attention.pages import NUMBERS, HeadType
-from vllm_kvcompress.policy.rule import MAX_TYPES
+from vllm_kvcompress.policy.rule import MAX_TYPES, HeadRule
 
 RING, SCORES, VALUE_NORM, SMOOTH_ROW = (tl.constexpr(1 << n) for n in range(4))
 # Triton's interpreter compiles nothing and takes its time for every operation: there, numbers go as they are
@@ -61,6 +61,15 @@ class KindArgs(NamedTuple):
     numbers: Any
     per_slot: Any  # 1 / page: floor((slot + 0.5) * per_slot) is a slot's page, exactly to 2**20 slots
     decay: Any
+
+
+class Packed(NamedTuple):
+    """The arguments made of a `HeadPages`, and what they were made for."""
+
+    rule: HeadRule
+    sized: tuple[HeadRule, ...]
+    rest: tuple[int, int, tuple[int, ...]]  # align, scratch, the block table's strides
+    args: KindArgs
 
 
 @triton.jit
@@ -149,15 +158,13 @@ def kind_args(kind: HeadType, align: int, scratch: int) -> KindArgs:
 
     Raises ValueError where the slots of a head do not lie next to each other.
     """
-    table, kept = kind.block_table, kind.pages.__dict__
-    rest = align, scratch, table.stride()
-    rule, sizes, known, args = kept.get("_kind_args", (None, None, None, None))
-    if rule is not kind.rule or sizes is not kind.sized or known != rest:
+    table, pages = kind.block_table, kind.pages
+    rest, kept = (align, scratch, table.stride()), pages.packed
+    if kept is None or kept.rule is not kind.rule or kept.sized is not kind.sized or kept.rest != rest:
         if table.stride(1) != 1:
             raise ValueError("block_table: the pages of a row must lie next to each other")
-        args = _kind_args(kind, align, scratch)
-        kept["_kind_args"] = kind.rule, kind.sized, rest, args
-    index = kind.head_index
+        kept = pages.packed = Packed(kind.rule, kind.sized, rest, _kind_args(kind, align, scratch))
+    args, index = kept.args, kind.head_index
     return args._replace(head_index=index, table=table, sized=index if args.sized is None else args.sized)
 
 

@@ -4,12 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvcompress.attention.pages import slot_bytes
+from vllm_kvcompress.attention.pages import BRANCHES, slot_bytes
 from vllm_kvcompress.cache.paging import Paging
 from vllm_kvcompress.heads.paged import TYPICAL_PREFIX, page_bytes, picture_bytes
 from vllm_kvcompress.policy.rule import HeadRule
-
-BRANCHES = 2
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The compressed cache of one engine: head types, pages, and what every decoder layer does with them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from vllm_kvcompress.attention.kernels import Kernels
 from vllm_kvcompress.attention.layer import CACHES
 from vllm_kvcompress.attention.pages import HeadType, Plan, pages_from_bytes
 from vllm_kvcompress.attention.prefill import prefill
+from vllm_kvcompress.attention.recorder import Recorder
 from vllm_kvcompress.cache.layout import CacheLayout, at_once
 from vllm_kvcompress.cache.spec import HeadTypeSpec
 from vllm_kvcompress.log import logger_for
@@ -100,7 +102,7 @@ class CompressedCache(nn.Module):
         self._line = ""  # what was decided, until it has been said
         self._drafted: dict[int, Tensor] = {}  # block tables of the step's rows with drafts, by type
         self._held: list[Any] = []  # and what their attention left, by layer
-        self.recorder: Any = None  # while heads are being calibrated, it attends instead
+        self._recorder: Recorder | None = None
 
     def layout(self, vllm_config: "VllmConfig") -> CacheLayout:
         """Decided once, when vLLM first asks for the cache's specs: weights are loaded by then."""
@@ -196,6 +198,15 @@ class CompressedCache(nn.Module):
             )
         return plans
 
+    @contextmanager
+    def recording(self, recorder: Recorder) -> Iterator[None]:
+        """While it lasts, ``recorder`` attends, and no page is read or written."""
+        self._recorder = recorder
+        try:
+            yield
+        finally:
+            self._recorder = None
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
         """One decoder layer: write K and V, attend, add to scores; after the last layer, choose victims.
 
@@ -209,8 +220,8 @@ class CompressedCache(nn.Module):
         Tensor
             Like q.
         """
-        if self.recorder is not None:
-            return self.recorder.attend(q, k, v, layer, scale)
+        if self._recorder is not None:
+            return self._recorder.attend(q, k, v, layer, scale)
         out = torch.empty_like(q)
         plans = self._plans()
         if not plans or not self._types:

@@ -111,7 +111,7 @@ def start(
 
 def _sizes(model: str, size: str | None) -> tuple[int, int]:
     """Tokens of a request, and the full cache's bytes a token in float32: enough for any dtype."""
-    from vllm_kvcompress.cache.layout import BRANCHES
+    from vllm_kvcompress.attention.pages import BRANCHES
     from vllm_kvcompress.models.config import cached_head_size
 
     config, image = described(model, size)

@@ -179,16 +179,13 @@ class _Worker:
         """Log probabilities of the image codes ``[rows, image, codes]``, without and with guidance."""
         rows, steps = self.ids.shape
         positions = torch.arange(steps, device=self.ids.device).repeat(rows)
-        self.model.compressed.recorder = replay
-        try:
-            with (
-                replaying(self.model, self.prompts),
-                set_forward_context(None, self.vllm_config, num_tokens=rows * steps),
-            ):
-                place(self.model, rows * steps)
-                hidden = self.model(self.ids.flatten(), positions)
-        finally:
-            self.model.compressed.recorder = None
+        with (
+            self.model.compressed.recording(replay),
+            replaying(self.model, self.prompts),
+            set_forward_context(None, self.vllm_config, num_tokens=rows * steps),
+        ):
+            place(self.model, rows * steps)
+            hidden = self.model(self.ids.flatten(), positions)
         # The token at position p is foretold at p - 1.
         token = positions.view(rows, steps) - self.rows.prefix[:, None]
         foretells = (self.rows.drawn() & ~self.model.image.ends(token)).roll(-1, 1).flatten()

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_kvcompress.attention.kernels import Kernels
-from vllm_kvcompress.attention.pages import HeadType, Plan, locate, page_bytes, pages_from_bytes
-from vllm_kvcompress.cache.layout import BRANCHES, CacheLayout
+from vllm_kvcompress.attention.pages import BRANCHES, HeadType, Plan, locate, page_bytes, pages_from_bytes
+from vllm_kvcompress.cache.layout import CacheLayout
 
 PAGE = 16
 
@@ -59,7 +59,7 @@ class Layered(Protocol):
 
 @dataclass
 class Replay:
-    """What `CompressedCache.recorder` calls: attention by ``method``, and how far it is from the full one.
+    """A `Recorder`: attention by ``method``, and how far it is from the full one.
 
     ``error`` and ``norm``, ``[layers, 2 * Hkv]`` float64, sum over rows and image queries the squared
     difference of a KV head's outputs to full attention on the same q, k and v, and the latter's square.

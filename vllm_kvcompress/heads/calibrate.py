@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.attention.pages import BRANCHES
+from vllm_kvcompress.attention.recorder import Recorder
 from vllm_kvcompress.heads.losses import LossMeter
 from vllm_kvcompress.policy import HeadRule, Raster
 
-BRANCHES = 2
 DRAWN_AT_ONCE = 8
 REPLAYED_AT_ONCE = 4
 LOCALITY_PROMPTS = (
@@ -62,8 +63,8 @@ class Subject:
     forward : callable
         ``(ids [n], positions [n]) -> None``: any number of tokens, for what the recorder sees.
     recording : callable
-        A context in which ``recorder.attend(q, k, v, layer, scale)`` does the attention, and
-        ``recorder.residual(hidden)``, where there is such a method, sees the stream after each.
+        A context in which a `Recorder` does the attention, and, where it is one that `SeesResidual`, sees the
+        stream after each.
     output_weight : callable
         layer -> ``[hidden, query heads * head_size]``.
     agree : callable
@@ -81,7 +82,7 @@ class Subject:
     device: torch.device
     step: Callable[[Tensor, Tensor], Tensor]
     forward: Callable[[Tensor, Tensor], None]
-    recording: Callable[[Any], AbstractContextManager]
+    recording: Callable[[Recorder], AbstractContextManager]
     output_weight: Callable[[int], Tensor]
     agree: Callable[[Tensor], Tensor] = lambda ids: ids
     rows: Callable[[Sequence[Sequence[int]]], AbstractContextManager[Tensor | None]] = lambda prompts: (

@@ -14,6 +14,7 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_kvcompress import last_word
+from vllm_kvcompress.attention.pages import BRANCHES
 from vllm_kvcompress.cache.store import CompressedCache
 from vllm_kvcompress.config import is_compressed
 from vllm_kvcompress.guidance import (
@@ -27,7 +28,7 @@ from vllm_kvcompress.guidance import (
     with_line_ends,
 )
 from vllm_kvcompress.log import logger_for
-from vllm_kvcompress.models.branched_llama import BRANCHES, BranchedLlama
+from vllm_kvcompress.models.branched_llama import BranchedLlama
 from vllm_kvcompress.models.compression import plan_cache
 from vllm_kvcompress.models.registry import family_of, image_model_of
 from vllm_kvcompress.models.vision import JanusVision

@@ -15,9 +15,8 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 
 from vllm_kvcompress.attention.layer import attention_layer
-from vllm_kvcompress.models.config import cached_head_size
-
-BRANCHES = 2
+from vllm_kvcompress.attention.pages import BRANCHES
+from vllm_kvcompress.models.config import cached_head_size, head_size
 
 
 class BranchedAttention(nn.Module):
@@ -43,7 +42,7 @@ class BranchedAttention(nn.Module):
     ) -> None:
         super().__init__()
         tensor_parallel = get_tensor_model_parallel_world_size()
-        head_dim = getattr(config, "head_dim", None) or hidden_size // num_heads
+        head_dim = head_size(config)
         self.qkv_proj = QKVParallelLinear(
             hidden_size, head_dim, num_heads, num_kv_heads, bias=bias, quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",

@@ -5,7 +5,7 @@ The parts know nothing of one another or of the model; here they are put togethe
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from vllm_kvcompress import last_word
 from vllm_kvcompress.attention.kernels import Kernels, kernels_for
 from vllm_kvcompress.attention.pages import slot_bytes
+from vllm_kvcompress.attention.recorder import Recorder, SeesResidual
 from vllm_kvcompress.cache.layout import CacheLayout
 from vllm_kvcompress.cache.plan import ModelShape, describe, plan_layout, split_pages
 from vllm_kvcompress.config import FP8, CompressionConfig, parse_config
@@ -235,23 +236,18 @@ def subject_of(vllm_config: "VllmConfig", model: "BranchedImageModel") -> Subjec
             return model(ids, positions)
 
     @contextmanager
-    def recording(recorder: Any) -> Iterator[None]:
+    def recording(recorder: Recorder) -> Iterator[None]:
         assert model.compressed is not None
-        hooks = []
-        if hasattr(recorder, "residual"):
-            hooks = [
-                layer.post_attention_layernorm.register_forward_pre_hook(
-                    lambda _, inputs: recorder.residual(inputs[0] + inputs[1])
-                )
-                for layer in layers
-            ]
-        model.compressed.recorder = recorder
-        try:
+        with ExitStack() as until_then:
+            until_then.enter_context(model.compressed.recording(recorder))
+            if isinstance(recorder, SeesResidual):
+                see = recorder.residual
+                for layer in layers:
+                    hook = layer.post_attention_layernorm.register_forward_pre_hook(
+                        lambda _, inputs: see(inputs[0] + inputs[1])
+                    )
+                    until_then.callback(hook.remove)
             yield
-        finally:
-            model.compressed.recorder = None
-            for hook in hooks:
-                hook.remove()
 
     return Subject(
         layers=shape.layers,

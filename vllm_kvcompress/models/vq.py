@@ -14,7 +14,8 @@ from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
 
 from vllm_kvcompress.policy.raster import Raster
 
-_PREFIX = re.compile(r"^(?:model\.vqmodel|gen_vision_model)\.")
+IN_VQ = re.compile(r"^(?:model\.vqmodel|gen_vision_model)\.")
+"""What the VQ model's tensors begin with, in transformers' layout and in the original one."""
 # The encoder's side, and a training statistic that only the original layout stores.
 _SKIP = re.compile(r"^(?:encoder\.|quant_conv\.|quantize\.codebook_used$)")
 _RENAME = (
@@ -32,7 +33,7 @@ def vq_name(name: str) -> str | None:
     ``model.vqmodel.`` (transformers) or ``gen_vision_model.`` (original) in front is dropped. Unknown
     names come back unmapped, for ``load_weights`` to name in an error.
     """
-    name = _PREFIX.sub("", name)
+    name = IN_VQ.sub("", name)
     if _SKIP.search(name):
         return None
     for pattern, new in _RENAME:

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm_kvcompress.models.config import head_size
 from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.models.vision_sizes import NO_PICTURES, is_vision, vision_name, vision_shapes
-from vllm_kvcompress.models.vq import PictureDecoder, vq_name
+from vllm_kvcompress.models.vq import IN_VQ, PictureDecoder, vq_name
 
 if TYPE_CHECKING:
     from vllm_kvcompress.models.branched import BranchedImageModel
@@ -32,7 +32,6 @@ _RENAME = (
     (r"^model\.generation_head\.vision_head\.|^gen_head\.vision_head\.", "gen_head."),
 )
 _ROPE = re.compile(r"rotary_emb\.inv_freq$")  # tables that old checkpoints carry
-_VQ = re.compile(r"^(?:model\.vqmodel|gen_vision_model)\.")
 _FLOW = re.compile(r"^vision_gen_(?:enc|dec)_")
 # vLLM's layers of a decoder layer, and the checkpoint's that each holds.
 _LINEAR = re.compile(r"^language_model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.")
@@ -58,7 +57,7 @@ def canonical_name(name: str) -> str | None:
     # Drawing does not need image understanding; `Ledger` looks at it first.
     if is_vision(name) or _ROPE.search(name):
         return None
-    if _VQ.match(name):
+    if IN_VQ.match(name):
         return name if vq_name(name) is not None else None
     for pattern, new in _RENAME:
         renamed, hit = re.subn(pattern, new, name)
@@ -168,7 +167,7 @@ class Ledger:
             name = self._family.canonical_name(original)
         if name is None:
             return None
-        if _VQ.match(name):
+        if IN_VQ.match(name):
             if self._vq is not None and (known := self._vq.checked_name(original, shape)) is not None:
                 self._seen_vq.add(known)
             return name
@@ -268,7 +267,7 @@ def load_weights(model: "BranchedImageModel", weights: Iterable[tuple[str, Tenso
             name = ledger.take(original, tuple(tensor.shape))
             if name is None:
                 continue
-            if _VQ.match(name):
+            if IN_VQ.match(name):
                 vq.append((name, tensor))
             elif name.startswith("vision."):
                 pictures.append((name.removeprefix("vision."), tensor))
