@@ -4,6 +4,8 @@ The default preset, nothing set: the heads are measured in the worker at the fir
 head types are pickled across processes, and what was held is told by answers and metrics.
 """
 
+import base64
+import io
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +16,9 @@ import httpx
 import openai
 import pytest
 import torch
-from parity import load_reference
-from transformers import AutoTokenizer
+from parity import load_reference, transformers_logits
+from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer
 
 from vllm_kvcompress.testing.geometry import GQA
 from vllm_kvcompress.testing.server import Server
@@ -125,11 +128,10 @@ CHAT: list[Any] = [{"role": "user", "content": "What is on the table, and what i
 
 
 def chat(client: openai.OpenAI, **fields: Any) -> Any:
-    """A greedy answer of 40 tokens, with the ids of prompt and answer."""
+    """A greedy answer, of 40 tokens unless ``fields`` say otherwise, with the ids of prompt and answer."""
     extra = {"return_token_ids": True, "ignore_eos": True}
-    return client.chat.completions.create(
-        model="janus", messages=CHAT, temperature=0, max_tokens=40, extra_body=extra, **fields
-    )
+    asked = {"messages": CHAT, "max_tokens": 40} | fields
+    return client.chat.completions.create(model="janus", temperature=0, extra_body=extra, **asked)
 
 
 @torch.no_grad()
@@ -169,6 +171,29 @@ def test_chat_beside_pictures_answers_what_transformers_answers(
     assert whole[0].usage.completion_tokens == 40
     assert metric(server, "num_preemptions_total") == 0
     assert metric(server, "kv_cache_usage_perc") == 0
+
+
+def test_a_picture_in_a_chat_is_answered_as_transformers_does(
+    client: openai.OpenAI, checkpoints: dict[str, Path]
+) -> None:
+    """An ``image_url`` part, a ``data:`` URL, in the server's several processes; a picture is drawn beside."""
+    path, file = checkpoints["gqa-hf"], io.BytesIO()
+    photo = Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50).convert("RGB")
+    photo.save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+    with ThreadPoolExecutor(1) as pool:
+        picture = pool.submit(draw, client, seed=4)
+        told = chat(client, messages=[{"role": "user", "content": parts}], max_tokens=8)
+        assert picture.result().data
+    ids, answer = told.prompt_token_ids, told.choices[0].token_ids
+    processor = AutoProcessor.from_pretrained(path)
+    pixels = processor.image_processor(photo, return_tensors="pt")["pixel_values"]
+    logits = transformers_logits(path, ids, answer, pixels)
+    logits[:, processor.tokenizer.convert_tokens_to_ids("<begin_of_image>")] = -torch.inf
+    assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == answer
+    assert len(ids) > TOKENS
+    assert told.usage.prompt_tokens == len(ids)
 
 
 def test_texts_take_what_the_cache_holds(server: Server, client: openai.OpenAI) -> None:

@@ -1,4 +1,4 @@
-"""What would run on this machine, and what would not: ``vllm-kvcompress doctor``.
+"""What would run on this machine, and what would not and why, in ten lines: ``vllm-kvcompress doctor``.
 
 Nothing is started, and no model is needed.
 """
@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 # What --attention-backend kvcompress refuses on every machine; models/vllm_config.py says it at start-up.
-REFUSED = (
-    "pipeline parallelism", "context parallelism", "KV connectors", "LoRA",
-    "speculative decoding",
-)  # fmt: skip
+REFUSED = {
+    "pipeline parallelism": "victims of all layers are chosen after the last one",
+    "context parallelism": "a head chooses among all of its slots",
+    "KV connectors": "they move whole caches, not what a head keeps",
+    "LoRA": "both branches share a row, adapters know one",
+    "speculative decoding": "a rejected draft would have overwritten a slot; windows do it (docs/windows.md)",
+}
 
 
 def report() -> list[str]:
@@ -33,7 +36,7 @@ def report() -> list[str]:
 def _package() -> str:
     from vllm_kvcompress import __version__
 
-    return f"{__version__}, in {Path(__file__).parent}"
+    return f"{__version__}, in {Path(__file__).parent}, Python {platform.python_version()}"
 
 
 def _vllm() -> str:
@@ -84,24 +87,15 @@ def _runner() -> str:
 
 
 def _kernels() -> str:
-    from vllm_kvcompress.attention import cpu, kernels
+    from vllm_kvcompress.attention import cpu, cpu_library, kernels
 
     name = kernels.choose("auto", _device_type())
-    if name == "cpu":
-        return f"cpu ({cpu.isa()})"
-    return "torch, the reference: many times slower" if name == "torch" else name
-
-
-def _library() -> str:
-    from vllm_kvcompress.attention import cpu, cpu_library
-
-    isa = cpu.isa()
-    if isa is not None:
-        return f"there, and runs with {isa}"
-    why = (
-        "is of another version, or can't be loaded here" if cpu_library.LIBRARY.exists() else "was not built"
-    )
-    return f"{cpu_library.LIBRARY.name} {why}: install a C++ compiler and reinstall the package"
+    if name != "torch":
+        return f"cpu ({cpu.isa()})" if name == "cpu" else name
+    library = cpu_library.LIBRARY
+    why = "is of another version, or can't be loaded here" if library.exists() else "was not built"
+    mend = f"{library.name} {why}: install a C++ compiler and reinstall the package"
+    return f"torch, the reference, many times slower; {mend}"
 
 
 def _logits() -> str:
@@ -120,7 +114,8 @@ def _refused() -> list[str]:
 
     from vllm_kvcompress.attention import kernels
 
-    found = [f"with --attention-backend kvcompress: {', '.join(REFUSED)}"]
+    reasons = "; ".join(f"{name} ({why})" for name, why in REFUSED.items())
+    found = [f"with --attention-backend kvcompress: {reasons}"]
     for name in ("cpu", "triton"):
         try:
             kernels.choose(name, _device_type())
@@ -143,13 +138,11 @@ def _profiles() -> str:
 
 _SUBJECTS: dict[str, Callable[[], str | list[str]]] = {
     "vllm-kvcompress": _package,
-    "Python": platform.python_version,
     "vLLM": _vllm,
     "plugin": _plugin,
     "device": _device,
     "model runner": _runner,
     "kernels": _kernels,
-    "CPU library": _library,
     "logits": _logits,
     "head profiles": _profiles,
     "refused": _refused,

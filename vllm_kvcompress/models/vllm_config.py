@@ -42,8 +42,8 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
         with last_word.heard():
             family.check(model_config.hf_config)
         if family.codes_apart:
-            # Image ids come after the text's. vLLM's table goes by model type: it would widen the vocabulary of
-            # --model-impl transformers too, whose model has no such ids and must be asked for none.
+            # Image ids come after the text's. vLLM's table goes by model type: it would widen the vocabulary
+            # of --model-impl transformers too, whose model has no such ids and must be asked for none.
             codes = model_config.hf_config.vq_config.num_embeddings
             model_config.model_arch_config.vocab_size = text_vocab_size(model_config.hf_config) + codes
 
