@@ -176,7 +176,7 @@ def test_chat_beside_pictures_answers_what_transformers_answers(
 def test_a_picture_in_a_chat_is_answered_as_transformers_does(
     client: openai.OpenAI, checkpoints: dict[str, Path]
 ) -> None:
-    """An ``image_url`` part, a ``data:`` URL, in the server's several processes; a picture is drawn beside."""
+    """An ``image_url`` part, a ``data:`` URL, in several processes, while a picture is drawn."""
     path, file = checkpoints["gqa-hf"], io.BytesIO()
     photo = Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50).convert("RGB")
     photo.save(file, "PNG")
