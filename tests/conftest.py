@@ -31,6 +31,7 @@ ENGINES = (
     "test_data_parallel", "test_wheel",
     "test_cuda_graphs", "test_quantised", "test_triton_compile", "test_eval", "test_clients",
     "test_playground", "test_emu3_sizes",
+    "test_examples", "test_playground_use",
     "test_cli", "test_plugin", "test_compressed_server", "test_eval_replay", "test_calibrate", "test_whole",
     "test_fit", "test_judge", "test_narrow_logits", "test_compressed_config", "test_token_rows",
     "test_generation_defaults", "test_weights", "test_manager", "test_windows", "test_engine_admission",
