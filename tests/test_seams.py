@@ -290,6 +290,15 @@ def test_model_tables() -> None:
     assert _CONFIG_REGISTRY["multi_modality"].model_type == "multi_modality"
 
 
+def test_a_vocabulary_that_is_widened_stays_so() -> None:
+    """`JanusConfigCheck` sets it when vLLM has made it for the last time, where `get_vocab_size` looks."""
+    from vllm.config import ModelConfig
+
+    made = inspect.getsource(ModelConfig.__post_init__)
+    assert made.rindex("get_model_arch_config()") < made.index("_try_verify_and_update_model_config()")
+    assert "self.model_arch_config.vocab_size" in inspect.getsource(ModelConfig.get_vocab_size)
+
+
 def test_chat_template_registry() -> None:
     from vllm.transformers_utils.chat_templates import registry
 
