@@ -19,6 +19,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any
 
+import setproctitle
+
 _COMMANDS = {
     str(Path(sys.executable).with_name(name)): main
     for name, main in (("vllm", "vllm.entrypoints.cli.main"), ("vllm-kvcompress", "vllm_kvcompress.cli"))
@@ -93,12 +95,15 @@ def run(
 
 def _become(command: list[str], files: list[str], env: dict[str, str], cwd: str) -> None:
     gc.freeze()  # or every collection, of which vLLM makes many, looks through all of vLLM
+    setproctitle.getproctitle()  # it finds its place by the environment that the process began with
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     for stream, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
+    if env.get("VLLM_WORKER_MULTIPROC_METHOD") == "fork":
+        _fork_always()
     from vllm.logger import _configure_vllm_root_logger
 
     _configure_vllm_root_logger()  # the environment may want another level
@@ -108,6 +113,16 @@ def _become(command: list[str], files: list[str], env: dict[str, str], cwd: str)
         sys.stdout.flush()
         sys.stderr.flush()
         atexit._run_exitfuncs()
+
+
+def _fork_always() -> None:
+    """Let engines and workers of this process be forked, as vLLM does on GPUs.
+
+    On CPUs vLLM spawns them, whatever the environment says: each would import everything again.
+    """
+    from vllm.utils import system_utils
+
+    system_utils._maybe_force_spawn = lambda: os.environ.update(VLLM_WORKER_MULTIPROC_METHOD="fork")
 
 
 def _run(command: list[str]) -> Any:
