@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,14 @@ SETTINGS: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_num_
 
 @pytest.fixture(scope="module", autouse=True)
 def in_process() -> Iterator[None]:
-    """No engine processes in this module, one thread, and vLLM's view of the environment as it was."""
+    """No engine processes in this module."""
+    with engines_here():
+        yield
+
+
+@contextmanager
+def engines_here() -> Iterator[None]:
+    """No engine processes, one thread, and vLLM's view of the environment as it was."""
     from vllm import envs
 
     threads = torch.get_num_threads()
@@ -67,8 +75,8 @@ class Engine:
         with NO_COLLECTION:
             for engine in cls.started.values():
                 engine.core.model_executor.shutdown()
-        cls.started.clear()
-        cleanup_dist_env_and_memory()
+            cls.started.clear()
+            cleanup_dist_env_and_memory()
 
     def __init__(self, model: Path, backend: str | None = "kvcompress", **settings: Any) -> None:
         from vllm import LLM
