@@ -1,10 +1,9 @@
 """Commands that start in a process which has imported vLLM already: nine seconds of a core less for each.
 
-``multiprocessing``'s fork server imports vLLM once; the child becomes what the command says, and what it starts
-in its turn comes from the same fork server, or is forked. No plugin was loaded in it, no environment variable
-read that the command may change. Some tests of how a process starts or
-ends, and of what users install, start theirs anew (test_compressed_server, a drain of test_server_ends,
-test_wheel, test_last_word).
+``multiprocessing``'s fork server imports vLLM once; the child becomes what the command says, and what it
+starts in its turn is forked, or comes from the same fork server. No plugin was loaded in it, no environment
+variable read that the command may change. Some tests of how a process starts or ends, and of what users
+install, start theirs anew (test_compressed_server, a drain of test_server_ends, test_wheel, test_last_word).
 """
 
 import atexit

@@ -1,7 +1,7 @@
 """The served model end to end, in float32 on vLLM's own attention, against transformers' own Janus.
 
-The engine of one layout runs in processes of its own, as in production. Where whole pictures prove no more than their
-last lines, a request's prompt already holds the rest.
+The engine of one layout runs in processes of its own, as in production. Where whole pictures prove no more
+than their last lines, a request's prompt already holds the rest.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""The side-by-side benchmark's groups that need engines of their own: servers, a fixed memory, a wider grid."""
+"""The side-by-side benchmark's groups that need engines of their own: HTTP, a fixed memory, a wider grid."""
 
 import sys
 from pathlib import Path
