@@ -113,6 +113,8 @@ NORM = "model.layers.0.self_attn.k_norm.weight"
         ({}, {"decoder.up.0.block.0.conv1.weight": None}, "vqgan.ckpt is no VQ model of Chameleon"),
         ({}, {"quantize.embedding.weight": torch.zeros(41, 8)}, "the tokenizer has no id for IMGIMGEAZ"),
         ({}, {"decoder.up.2.upsample.conv.weight": torch.zeros(1)}, "decoder.up.2.upsample.conv.weight has"),
+        ({}, {"quantize.embedding.weight": torch.zeros(8)}, "vqgan.ckpt is no VQ model of Chameleon (vqgan"),
+        ({}, {"post_quant_conv.weight": torch.zeros(1 << 17, 1)}, "vqgan.ckpt: latent_channels must be a num"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(sources: Sources, changes: Change, vq_changes: Change, said: str) -> None:
