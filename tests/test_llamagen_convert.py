@@ -100,7 +100,7 @@ def test_every_tensor_arrives(sources: Sources, wrapping: str) -> None:
         ({"norm.weight": torch.zeros(128, dtype=FP8)}, {}, "norm.weight holds torch.float8_e4m3fn, not one"),
         ({"norm.weight": torch.zeros(128).to_sparse()}, {}, "norm.weight holds torch.sparse_coo, not one of"),
         ({"layers.999999.ffn_norm.weight": torch.zeros(128)}, {}, "lacks tensor layers.2.attention.wqkv"),
-        ({}, {"decoder.conv_out.bias": torch.zeros(3, dtype=FP8)}, f"{VQ_FILE}: tensor decoder.conv_out.bias"),
+        ({}, {"decoder.conv_out.bias": torch.zeros(3, dtype=FP8)}, f"{VQ_FILE}: tensor decoder.conv_out.b"),
         ({}, {"quantize.embedding.weight": torch.zeros(8)}, "no quantize.embedding.weight of two dimensions"),
         ({}, {"post_quant_conv.weight": torch.tensor(1.0)}, f"{VQ_FILE} is no VQ model of LlamaGen"),
     ],

@@ -117,7 +117,7 @@ NORM = "model.layers.0.self_attn.k_norm.weight"
         ({}, {"quantize.embedding.weight": torch.zeros(41, 8)}, "the tokenizer has no id for IMGIMGEAZ"),
         ({}, {"decoder.up.2.upsample.conv.weight": torch.zeros(1)}, "decoder.up.2.upsample.conv.weight has"),
         ({}, {"quantize.embedding.weight": torch.zeros(8)}, "vqgan.ckpt is no VQ model of Chameleon (vqgan"),
-        ({}, {"post_quant_conv.weight": torch.zeros(1 << 17, 1)}, "vqgan.ckpt: latent_channels must be a num"),
+        ({}, {"post_quant_conv.weight": torch.zeros(1 << 17, 1)}, "vqgan.ckpt: latent_channels must be a n"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(sources: Sources, changes: Change, vq_changes: Change, said: str) -> None:

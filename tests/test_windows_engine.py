@@ -151,7 +151,9 @@ def test_windows_that_change_from_step_to_step(tiny: Path, cache: str) -> None:
     plain, windowed = engine(tiny, 1, cache), engine(tiny, 16, cache)
     wanted = plain.draw(prompts(plain), MIXED)
     free, rng = windowed.free, random.Random(1)
-    with mock.patch.object(WindowChoice, "choose", side_effect=lambda rows, others: rng.choice((1, 2, 5, 16))):
+    with mock.patch.object(
+        WindowChoice, "choose", side_effect=lambda rows, others: rng.choice((1, 2, 5, 16))
+    ):
         done = {}
         for n, prompt in enumerate(prompts(plain)):
             windowed.add(f"{cache} {n}", prompt, MIXED[n])
