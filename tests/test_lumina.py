@@ -15,6 +15,7 @@ from vllm_kvcompress.models.aligned import RATIOS
 from vllm_kvcompress.models.lumina import model as lumina
 from vllm_kvcompress.models.lumina.family import trained_grid
 from vllm_kvcompress.models.registry import family_of
+from vllm_kvcompress.scheduler import REPORT
 from vllm_kvcompress.testing.lumina import (
     LuminaGeometry,
     build_tokenizer,
@@ -182,6 +183,32 @@ def test_calibration_draws_what_users_do(folders: dict[str, Path]) -> None:
     engine = started(folders["published"], "wide", preset="full")
     family, tokenizer = family_of(engine.model.config), engine.llm.get_tokenizer()
     assert family.calibration_ids(tokenizer, engine.image, 0) == engine.prompt(PROMPTS[0])
+
+
+def test_a_compiled_model_draws_what_an_eager_one_draws(tmp_path: Path) -> None:
+    """As ``vllm serve`` does by default: inductor gives an operation's memory away as soon as it may.
+
+    One layer, since compiling is what takes the time.
+    """
+    folder = make_lumina(tmp_path, LuminaGeometry(layers=1))
+    section = {"size": SIZES["square"], "preset": "fitted", "budget": 0.4}
+    drawn = []
+    for window, eager in ((1, True), (8, False)):
+        config = {"kvcompress": {**section, "window": window}}
+        engine = Engine.get(
+            folder,
+            additional_config=config,
+            max_model_len=256,
+            max_num_batched_tokens=256,
+            enforce_eager=eager,
+        )
+        asked = [engine.prompt(text) for text in ("a cat", "a dog by the sea", "two birds")]
+        drawn.append(engine.outputs(asked, [params(None, 3.0)] * 3))
+    compilation = engine.llm.llm_engine.vllm_config.compilation_config
+    assert (compilation.backend, compilation.mode.name) == ("inductor", "DYNAMO_TRACE_ONCE")
+    whole, windowed = ([out.outputs[0].token_ids for out in outputs] for outputs in drawn)
+    assert windowed == whole
+    assert min(out.kv_transfer_params[REPORT]["steps"] for out in drawn[1]) < engine.image.raster.tokens
 
 
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 6), (4, 6)])
