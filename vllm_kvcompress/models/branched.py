@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from vllm_kvcompress import last_word
 from vllm_kvcompress.cache.store import CompressedCache
@@ -52,6 +52,7 @@ class BranchedImageModel(nn.Module):
 
     packed_modules_mapping = LlamaForCausalLM.packed_modules_mapping  # what quantisers name apart
     decoder: ClassVar[type[BranchedLlama]] = BranchedLlama
+    hf_to_vllm_mapper: ClassVar[WeightsMapper | None] = None  # names of layers that quantisers leave out
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -231,6 +232,11 @@ class BranchedImageModel(nn.Module):
         """See ``vllm_kvcompress.models.weights``."""
         with last_word.heard():
             return load_weights(self, weights)
+
+
+def decoder_named(*published: str) -> WeightsMapper:
+    """Where a checkpoint's modules of these prefixes are: in the decoder, as its tensors are."""
+    return WeightsMapper(orig_to_new_prefix=dict.fromkeys(published, "language_model."))
 
 
 def _held(memory: Tensor | None, value: Tensor) -> Tensor:

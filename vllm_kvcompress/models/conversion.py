@@ -170,10 +170,14 @@ def _check_place(folder: Path, sources: Sequence[Path]) -> None:
         for file in sources:
             # A link as such is lost too, and a file that is reached by one.
             if place.resolve() in (*file.absolute().parents, *file.resolve().parents):
-                raise CheckpointError(f"-o: {file} lies in {place}, which would be removed: name another folder")
+                raise CheckpointError(
+                    f"-o: {file} lies in {place}, which would be removed: name another folder"
+                )
     for place in (part, old):
         if place.exists() and not (_is_empty(place) or _is_converted(place) or (place / _MARK).is_file()):
-            raise CheckpointError(f"-o: {place} is in the way and no converter's: move it, or name another folder")
+            raise CheckpointError(
+                f"-o: {place} is in the way and no converter's: move it, or name another folder"
+            )
 
 
 def _part(folder: Path) -> Path:

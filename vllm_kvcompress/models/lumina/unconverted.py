@@ -20,7 +20,7 @@ logger = logger_for(__name__)
 
 
 class ChameleonArchConvertor(ModelArchConfigConvertorBase):
-    """vLLM's own, with a line in the log: vLLM ends over the shape of a norm, which tells nobody what to do."""
+    """vLLM's own, and a line in the log: vLLM ends over a norm's shape, which tells nobody what to do."""
 
     def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, *args, **kwargs)
