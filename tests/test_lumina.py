@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from dense_lumina import Chameleon, DenseLumina, full
-from inprocess import KERNELS, Engine, in_process  # noqa: F401
-from test_emu3 import Rules, check_company, check_compressed, check_replays, joining, params
+from inprocess import Engine, check_evaluation, evaluate_here, evaluation, in_process  # noqa: F401
+from test_emu3 import COMPRESSED, Rules, check_company, check_compressed, check_replays, joining, params
+from typer.testing import CliRunner
 
+from vllm_kvcompress.cli import app
 from vllm_kvcompress.heads.calibrate import PROMPTS
 from vllm_kvcompress.models.aligned import RATIOS
 from vllm_kvcompress.models.lumina import model as lumina
@@ -98,8 +101,7 @@ def test_greedy_pictures_equal_both_references(
     assert drawn == [chameleon.draw((ids, no), scale, GRIDS[size], vocabulary) for ids, no, scale in asked]
 
 
-@pytest.mark.parametrize(("preset", "size", "budget"), [("line_ar", "wide", 0.5), ("fitted", "high", 0.45)])
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("preset", "size", "budget", "kernels"), COMPRESSED)
 def test_compressed_pictures_equal_the_reference(
     folders: dict[str, Path], preset: str, size: str, budget: float, kernels: str
 ) -> None:
@@ -177,6 +179,18 @@ def test_sizes_in_one_batch_are_those_of_servers_of_one(folders: dict[str, Path]
 def test_replays_give_what_drawing_gave(folders: dict[str, Path]) -> None:
     section = {"preset": "line_ar", "budget": 0.5, "kernels": "cpu"}
     check_replays(started(folders["published"], "wide", **section), section)
+
+
+def test_one_command_evaluates(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Likelihoods of known pictures, codes without the ends of lines."""
+    evaluate_here(monkeypatch)
+    codes = np.random.default_rng(0).integers(0, GEOMETRIES["published"].codes, (2, 32))
+    said = evaluation(
+        folders["published"], tmp_path / "eval", codes, ["a cat", "a dog"], "--size", SIZES["wide"]
+    )
+    check_evaluation(CliRunner().invoke(app, said), tmp_path / "eval")
 
 
 def test_calibration_draws_what_users_do(folders: dict[str, Path]) -> None:
