@@ -26,7 +26,7 @@ ENGINES: dict[str, tuple[str, slice, dict[str, Any]]] = {
     "gqa": ("decoupled", slice(2, 3), {}),  # the first meets two codes 1e-5 apart: the order of sums decides
     "fp8": ("decoupled", slice(1), {}),
     "preempted": ("decoupled", slice(1), {"preempt": PREEMPT}),
-    "windows": ("decoupled", slice(2), {}),
+    "windows": ("fitted", slice(2), {}),
 }
 Drawn = dict[str, dict[str, Any]]
 
