@@ -1,5 +1,6 @@
 """A Lumina-mGPT that was not converted: its files say ``chameleon``, which this package leaves to vLLM."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,14 @@ class ChameleonArchConvertor(ModelArchConfigConvertorBase):
         super().__init__(hf_config, *args, **kwargs)
         model = str(getattr(hf_config, "name_or_path", ""))
         if is_lumina(model):
-            logger.warning_once(HINT, model)
-            last_word.suspect(HINT % model)
+            _warn(model)
+
+
+@cache
+def _warn(model: str) -> None:
+    """Once, however often vLLM looks at the configuration."""
+    logger.warning(HINT, model)
+    last_word.suspect(HINT % model)
 
 
 def is_lumina(model: str) -> bool:
