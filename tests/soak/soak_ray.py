@@ -37,7 +37,6 @@ def ranks_on_cpus() -> None:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # the heads are measured by two ranks
     ranks_on_cpus()
