@@ -35,7 +35,8 @@ def jobs(models: dict[str, Path], kernels: str) -> list[dict[str, Any]]:
     found = []
     for name, (preset, requests, more) in ENGINES.items():
         window = WINDOW if name == "windows" and kernels == "triton" else 1
-        section = {"preset": preset, "budget": 0.4, "kernels": kernels, "window": window}
+        budget = 0.6 if name == "windows" else 0.4
+        section = {"preset": preset, "budget": budget, "kernels": kernels, "window": window}
         model = models[MODELS.get(name, "five-hf")]
         args = {
             **SETTINGS, "model": str(model), "attention_backend": "kvcompress",
