@@ -56,7 +56,7 @@ MODELS = [
     "MultiModalityCausalLM", "JanusForConditionalGeneration", "LlamaGenForImageGeneration",
     "Emu3ForConditionalGeneration", "LuminaMGPTForImageGeneration",
 ]  # fmt: skip
-LAYOUTS = ["multi_modality", "janus", "llamagen", "emu3", "lumina_mgpt"]
+LAYOUTS = ["multi_modality", "janus", "llamagen", "emu3", "lumina_mgpt", "chameleon"]  # the last: a hint
 NOTHING: dict[str, Any] = {
     "architectures": [], "checks": [], "config": False, "convertors": [], "template": False,
     "tokenizer": False, "backend": False, "custom": None, "methods": [], "admission": False, "route": False,

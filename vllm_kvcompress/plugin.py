@@ -78,6 +78,7 @@ def _models() -> list[Change]:
 
     from vllm_kvcompress.models.config import MultiModalityConfig
     from vllm_kvcompress.models.llamagen.config import LlamaGenConfig
+    from vllm_kvcompress.models.lumina import unconverted
     from vllm_kvcompress.models.lumina.config import LuminaConfig
     from vllm_kvcompress.models.registry import ARCHITECTURES, CHAT_TEMPLATES, FAMILIES
     from vllm_kvcompress.models.vllm_config import JanusArchConvertor, JanusConfigCheck
@@ -94,6 +95,11 @@ def _models() -> list[Change]:
         *(partial(set_item, MODELS_CONFIG_MAP, name, JanusConfigCheck) for name in ARCHITECTURES),
         *(partial(set_item, _CONFIG_REGISTRY, kind.model_type, kind) for kind in own),
         *(partial(set_item, MODEL_ARCH_CONFIG_CONVERTORS, kind, JanusArchConvertor) for kind in FAMILIES),
+        partial(
+            MODEL_ARCH_CONFIG_CONVERTORS.setdefault,
+            unconverted.MODEL_TYPE,
+            unconverted.ChameleonArchConvertor,
+        ),
     ]
 
 
