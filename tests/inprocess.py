@@ -1,8 +1,10 @@
 """Engines inside the test's own process: they start in about a second, and their insides are at hand."""
 
 import gc
+import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +22,14 @@ SETTINGS: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_num_
 
 @pytest.fixture(scope="module", autouse=True)
 def in_process() -> Iterator[None]:
-    """No engine processes in this module, one thread, and vLLM's view of the environment as it was."""
+    """No engine processes in this module."""
+    with engines_here():
+        yield
+
+
+@contextmanager
+def engines_here() -> Iterator[None]:
+    """No engine processes, one thread, and vLLM's view of the environment as it was."""
     from vllm import envs
 
     threads = torch.get_num_threads()
@@ -67,8 +76,8 @@ class Engine:
         with NO_COLLECTION:
             for engine in cls.started.values():
                 engine.core.model_executor.shutdown()
-        cls.started.clear()
-        cleanup_dist_env_and_memory()
+            cls.started.clear()
+            cleanup_dist_env_and_memory()
 
     def __init__(self, model: Path, backend: str | None = "kvcompress", **settings: Any) -> None:
         from vllm import LLM
@@ -130,3 +139,44 @@ class Engine:
             done |= {out.request_id: out for out in engine.step() if out.finished}
             limit = None if limit is None else limit - 1
         return done
+
+
+def evaluate_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``vllm-kvcompress eval`` use this module's engines; test_eval has its processes."""
+    from vllm_kvcompress.eval import engine, pictures, run
+
+    def start(model: str, section: dict[str, Any], *rest: Any) -> Any:
+        size = rest[-1]
+        config = {"kvcompress": {**section, **({"size": size} if size else {})}}
+        length, _ = engine._sizes(model, size)
+        using = Engine.get(Path(model), additional_config=config, max_model_len=length).llm
+        monkeypatch.setattr(using.llm_engine.engine_core, "shutdown", lambda: None)
+        return using
+
+    for module in (run, pictures):
+        monkeypatch.setattr(module, "start", start)
+    monkeypatch.setattr(run, "in_process", lambda task, *args: task(*args))
+
+
+def evaluation(folder: Path, out: Path, codes: Any, captions: Sequence[str], *more: str) -> list[str]:
+    """A command's arguments: likelihoods of known pictures under ``full`` and ``line_ar``, no others drawn.
+
+    ``codes`` ``[pictures, tokens]``, written beside ``out`` with their captions.
+    """
+    import numpy as np
+
+    scenes = out.with_suffix(".npz")
+    np.savez(scenes, captions=np.array(captions), codes=codes)
+    return [
+        "eval", str(folder), "-o", str(out), "--presets", "full,line_ar", "--budgets", "1,0.5",
+        "--pictures", "0", "--scenes", str(len(captions)), "--scenes-file", str(scenes), "--dtype", "float32",
+        *more,
+    ]  # fmt: skip
+
+
+def check_evaluation(done: Any, out: Path) -> None:
+    """That such a command has ended well: what keeps all is the full cache, what does not is not."""
+    assert done.exit_code == 0, done.output
+    full, whole, half = json.loads((out / "results.json").read_text())
+    assert max(map(abs, [*full["kl"], *whole["kl"]])) < 1e-6 < min(map(abs, half["kl"]))
+    assert all(0 < nll < 20 for nll in full["nll"])

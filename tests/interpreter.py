@@ -8,13 +8,10 @@ from typing import Any
 def settle() -> None:
     """Spare a process that ends with its test vLLM's collections of garbage, and an interpreter's patches.
 
-    vLLM collects garbage a dozen times at every start of an engine, each time looking through all that was
-    imported.
+    vLLM collects garbage a dozen times at every start and end of an engine, each time looking through all
+    that was imported and patched: a second a time in an interpreter. What is garbage goes with the process.
     """
-    import vllm.entrypoints.llm  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
+    gc.collect = lambda *_: 0
     if os.environ.get("TRITON_INTERPRET") == "1":
         patch_once()
 

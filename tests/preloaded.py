@@ -1,21 +1,23 @@
 """Commands that start in a process which has imported vLLM already: nine seconds of a core less for each.
 
-``multiprocessing``'s fork server imports vLLM once; the child becomes what the command says. No plugin was
-loaded in it, no environment variable read that the command may change. Some tests of how a process starts or
-ends, and of what users install, start theirs anew (test_compressed_server, a drain of test_server_ends,
-test_wheel, test_last_word).
+``multiprocessing``'s fork server imports vLLM once; the child becomes what the command says, and what it
+starts in its turn is forked, or comes from the same fork server. No plugin was loaded in it, no environment
+variable read that the command may change. Some tests of how a process starts or ends, and of what users
+install, start theirs anew (test_compressed_server, a drain of test_server_ends, test_wheel, test_last_word).
 """
 
 import atexit
 import gc
 import importlib
+import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from multiprocessing import get_context
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver, get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +27,7 @@ _COMMANDS = {
     str(Path(sys.executable).with_name(name)): main
     for name, main in (("vllm", "vllm.entrypoints.cli.main"), ("vllm-kvcompress", "vllm_kvcompress.cli"))
 }
+_ADDRESS = ("_forkserver_address", "_forkserver_authkey")  # the latter since Python 3.14
 _forks = get_context("forkserver")
 _forks.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.entrypoints.openai.api_server"])
 
@@ -52,10 +55,11 @@ class Popen:
     ) -> None:
         files = [stdout.name, stdout.name if isinstance(stderr, int) else stderr.name]
         given = dict(os.environ if env is None else env)
-        where = str(cwd or Path.cwd())
-        self._process = _forks.Process(
-            target=_become, args=([str(word) for word in command], files, given, where), daemon=False
-        )
+        place = given, str(cwd or Path.cwd())
+        forkserver.ensure_running()
+        address = {name: getattr(forkserver._forkserver, name, None) for name in _ADDRESS}
+        words = [str(word) for word in command]
+        self._process = _forks.Process(target=_become, args=(words, files, place, address), daemon=False)
         self._process.start()
         self.args, self.pid = command, self._process.pid
 
@@ -93,16 +97,17 @@ def run(
         return subprocess.CompletedProcess(command, code, *texts)
 
 
-def _become(command: list[str], files: list[str], env: dict[str, str], cwd: str) -> None:
+def _become(
+    command: list[str], files: list[str], place: tuple[dict[str, str], str], address: dict[str, Any]
+) -> None:
     gc.freeze()  # or every collection, of which vLLM makes many, looks through all of vLLM
     setproctitle.getproctitle()  # it finds its place by the environment that the process began with
     os.setsid()
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(env)
+    _move(*place)
     for stream, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
-    if env.get("VLLM_WORKER_MULTIPROC_METHOD") == "fork":
+    _start_alike(address)
+    if os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == "fork":
         _fork_always()
     from vllm.logger import _configure_vllm_root_logger
 
@@ -113,6 +118,40 @@ def _become(command: list[str], files: list[str], env: dict[str, str], cwd: str)
         sys.stdout.flush()
         sys.stderr.flush()
         atexit._run_exitfuncs()
+
+
+def _move(env: dict[str, str], cwd: str) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+
+
+def _start_alike(address: dict[str, Any]) -> None:
+    """Let the fork server that this process came from be the one that it starts others by."""
+    server, given = forkserver._forkserver, multiprocessing.get_context
+    vars(server).update(address)
+    server.ensure_running = lambda: None
+    multiprocessing.get_context = lambda method=None: _Alike() if method == "forkserver" else given(method)
+
+
+class _Alike(ForkServerContext):
+    """Processes that find themselves where their parent is, as those of a fork server of its own would."""
+
+    def Process(self, target: Callable[..., Any], **more: Any) -> Any:
+        return super().Process(target=_Placed(target, (dict(os.environ), str(Path.cwd()))), **more)
+
+    def set_forkserver_preload(self, module_names: list[str]) -> None:
+        """It has loaded what it is to load."""
+
+
+class _Placed:
+    def __init__(self, target: Callable[..., Any], place: tuple[dict[str, str], str]) -> None:
+        self.target, self.place = target, place
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        gc.freeze()
+        _move(*self.place)
+        return self.target(*args, **more)
 
 
 def _fork_always() -> None:

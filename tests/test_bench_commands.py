@@ -1,18 +1,33 @@
 """The commands of benchmarks/README.md, run as written there, with tiny numbers."""
 
+import contextlib
 import json
 import re
 import shlex
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import preloaded
 import pytest
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_kvcompress.testing.checkpoints import TINY, make_checkpoint
 
-README = Path(__file__).parent.parent / "benchmarks" / "README.md"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from side_by_side import http  # noqa: E402
+from side_by_side.contenders import CONTENDERS, OURS, STOCK  # noqa: E402
+from side_by_side.plan import HttpGroup  # noqa: E402
+from side_by_side.results import Results  # noqa: E402
+from side_by_side.runner import Run  # noqa: E402
+from side_by_side.workloads import BLOCK, tiny  # noqa: E402
+
+README = BENCHMARKS / "README.md"
 ENGINE = "--dtype float32 --enforce-eager --kv-cache-memory-bytes 268435456"
 
 
@@ -75,3 +90,37 @@ def test_serve(image_server, checkpoints, tmp_path, stream):
     assert 0 < result["mean_ttft_ms"] <= result["mean_e2el_ms"]
     if stream:
         assert result["mean_ttft_ms"] < result["mean_e2el_ms"]
+
+
+def test_turns_of_the_side_by_side_benchmark(image_server, checkpoints, tmp_path, monkeypatch):
+    """A server at saturation, then in an open loop at a share of that; what is there is not asked again."""
+    monkeypatch.setattr(
+        http, "subprocess", SimpleNamespace(run=lambda words, cwd, **_: preloaded.run(words, cwd))
+    )
+    monkeypatch.setattr(http, "serve", lambda group, contender: contextlib.nullcontext(image_server))
+    monkeypatch.setattr(type(workload := tiny("tiny-http")), "checkpoint", lambda _: checkpoints["tiny-hf"])
+    group = HttpGroup("http", workload, (STOCK,), 1, 3, 2)
+    results = Results.open("tiny", 1, tmp_path / "http.json", fresh=True)
+    said = []
+    turns = Run(results, time.monotonic() + 300, said.append, copy=object())
+    turns.group(group, lambda: None)
+    assert (turns.failures, turns.missing(group)) == (0, 0), said
+    saturated, open_loop = results.cells
+    assert (saturated["completed"], open_loop["completed"]) == (3, 3)
+    assert open_loop["rate"] == pytest.approx(0.7 * saturated["request_throughput"], abs=1e-3)
+    assert 0 < saturated["p50_e2el_ms"] <= saturated["p95_e2el_ms"] <= saturated["p99_e2el_ms"]
+
+
+def test_servers_of_the_side_by_side_benchmark(checkpoints, monkeypatch):
+    """As vLLM reads their command line: the stock one begins no more than its memory holds."""
+    workload = tiny("tiny-http")
+    monkeypatch.setattr(type(workload), "checkpoint", lambda _: checkpoints["tiny-hf"])
+    parser = make_arg_parser(FlexibleArgumentParser())
+    group = HttpGroup("http", workload, (STOCK, OURS), 1, 3, 2)
+    stock, ours = (
+        parser.parse_args(http.serve(group, CONTENDERS[name]).command[2:]) for name in group.contenders
+    )
+    assert (stock.max_num_seqs, stock.block_size, stock.attention_backend) == (2, BLOCK, None)
+    assert str(ours.attention_backend).lower().endswith("kvcompress")
+    slots = (2 * 19 + 1) * BLOCK  # 32 tokens of prompt and 576 of a picture are 19 blocks
+    assert ours.kv_cache_memory_bytes == stock.kv_cache_memory_bytes == slots * workload.token_bytes

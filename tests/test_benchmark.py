@@ -2,11 +2,11 @@
 
 import json
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import preloaded
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -24,19 +24,11 @@ DOCUMENTS = ("README.md", "benchmarks/README.md", "docs/performance.md")
 
 def run(path: Path, *more: str, mode: str = "tiny") -> str:
     """``python -m side_by_side run``."""
+    code = "import sys; sys.path.insert(0, '.'); from side_by_side.cli import app; app()"
     command = [
-        sys.executable,
-        "-m",
-        "side_by_side",
-        "run",
-        mode,
-        "--output",
-        str(path),
-        "--threads",
-        "1",
-        *more,
-    ]
-    done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False)
+        sys.executable, "-c", code, "run", mode, "--output", str(path), "--threads", "1", *more
+    ]  # fmt: skip
+    done = preloaded.run(command, cwd=ROOT / "benchmarks", timeout=1000)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -86,13 +78,6 @@ def test_a_picture_begun_in_the_middle_holds_what_a_drawn_one_would(finished):
     assert kept < ours["kv_bytes_per_image"] < 1.2 * kept
 
 
-def test_http(finished):
-    saturated, open_loop = cells_of(finished, workload="tiny-http")
-    assert (saturated["completed"], open_loop["completed"]) == (3, 3)
-    assert open_loop["rate"] == pytest.approx(0.7 * saturated["request_throughput"], abs=1e-3)
-    assert 0 < saturated["p50_e2el_ms"] <= saturated["p95_e2el_ms"] <= saturated["p99_e2el_ms"]
-
-
 def test_report_and_plots(finished):
     text = finished.with_suffix(".md").read_text()
     pictures = sorted(path.name for path in finished.parent.glob("*.png"))
@@ -100,7 +85,6 @@ def test_report_and_plots(finished):
     assert all(f"]({name})" in text for name in pictures)
     for name in (TRANSFORMERS, STOCK, OURS):
         assert f"| {name} |" in text
-    assert "over HTTP" in text
     for private in (socket.gethostname(), str(ROOT), str(Path.home())):
         assert private not in finished.read_text()
         assert private not in text

@@ -12,8 +12,9 @@ from inprocess import Engine, in_process  # noqa: F401
 from parity import load_reference
 from vllm import SamplingParams
 
-from vllm_kvcompress.heads import provide
-from vllm_kvcompress.heads.calibrate import FullCache, draw_full
+from vllm_kvcompress.heads import memory, provide
+from vllm_kvcompress.heads.calibrate import draw_full
+from vllm_kvcompress.heads.full import FullCache, scores_of
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.heads.provide import cache_directory
 from vllm_kvcompress.models.compression import METRIC, subject_of
@@ -73,7 +74,7 @@ def test_full_cache_measures_the_definition(near: int, group: int) -> None:
             mask = torch.full((p + n, p + n), -torch.inf).triu(1)
             weights = (q[: p + n, row, head].double() @ keys.T * 0.3 + mask).softmax(-1)
             want[head // group % kv_heads] += locality(weights, p, near) * n / (2 * group)
-    torch.testing.assert_close(cache.scores[0], want / sum(queries), atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores_of([cache])[0], want / sum(queries), atol=1e-6, rtol=0)
     whole = q[-1, 0, :group].double() @ k[:steps, 0, 0].double().T * 0.3
     torch.testing.assert_close(
         out[0, :group].double(), whole.softmax(-1) @ v[:, 0, 0].double(), atol=1e-5, rtol=0
@@ -89,8 +90,12 @@ def test_scores_equal_those_from_the_attentions_of_transformers(
     engine = Engine.get(checkpoints[name], kvcompress={"preset": "h2o"}, **SMALL)
     model, image = engine.model, engine.image
     prompts = [engine.prompt(text) for text in ("a red bird", "grass at night by the sea")]
-    drawn = draw_full(subject_of(engine.core.vllm_config, model), prompts, 16)
+    subject = subject_of(engine.core.vllm_config, model)
+    drawn = draw_full(subject, prompts, 16)
     scores = drawn.scores
+    apart = draw_full(subject, prompts, 16, at_once=1)
+    assert apart.ids == drawn.ids, "a row's noise is its own, however many are drawn at once"
+    torch.testing.assert_close(apart.scores, scores, atol=1e-6, rtol=0)
 
     reference = load_reference(checkpoints[name])
     reference.set_attn_implementation("eager")
@@ -118,6 +123,38 @@ def test_scores_equal_those_from_the_attentions_of_transformers(
                     want[layer, head // group] += share * n / (2 * group)
     torch.testing.assert_close(scores, want / total, atol=1e-4, rtol=0)
     assert scores.std() > 0
+
+
+def test_pictures_at_once_are_what_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lumina-mGPT-1024's sizes, on the CPU and on cards with its weights in them."""
+    row = memory.drawing_bytes(32, 32, 128, 64 * 65 + 40, torch.bfloat16)
+    assert 4.4e9 < row < 5e9
+    replayed = memory.replaying_bytes(4096, 32, 32, 128, 64 * 65 + 40, 65, torch.bfloat16)
+    assert 1.5e9 < replayed < 3e9
+    assert memory.rows_at_once(row, torch.device("cpu"), "draw") == 1
+    seven = memory.drawing_bytes(30, 32, 128, 576 + 40, torch.bfloat16)
+    assert memory.rows_at_once(seven, torch.device("cpu"), "draw") >= 8, "Janus-Pro-7B as ever"
+    card = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 << 30)
+    for free, rows in ((60 << 30, 6), (8 << 30, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 << 30))
+        assert memory.rows_at_once(row, card, "draw") == rows
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 24 << 30))
+    with pytest.raises(
+        ValueError, match=r"^head_profile: to draw one picture takes 4.* use the preset"
+    ) as caught:
+        memory.rows_at_once(row, card, "draw")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "at_once", "sizes"), [(8, 8, [8]), (8, 6, [4, 4]), (5, 2, [2, 2, 1]), (3, 9, [3])]
+)
+def test_passes_are_few_and_nearly_equal(rows: int, at_once: int, sizes: list[int]) -> None:
+    parts = list(memory.passes(rows, at_once))
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [n for part in parts for n in range(rows)[part]] == list(range(rows))
 
 
 def test_auto_calibrates_once_and_says_where(checkpoints: dict[str, Path], log: Lines) -> None:

@@ -17,6 +17,8 @@ from vllm_kvcompress.models.compression import plan_cache
 from vllm_kvcompress.models.vllm_config import check_conflicts
 from vllm_kvcompress.policy import PRESETS
 from vllm_kvcompress.policy.raster import Raster
+from vllm_kvcompress.windows import settings
+from vllm_kvcompress.windows.settings import describe, window_config
 
 
 def parsed(**section: Any) -> CompressionConfig:
@@ -90,6 +92,10 @@ def test_every_setting_has_a_default() -> None:
         ({"kernels": "gpu"}, r"kvcompress.kernels: .*got 'gpu'$"),
         ({"threshold": 1.5}, r"threshold: .*less than or equal to 1.*got 1.5$"),
         ({"threshold": -0.1}, r"threshold: .*greater than or equal to 0.*got -0.1$"),
+        ({"window": 0}, r"kvcompress.window: .*greater than or equal to 1.*got 0$"),
+        ({"window": 17}, r"kvcompress.window: .*less than or equal to 16.*got 17$"),
+        ({"window": "x"}, r"kvcompress.window: .*got 'x'$"),
+        ({"window_rows": 0}, r"kvcompress.window_rows: .*greater than or equal to 1, got 0$"),
         ({"preset": "h2o", "spatial_tokens": 48}, r"^spatial_tokens: all heads are semantic, .*set budget$"),
         ({"preset": "streaming", "stratify": True}, r"^stratify: spatial heads neither score nor choose"),
     ],
@@ -162,6 +168,7 @@ def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
         model_config=SimpleNamespace(
             hf_config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_key_value_heads=2)),
             dtype=torch.bfloat16,
+            logits_processors=["ours"],
         ),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=1,
@@ -170,10 +177,13 @@ def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
             prefill_context_parallel_size=1,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
-        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        scheduler_config=SimpleNamespace(
+            disable_hybrid_kv_cache_manager=False, async_scheduling=False, max_num_seqs=8
+        ),
         device_config=SimpleNamespace(device_type="cpu"),
         kv_transfer_config=None,
         lora_config=None,
+        use_v2_model_runner=False,
     )
     for name, value in changes.items():
         *path, last = name.split("__")
@@ -190,6 +200,48 @@ def test_the_defaults_pass(preset: str) -> None:
     check_conflicts(vllm_config({"preset": preset}, parallel_config__tensor_parallel_size=2), [GRID])
     for dtype in ("bfloat16", "fp8", "fp8_e4m3"):
         check_conflicts(vllm_config({"preset": preset}, cache_config__cache_dtype=dtype), [GRID])
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"window": 1}, "Windows: off, a picture is drawn one token a step."),
+        ({"window": 8}, "Windows: 8 tokens a step, with up to 32 pictures at once; scratch 8,000 bytes at"),
+        ({}, "Windows: to 16 tokens a step, what pays (auto), with up to 32 pictures at once; scratch 8,000"),
+        ({"window_rows": 3}, "what pays (auto), with up to 3 pictures at once; scratch 3,000 bytes at most."),
+    ],
+)
+def test_the_start_up_line_says_what_windows_there_are(section: dict[str, Any], says: str) -> None:
+    assert says in describe(vllm_config(section), 1000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mend"),
+    [
+        ({"model_config__logits_processors": ["ours", "theirs"]}, "drop --logits-processors"),
+        ({"scheduler_config__async_scheduling": True}, "V1 model runner: set --no-async-scheduling"),
+    ],
+)
+def test_windows_that_can_not_be_had(changes: dict[str, Any], mend: str) -> None:
+    """By number they are refused, in one line; ``auto`` is off, and so is 1."""
+    with pytest.raises(
+        ValueError, match=rf"^additional_config.kvcompress.window does not work with .*{mend}$"
+    ):
+        window_config(vllm_config({"window": 8}, **changes))
+    for window in ("auto", 1):
+        assert window_config(vllm_config({"window": window}, **changes)).window == 1
+
+
+def test_windows_beside_other_packages_processors_and_on_the_v2_runner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There asynchronous scheduling is well, and nobody has measured what a window costs."""
+    new = {"use_v2_model_runner": True, "scheduler_config__async_scheduling": True}
+    assert window_config(vllm_config({"window": 8}, **new)).window == 8
+    assert window_config(vllm_config({}, **new)).window == 1
+    monkeypatch.setattr(settings, "entry_points", lambda group: [group])
+    with pytest.raises(ValueError, match="logits processors of other packages"):
+        window_config(vllm_config({"window": 8}))
 
 
 def test_a_budget_that_is_too_small_for_one_of_several_sizes_names_it() -> None:

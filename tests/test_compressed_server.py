@@ -71,6 +71,10 @@ def test_the_heads_were_measured_and_the_log_says_what_they_got(server: Server) 
         r"predicted loss \S+; kernels cpu \(\w+\); memory for \d+ pictures at once instead of", line
     )
     assert "Head profile calibrated, kept in" in log
+    assert re.search(
+        r"Windows: to 16 tokens a step, what pays \(auto\), with up to 32 pictures at once; scratch [\d,]+ b",
+        log,
+    )
 
 
 def test_answers_say_what_was_held(client: openai.OpenAI) -> None:
@@ -104,13 +108,18 @@ def test_a_stream_says_what_each_head_type_keeps(server: Server, client: openai.
 
 
 def test_metrics_add_up(server: Server, client: openai.OpenAI) -> None:
-    names = ("image_pictures_total", "image_kv_resident_bytes_total", "image_kv_full_bytes_total")
+    names = (
+        "image_pictures_total", "image_kv_resident_bytes_total", "image_kv_full_bytes_total",
+        "image_steps_total", "image_steps_tokens_total",
+    )  # fmt: skip
     before = [metric(server, name, model_name="janus") for name in names]
     answer = draw(client, n=2)
-    held = ((answer.usage and answer.usage.model_extra) or {})["kv_cache"]
+    usage = (answer.usage and answer.usage.model_extra) or {}
+    held, steps = usage["kv_cache"], usage["steps"]
+    assert 2 < steps <= 2 * TOKENS
     after = [metric(server, name, model_name="janus") for name in names]
     assert [b - a for a, b in zip(before, after, strict=True)] == [
-        2, held["resident_bytes"], held["full_bytes"]
+        2, held["resident_bytes"], held["full_bytes"], steps, 2 * TOKENS
     ]  # fmt: skip
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert metric(server, name) == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from dense_emu3 import dense, greedy
-from inprocess import KERNELS, Engine, in_process  # noqa: F401
+from inprocess import Engine, evaluate_here, evaluation, in_process  # noqa: F401
 from safetensors.torch import save
 from typer.testing import CliRunner
 from vllm import SamplingParams
@@ -19,6 +19,7 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_kvcompress.cli import app
 from vllm_kvcompress.eval.likelihood import Trial, replay_batches
+from vllm_kvcompress.heads import memory
 from vllm_kvcompress.heads.calibrate import measure
 from vllm_kvcompress.heads.curves import candidate_types
 from vllm_kvcompress.models.compression import subject_of
@@ -95,8 +96,17 @@ def joining(engine: Engine, asked: Asked) -> list[list[int]]:
     return drawn
 
 
-@pytest.mark.parametrize(("preset", "size", "budget"), [("line_ar", "wide", 0.5), ("fitted", "high", 0.45)])
-@pytest.mark.parametrize("kernels", KERNELS)
+COMPRESSED = [
+    ("line_ar", "wide", 0.5, "torch"),
+    ("fitted", "high", 0.45, "cpu"),
+    ("decoupled", "wide", 0.5, "cpu"),
+    ("ssd", "high", 0.45, "torch"),
+    ("streaming", "wide", 0.5, "cpu"),
+    ("h2o", "high", 0.45, "cpu"),
+]
+
+
+@pytest.mark.parametrize(("preset", "size", "budget", "kernels"), COMPRESSED)
 def test_compressed_pictures_equal_the_reference(
     folder: Path, preset: str, size: str, budget: float, kernels: str
 ) -> None:
@@ -193,19 +203,29 @@ def test_windows_chunks_company_and_memory_change_nothing(folder: Path, preset: 
 
 
 def check_company(plain: Engine, windowed: Engine, preset: str) -> None:
-    """That six seeded pictures are the same in both engines, together, and alone in the first."""
+    """That six seeded pictures are the same in both engines, together, and alone in the first.
+
+    One more is given up in mid-picture, after all have lost their blocks.
+    """
     texts = ["a cat", "a dog with a long, long leash", "a bird", "grass", "the sea at night", "a"]
     ids = [plain.prompt(text) for text in texts]
     alone = [plain.draw([one], setting)[0] for one, setting in zip(ids, SAMPLED, strict=True)]
     biased = SamplingParams(temperature=0.0, logit_bias={plain.image.first_code + 3: 1.0})
     for engine in (plain, windowed):
-        done = {}
+        done, free = {}, engine.free
         for n, one in enumerate(ids):
             engine.add(f"{preset}{n}", one, SAMPLED[n])
             done |= engine.steps(1 + n % 3)
             if n == 2:
                 engine.add(f"{preset}wide", ids[0], biased)  # logits of all ids for as long as it draws
+                engine.add(f"{preset}given up", ids[1], SAMPLED[1])
+            if n == 3:
+                engine.core.reset_prefix_cache(reset_running_requests=True)
+            if n == 4:
+                engine.llm.llm_engine.abort_request([f"{preset}given up"])
         done |= engine.steps()
+        assert f"{preset}given up" not in done
+        assert engine.free == free
         assert [list(done[f"{preset}{n}"].outputs[0].token_ids) for n in range(len(ids))] == alone
     steps = [done[f"{preset}{n}"].kv_transfer_params[REPORT]["steps"] for n in range(len(ids))]
     assert min(steps) < plain.image.raster.tokens, "the ends of lines, at least, were drafted right"
@@ -274,8 +294,11 @@ def test_commands_say_what_they_need(folder: Path) -> None:
             EngineArgs(str(folder), additional_config={"kvcompress": section}).create_engine_config()
 
 
-def test_calibration_does_not_see_the_padding(folder: Path) -> None:
-    """Locality and loss curves of the same pictures are the same behind five tokens more of it."""
+def test_calibration_does_not_see_the_padding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locality and loss curves of the same pictures are the same behind five tokens more of it.
+
+    And whether there is memory for all of them at once or for one.
+    """
     engine = started(folder, "high", preset="fitted", budget=0.45, kernels="cpu", default_texts=False)
     model, image, raster = engine.model, engine.image, engine.image.raster
     family, subject = family_of(model.config), subject_of(engine.core.vllm_config, model)
@@ -288,27 +311,27 @@ def test_calibration_does_not_see_the_padding(folder: Path) -> None:
     subject = replace(subject, step=greedily)
     tokenizer, candidates = engine.llm.get_tokenizer(), candidate_types(raster)[:4]
     ids = [family.calibration_ids(tokenizer, image, n) for n in range(5)]
-    found = [
-        measure(subject, [image.aligned(one, len(one) + more) for one in ids], 2, candidates, lambda *_: None)
-        for more in (0, 5)
-    ]
+    found, told = [], []
+    for more, room in ((0, memory.ON_CPU), (5, 1)):
+        monkeypatch.setattr(memory, "ON_CPU", room)
+        asked = [image.aligned(one, len(one) + more) for one in ids]
+        found.append(measure(subject, asked, 2, candidates, lambda *step: told.append(step)))
+        assert told[-1][1] == told[-1][2]
+    assert told[-1][2] == 5 * subject.layers, "a pass a picture"
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     assert found[0][0].std() > 0
 
 
-def test_one_command_evaluates(folder: Path, tmp_path: Path) -> None:
+def test_one_command_evaluates(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Likelihoods of known pictures, and pictures drawn, of a size that is named."""
-    scenes = tmp_path / "scenes.npz"
+    evaluate_here(monkeypatch)
     codes = np.random.default_rng(0).integers(0, 16, (2, 28))
-    np.savez(scenes, captions=np.array(["a cat", "a bird on a tree"]), codes=codes)
 
     def evaluate(size: str) -> Any:
-        return CliRunner().invoke(app, [
-            "eval", str(folder), "-o", str(tmp_path / size), "--presets", "full,line_ar",
-            "--budgets", "1,0.5", "--pictures", "1", "--categories", "colors", "--scenes", "2",
-            "--scenes-file", str(scenes), "--size", size, "--dtype", "float32",
-        ])  # fmt: skip
+        drawn = ("--size", size, "--pictures", "1", "--categories", "colors")
+        captions = ["a cat", "a bird on a tree"]
+        return CliRunner().invoke(app, evaluation(folder, tmp_path / size, codes, captions, *drawn))
 
     done = evaluate(SIZES["wide"])
     assert done.exit_code == 0, done.output

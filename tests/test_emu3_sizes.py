@@ -1,18 +1,22 @@
 """Pictures of several sizes from one server, in one batch: each is what a server of its size draws."""
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dense_emu3 import dense, greedy
 from inprocess import KERNELS, Engine, in_process  # noqa: F401
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.forward_context import set_forward_context
 from vllm.utils.math_utils import cdiv
 
 from vllm_kvcompress.cache.kept import kept_tokens
 from vllm_kvcompress.eval.likelihood import Trial, replay_batches
+from vllm_kvcompress.models import profiled
 from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.rows import NEGATIVE_IDS
 from vllm_kvcompress.scheduler import REPORT
@@ -235,3 +239,53 @@ def test_an_evaluation_replays_the_default_size(folder: Path) -> None:
     scenes = [(ids, [image.code(token) for token, _ in cells])]
     [(_, found)] = replay_batches(engine.llm, scenes, {"paged": Trial(section)}, 3.0, batch=1)
     assert found["paged"].nll == pytest.approx([wanted], abs=2e-5)
+
+
+def test_vllm_measures_what_a_step_takes_beside_activations(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, in the forward of a whole step without metadata: scratch, and a picture of the largest size."""
+    engine = started(folder, preset="line_ar", budget=0.5, window=8)
+    model, config = engine.model, engine.core.vllm_config
+    scratch = model.compressed.scratch_bytes()
+    seen: list[Any] = []
+    empty, decode = torch.empty, model.vq.decode
+
+    def allocated(*args: Any, **more: Any) -> torch.Tensor:
+        made = empty(*args, **more)
+        if made.dtype == torch.uint8 and made.numel() == scratch:
+            seen.append(weakref.ref(made))
+        return made
+
+    def decoded(codes: torch.Tensor, raster: Any) -> torch.Tensor:
+        assert seen[0]() is None, "given back before"
+        seen.append(codes.shape)
+        return decode(codes, raster)
+
+    def attended(*args: Any) -> torch.Tensor:
+        held.extend(one() is not None for one in seen[:1])
+        return attend(*args)
+
+    held: list[bool] = []
+    attend = model.compressed.attend
+    monkeypatch.setattr(torch, "empty", allocated)
+    monkeypatch.setattr(model.vq, "decode", decoded)
+    monkeypatch.setattr(model.compressed, "attend", attended)
+
+    def run(tokens: int) -> None:
+        with set_forward_context(None, config, num_tokens=tokens), torch.inference_mode():
+            model(torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens))
+
+    run(256)
+    assert not seen, "not on a CPU"
+    monkeypatch.setattr(profiled, "MEASURED", ("cpu",))
+    run(32)
+    assert not seen, "a smaller step is another's"
+    run(256)
+    assert seen[1:] == [(1, 4 * 7)]
+    assert held == [True, True], "beside both layers' activations"
+    run(256)
+    assert len(seen) == 2
+    vectors = 8 * 2 * 2 * 2 * 2 * 16 * 4  # K and V of a window: places, branches, layers, heads, numbers
+    slots = 8 * (2 * 2 * 2) * (16 + 8) * 4  # a query's probability of each, in the heads of line_ar
+    assert scratch >= config.scheduler_config.max_num_seqs * (vectors + slots)

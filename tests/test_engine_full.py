@@ -1,13 +1,14 @@
 """The served model end to end, in float32 on vLLM's own attention, against transformers' own Janus.
 
-Engines run in processes of their own, as in production. Where whole pictures prove no more than their
-last lines, a request's prompt already holds the rest.
+The engine of one layout runs in processes of its own, as in production. Where whole pictures prove no more
+than their last lines, a request's prompt already holds the rest.
 """
 
 from pathlib import Path
 
 import pytest
 import torch
+from inprocess import Engine, engines_here
 from parity import load_reference, pixels, transformers_greedy
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -68,10 +69,11 @@ def llm(checkpoints, insecure):
 
 
 @pytest.fixture(scope="module")
-def original(checkpoints, insecure):
-    llm = start(checkpoints["small-deepseek"])
-    yield llm
-    stop(llm)
+def original(checkpoints, llm):
+    """In this process, which is sooner started; after the other."""
+    settings = {"max_model_len": 1024, "max_num_batched_tokens": 1024, "kv_cache_memory_bytes": 2**29}
+    with engines_here():
+        yield Engine.get(checkpoints["small-deepseek"], None, additional_config={}, **settings).llm
 
 
 @pytest.fixture(scope="module")

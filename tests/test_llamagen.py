@@ -4,10 +4,11 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from dense_llamagen import DenseLlamaGen, full
-from inprocess import KERNELS, Engine, in_process  # noqa: F401
+from inprocess import KERNELS, Engine, check_evaluation, evaluate_here, evaluation, in_process  # noqa: F401
 from PIL import Image
 from typer.testing import CliRunner
 from vllm import SamplingParams
@@ -76,8 +77,8 @@ def test_greedy_pictures_equal_the_reference(
     assert all(len(set(picture)) > GEOMETRIES[name].grid for picture in drawn), "pictures are not one code"
 
 
-COMPRESSED = [("decoupled", "bare", 0.4), ("fitted", "bare", 0.4), ("line_ar", "bare", 0.4)] + [
-    (preset, "odd heads", 0.45) for preset in ("decoupled", "fitted", "line_ar")
+COMPRESSED = [(preset, "bare", 0.4) for preset in ("decoupled", "fitted", "line_ar")] + [
+    (preset, "odd heads", 0.45) for preset in ("ssd", "streaming", "h2o")
 ]
 MIXED = [
     GREEDY
@@ -122,16 +123,27 @@ def test_compressed_pictures_equal_the_reference(
 
 @pytest.mark.parametrize("preset", ["decoupled", "fitted", "line_ar"])
 def test_batches_windows_and_single_pictures_draw_the_same(folders: dict[str, Path], preset: str) -> None:
-    """Ten classes that enter at different steps, greedy and seeded; one by one; by windows."""
+    """Ten classes that enter at different steps, greedy and seeded; one by one; by windows.
+
+    One more is given up in mid-picture, after all have lost their blocks.
+    """
     plain = compressed(folders, "bare", preset=preset, budget=0.4, kernels="auto")
     alone = [plain.draw([[n]], MIXED[n])[0] for n in range(10)]
     windowed = compressed(folders, "bare", preset=preset, budget=0.4, kernels="auto", window=4)
     for engine in (plain, windowed):
-        done = {}
+        done, free = {}, engine.free
         for n in range(10):
             engine.add(f"{preset} {n}", [n], MIXED[n])
             done |= engine.steps(1 + n % 3)
+            if n == 4:
+                engine.add(f"{preset} given up", [n], MIXED[1])
+            if n == 6:
+                engine.core.reset_prefix_cache(reset_running_requests=True)
+            if n == 7:
+                engine.llm.llm_engine.abort_request([f"{preset} given up"])
         done |= engine.steps()
+        assert f"{preset} given up" not in done
+        assert engine.free == free
         assert [list(done[f"{preset} {n}"].outputs[0].token_ids) for n in range(10)] == alone
     steps = [done[f"{preset} {n}"].kv_transfer_params[REPORT]["steps"] for n in range(10)]
     assert min(steps) < GEOMETRIES["bare"].tokens, "windows drew several tokens a step"
@@ -148,6 +160,16 @@ def test_an_evaluation_says_what_it_needs(folders: dict[str, Path], tmp_path: Pa
     assert (result.exit_code, "serves no model of type 'llama'" in result.output) == (1, True)
     with pytest.raises(ValueError, match=r"name a file with --scenes-file \(its model_type is 'llamagen'\)"):
         scenes_for(str(folders["bare"]), 1)
+
+
+def test_one_command_evaluates(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Likelihoods of known pictures of classes, by name and by number."""
+    evaluate_here(monkeypatch)
+    codes = np.random.default_rng(0).integers(0, GEOMETRIES["bare"].codes, (2, GEOMETRIES["bare"].tokens))
+    said = evaluation(folders["bare"], tmp_path / "eval", codes, ["class 3", "7"])
+    check_evaluation(CliRunner().invoke(app, said), tmp_path / "eval")
 
 
 def test_the_offline_example(

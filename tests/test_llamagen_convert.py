@@ -25,6 +25,7 @@ from vllm_kvcompress.testing.llamagen import LlamaGenGeometry, decoder_state, sa
 
 SIZES = LlamaGenGeometry(codes=64)
 STATE, VQ_STATE = decoder_state(SIZES), vq_state(SIZES)
+FP8 = torch.float8_e4m3fn
 Change = dict[str, Tensor | None]
 
 
@@ -92,6 +93,16 @@ def test_every_tensor_arrives(sources: Sources, wrapping: str) -> None:
         ({}, {"quantize.embedding.weight": torch.zeros(32, 8)}, f"{VQ_FILE} has 32 codes, c2i_tiny.pt 64"),
         ({"freqs_cis": torch.zeros(26, 16, 2)}, {}, "the sources disagree, 4 by --grid, 5 by freqs_cis"),
         ({"freqs_cis": torch.zeros(12, 16, 2)}, {}, "freqs_cis has 12 rows, no class and square picture"),
+        ({"tok_embeddings.weight": torch.zeros(64)}, {}, "tok_embeddings.weight has shape (64,), no matrix"),
+        ({"cls_embedding.embedding_table.weight": torch.tensor(1.0)}, {}, "table.weight has shape (), no ma"),
+        ({"layers.0.feed_forward.w1.weight": torch.tensor(1.0)}, {}, "w1.weight has shape (), no matrix"),
+        ({"tok_embeddings.weight": torch.zeros(64, 0)}, {}, "tok_embeddings.weight has shape (64, 0), no m"),
+        ({"norm.weight": torch.zeros(128, dtype=FP8)}, {}, "norm.weight holds torch.float8_e4m3fn, not one"),
+        ({"norm.weight": torch.zeros(128).to_sparse()}, {}, "norm.weight holds torch.sparse_coo, not one of"),
+        ({"layers.999999.ffn_norm.weight": torch.zeros(128)}, {}, "lacks tensor layers.2.attention.wqkv"),
+        ({}, {"decoder.conv_out.bias": torch.zeros(3, dtype=FP8)}, f"{VQ_FILE}: tensor decoder.conv_out.b"),
+        ({}, {"quantize.embedding.weight": torch.zeros(8)}, "no quantize.embedding.weight of two dimensions"),
+        ({}, {"post_quant_conv.weight": torch.tensor(1.0)}, f"{VQ_FILE} is no VQ model of LlamaGen"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(sources: Sources, changes: Change, vq_changes: Change, said: str) -> None:
@@ -145,6 +156,33 @@ def test_a_foreign_folder_is_not_written_into(sources: Sources) -> None:
     with pytest.raises(CheckpointError, match="is no converted model"):
         sources.convert()
     assert not list(sources.out.iterdir())
+    (sources.out / "config.json").write_text('{"model_type": "chameleon"}')
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="is no converted model"):
+            sources.convert(overwrite=overwrite)
+    (sources.out / "config.json").unlink()
+    assert sources.convert(overwrite=True), "an empty one may go"
+
+
+@pytest.mark.parametrize("place", ["served", "served.old", "served.part"])
+def test_sources_are_not_removed(sources: Sources, place: str) -> None:
+    """They lie in what the new folder replaces, or in what makes room for it."""
+    sources.convert()
+    folder = sources.out.with_name(place)
+    folder.mkdir(exist_ok=True)
+    sources.decoder = sources.decoder.rename(folder / sources.decoder.name)
+    with pytest.raises(CheckpointError, match=f"{place}, which would be removed"):
+        sources.convert(vq=sources.vq, overwrite=True)
+    assert sources.decoder.exists()
+
+
+@pytest.mark.parametrize("place", ["served.old", "served.part"])
+def test_a_users_folder_is_not_removed(sources: Sources, place: str) -> None:
+    folder = sources.out.with_name(place)
+    folder.mkdir()
+    (folder / "note").write_text("mine")
+    assert f"{place} is in the way and no converter's" in sources.refused()
+    assert (folder / "note").exists()
 
 
 class _Interrupted(BaseException):

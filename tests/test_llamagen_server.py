@@ -1,6 +1,9 @@
 """``vllm serve`` of a converted LlamaGen: classes by name and number over HTTP."""
 
+import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -19,10 +22,14 @@ RETRIEVER, GOLDFISH = 207, 1
 
 
 @pytest.fixture(scope="module")
-def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llamagen(tmp_path_factory.mktemp("llamagen") / "model", GEOMETRY)
+
+
+@pytest.fixture(scope="module")
+def http(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     root = tmp_path_factory.mktemp("llamagen-server")
     args = ("--dtype", "float32", "--kv-cache-memory-bytes", str(2**26), "--enforce-eager")
-    served = make_llamagen(root / "model", GEOMETRY)
     with (
         Server(served, root / "server.log", args, name="llamagen", start=preloaded.Popen) as server,
         httpx.Client(base_url=server.url, timeout=120) as client,
@@ -98,3 +105,22 @@ def test_text_is_refused_in_one_line(http: httpx.Client) -> None:
     assert "the prompt must be one class" in words.text
     drawn = http.post("/v1/completions", json={"prompt": "golden retriever"})
     assert drawn.json()["usage"]["completion_tokens"] == GEOMETRY.tokens
+
+
+def test_the_benchmark_client_asks_for_classes(http: httpx.Client, served: Path, tmp_path: Path) -> None:
+    """As docs/models.md says: a data set whose prompts are classes."""
+    prompts = ["golden retriever", "1", "goldfish"]
+    (tmp_path / "classes.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in prompts))
+    done = preloaded.run(
+        [
+            str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--backend", "openai-images",
+            "--endpoint", "/v1/images/generations", "--base-url", str(http.base_url), "--model", "llamagen",
+            "--tokenizer", str(served), "--dataset-name", "custom", "--dataset-path", "classes.jsonl",
+            "--skip-chat-template", "--num-prompts", "3", "--save-result", "--result-filename", "out.json",
+        ],
+        tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["completed"], result["failed"]) == (3, 0)
+    assert result["total_output_tokens"] == 3 * GEOMETRY.tokens

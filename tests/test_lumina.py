@@ -4,17 +4,21 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from dense_lumina import Chameleon, DenseLumina, full
-from inprocess import KERNELS, Engine, in_process  # noqa: F401
-from test_emu3 import Rules, check_company, check_compressed, check_replays, joining, params
+from inprocess import Engine, check_evaluation, evaluate_here, evaluation, in_process  # noqa: F401
+from test_emu3 import COMPRESSED, Rules, check_company, check_compressed, check_replays, joining, params
+from typer.testing import CliRunner
 
+from vllm_kvcompress.cli import app
 from vllm_kvcompress.heads.calibrate import PROMPTS
 from vllm_kvcompress.models.aligned import RATIOS
 from vllm_kvcompress.models.lumina import model as lumina
 from vllm_kvcompress.models.lumina.family import trained_grid
 from vllm_kvcompress.models.registry import family_of
+from vllm_kvcompress.scheduler import REPORT
 from vllm_kvcompress.testing.lumina import (
     LuminaGeometry,
     build_tokenizer,
@@ -97,8 +101,7 @@ def test_greedy_pictures_equal_both_references(
     assert drawn == [chameleon.draw((ids, no), scale, GRIDS[size], vocabulary) for ids, no, scale in asked]
 
 
-@pytest.mark.parametrize(("preset", "size", "budget"), [("line_ar", "wide", 0.5), ("fitted", "high", 0.45)])
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("preset", "size", "budget", "kernels"), COMPRESSED)
 def test_compressed_pictures_equal_the_reference(
     folders: dict[str, Path], preset: str, size: str, budget: float, kernels: str
 ) -> None:
@@ -178,10 +181,48 @@ def test_replays_give_what_drawing_gave(folders: dict[str, Path]) -> None:
     check_replays(started(folders["published"], "wide", **section), section)
 
 
+def test_one_command_evaluates(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Likelihoods of known pictures, codes without the ends of lines."""
+    evaluate_here(monkeypatch)
+    codes = np.random.default_rng(0).integers(0, GEOMETRIES["published"].codes, (2, 32))
+    said = evaluation(
+        folders["published"], tmp_path / "eval", codes, ["a cat", "a dog"], "--size", SIZES["wide"]
+    )
+    check_evaluation(CliRunner().invoke(app, said), tmp_path / "eval")
+
+
 def test_calibration_draws_what_users_do(folders: dict[str, Path]) -> None:
     engine = started(folders["published"], "wide", preset="full")
     family, tokenizer = family_of(engine.model.config), engine.llm.get_tokenizer()
     assert family.calibration_ids(tokenizer, engine.image, 0) == engine.prompt(PROMPTS[0])
+
+
+def test_a_compiled_model_draws_what_an_eager_one_draws(tmp_path: Path) -> None:
+    """As ``vllm serve`` does by default: inductor gives an operation's memory away as soon as it may.
+
+    One layer, since compiling is what takes the time.
+    """
+    folder = make_lumina(tmp_path, LuminaGeometry(layers=1))
+    section = {"size": SIZES["square"], "preset": "fitted", "budget": 0.4}
+    drawn = []
+    for window, eager in ((1, True), (8, False)):
+        config = {"kvcompress": {**section, "window": window}}
+        engine = Engine.get(
+            folder,
+            additional_config=config,
+            max_model_len=256,
+            max_num_batched_tokens=256,
+            enforce_eager=eager,
+        )
+        asked = [engine.prompt(text) for text in ("a cat", "a dog by the sea", "two birds")]
+        drawn.append(engine.outputs(asked, [params(None, 3.0)] * 3))
+    compilation = engine.llm.llm_engine.vllm_config.compilation_config
+    assert (compilation.backend, compilation.mode.name) == ("inductor", "DYNAMO_TRACE_ONCE")
+    whole, windowed = ([out.outputs[0].token_ids for out in outputs] for outputs in drawn)
+    assert windowed == whole
+    assert min(out.kv_transfer_params[REPORT]["steps"] for out in drawn[1]) < engine.image.raster.tokens
 
 
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 6), (4, 6)])

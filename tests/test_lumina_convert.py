@@ -13,9 +13,12 @@ from dense_vq import DenseTaming
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
+from vllm.transformers_utils.config import get_config
 
+from vllm_kvcompress import last_word
 from vllm_kvcompress.cli import app
 from vllm_kvcompress.models.conversion import _take
+from vllm_kvcompress.models.lumina import unconverted
 from vllm_kvcompress.models.lumina.config import LuminaConfig
 from vllm_kvcompress.models.lumina.convert import VQ, VQ_PREFIX, convert
 from vllm_kvcompress.models.lumina.family import FAMILY
@@ -113,6 +116,8 @@ NORM = "model.layers.0.self_attn.k_norm.weight"
         ({}, {"decoder.up.0.block.0.conv1.weight": None}, "vqgan.ckpt is no VQ model of Chameleon"),
         ({}, {"quantize.embedding.weight": torch.zeros(41, 8)}, "the tokenizer has no id for IMGIMGEAZ"),
         ({}, {"decoder.up.2.upsample.conv.weight": torch.zeros(1)}, "decoder.up.2.upsample.conv.weight has"),
+        ({}, {"quantize.embedding.weight": torch.zeros(8)}, "vqgan.ckpt is no VQ model of Chameleon (vqgan"),
+        ({}, {"post_quant_conv.weight": torch.zeros(1 << 17, 1)}, "vqgan.ckpt: latent_channels must be a n"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(sources: Sources, changes: Change, vq_changes: Change, said: str) -> None:
@@ -220,6 +225,29 @@ def test_a_config_that_was_changed_is_refused(sources: Sources, changes: dict, s
     FAMILY.check(LuminaConfig(**config))
     with pytest.raises(ValueError, match=said):
         FAMILY.check(LuminaConfig(**{**config, **changes}))
+
+
+def test_a_server_of_unconverted_files_is_told(
+    sources: Sources, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Configured as vLLM does it; a Chameleon, whose files hold a VQ model, is left alone."""
+    last: list[str] = []
+    monkeypatch.setattr(last_word, "suspect", last.append)
+    monkeypatch.setattr(unconverted.logger, "propagate", False)
+    monkeypatch.setattr(unconverted.logger, "handlers", [caplog.handler])
+
+    def made() -> Any:
+        config = get_config(str(sources.model), trust_remote_code=False)
+        return unconverted.ChameleonArchConvertor(config, config.get_text_config()).convert()
+
+    assert made().architectures == ["ChameleonForConditionalGeneration"]
+    assert f"{sources.model} looks like a Lumina-mGPT" in last[0]
+    assert caplog.messages == last
+    sources.change({"model.vqmodel.quantize.embedding.weight": torch.zeros(1)})
+    made()
+    assert len(last) == 1
+    assert unconverted.is_lumina("Alpha-VLLM/Lumina-mGPT-7B-768")
+    assert not unconverted.is_lumina("facebook/chameleon-7b")
 
 
 def test_the_command(sources: Sources) -> None:

@@ -1,19 +1,27 @@
 """Checkpoints with fewer bytes a weight, as llm-compressor writes them: 8-bit (W8A8) and 4-bit (W4A16)."""
 
+import importlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from inprocess import Engine, in_process  # noqa: F401
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoConfig
 from vllm import SamplingParams
 
-from vllm_kvcompress.models.weights import CheckpointError
+from vllm_kvcompress.models.checkpoint import header
+from vllm_kvcompress.models.registry import ARCHITECTURES, FAMILIES
+from vllm_kvcompress.models.weights import CheckpointError, Ledger, quantised_tensors
+from vllm_kvcompress.testing.checkpoints import GQA, make_checkpoint
+from vllm_kvcompress.testing.emu3 import make_emu3
 
 GROUP = 32
 GREEDY = SamplingParams(temperature=0.0, logprobs=0)
@@ -61,55 +69,161 @@ FORMS: dict[str, tuple[Callable[[str, Tensor], tuple[Tensors, Tensor]], str, dic
 }
 
 
-def quantise(source: Path, target: Path, form: str) -> tuple[Path, Path]:
-    """(the quantised checkpoint, one in bfloat16 of the weights that it stands for)."""
+DECODER = r"(?:model\.)?(?:language_model|text_model)\.(?:model\.)?layers\."
+PARTS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+
+
+def quantise(source: Path, target: Path, form: str, plain_layer: int | None = None) -> tuple[Path, Path]:
+    """(the quantised checkpoint, one in bfloat16 of the weights that it stands for).
+
+    One layer may be left as it is, and named as llm-compressor names modules: as the published model does.
+    """
     convert, file_format, scheme = FORMS[form]
     plain = target / "plain"
     shutil.copytree(source, target / "packed")
     shutil.copytree(source, plain)
     packed: Tensors = {}
     meant: Tensors = {}
+    ignored = ["lm_head"]
     for name, tensor in load_file(source / "model.safetensors").items():
-        if "language_model.layers." in name and name.endswith("proj.weight"):
-            tensors, meant[name] = convert(name.removesuffix(".weight"), tensor.float())
-            packed |= tensors
-        else:
+        module = name.removesuffix(".weight")
+        if (found := re.match(DECODER + r"(\d+)\.(.+)", module)) is None or found[2] not in PARTS:
             packed[name] = meant[name] = tensor
+        elif int(found[1]) == plain_layer:
+            packed[name] = meant[name] = tensor
+            ignored.append(module)
+        else:
+            tensors, meant[name] = convert(module, tensor.float())
+            packed |= tensors
+    assert len(packed) > len(meant)
     for folder, tensors in ((target / "packed", packed), (plain, meant)):
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
     config = json.loads((target / "packed" / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "compressed-tensors", "format": file_format, "quantization_status": "compressed",
-        "ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], **scheme}},
+        "ignore": ignored, "config_groups": {"group_0": {"targets": ["Linear"], **scheme}},
     }  # fmt: skip
     (target / "packed" / "config.json").write_text(json.dumps(config))
     return target / "packed", plain
 
 
-def drawn(model: Path, backend: str | None) -> tuple[list[int], list[float]]:
+def drawn(model: Path, backend: str | None, **section: Any) -> tuple[list[int], list[float]]:
     """A greedy picture's tokens, and their log-probabilities."""
-    engine = Engine.get(model, backend, dtype="bfloat16", max_model_len=128)
+    engine = started(model, backend, **section)
     (out,) = engine.outputs([engine.prompt("a red bird")], GREEDY)
     steps = out.outputs[0].logprobs
     ids = list(out.outputs[0].token_ids)
     return ids, [step[token].logprob for step, token in zip(steps, ids, strict=True)]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_quantised_layers_draw_what_their_weights_say(
-    checkpoints: dict[str, Path], tmp_path: Path, form: str
-) -> None:
-    packed, plain = quantise(checkpoints["gqa-hf"], tmp_path, form)
-    ids, logs = drawn(packed, None)
-    expected_ids, expected = drawn(plain, None)
-    assert len(ids) == 64
-    same = next((n for n, (a, b) in enumerate(zip(ids, expected_ids, strict=True)) if a != b), 64)
+def started(model: Path, backend: str | None, **section: Any) -> Engine:
+    return Engine.get(model, backend, dtype="bfloat16", max_model_len=256, kvcompress=section)
+
+
+def linear_of(engine: Engine, layer: int) -> str:
+    """What a layer's matrices are to vLLM."""
+    return type(engine.model.language_model.layers[layer].self_attn.qkv_proj.quant_method).__name__
+
+
+def check_the_same(packed: Path, plain: Path, backend: str | None, **section: Any) -> None:
+    """A greedy picture is the same, but for the rounding of activations; guidance is 5."""
+    ids, logs = drawn(packed, backend, **section)
+    expected_ids, expected = drawn(plain, backend, **section)
+    assert len(ids) >= 28
+    same = next((n for n, (a, b) in enumerate(zip(ids, expected_ids, strict=True)) if a != b), len(ids))
     assert same > 8
     apart = [abs(a - b) for a, b in zip(logs[:same], expected[:same], strict=True)]
-    assert sum(apart) / same < 0.1  # activations of the 8-bit form are rounded as well, and guidance is 5
-    engine = Engine.get(packed, None, dtype="bfloat16", max_model_len=128)
-    linear = engine.model.language_model.layers[0].self_attn.qkv_proj
-    assert "CompressedTensors" in type(linear.quant_method).__name__
+    assert sum(apart) / same < 0.1
+
+
+@pytest.fixture(scope="module")
+def published(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By layout."""
+    folder = tmp_path_factory.mktemp("published")
+    deepseek = make_checkpoint(folder / "deepseek", layout="deepseek", geometry=GQA, seed=0)
+    return {"hf": checkpoints["gqa-hf"], "deepseek": deepseek, "emu3": make_emu3(folder / "emu3")}
+
+
+@pytest.mark.parametrize(
+    ("layout", "form", "plain_layer"), [("hf", "int8", None), ("hf", "int4", 0), ("deepseek", "int8", 0)]
+)
+def test_quantised_layers_draw_what_their_weights_say(
+    published: dict[str, Path], tmp_path: Path, layout: str, form: str, plain_layer: int | None
+) -> None:
+    """With and without a layer that was left as it was."""
+    packed, plain = quantise(published[layout], tmp_path, form, plain_layer)
+    check_the_same(packed, plain, None)
+    kinds = [linear_of(started(packed, None), layer) for layer in range(2)]
+    assert [("CompressedTensors" in kind) for kind in kinds] == [plain_layer != 0, True]
+
+
+def test_an_emu3_may_be_quantised_in_part(published: dict[str, Path], tmp_path: Path) -> None:
+    packed, plain = quantise(published["emu3"], tmp_path, "int8", 1)
+    """Its first tokens: weights this large soon draw other pictures from rounded activations."""
+    section = {"preset": "full", "size": "28x16", "window": 1}
+    engines = [started(folder, "kvcompress", **section) for folder in (packed, plain)]
+    asked = [engines[0].prompt(text) for text in ("a cat", "a portrait of a girl", "two birds")]
+    ours, meant = ([out.outputs[0] for out in engine.outputs(asked, GREEDY)] for engine in engines)
+    for one, other in zip(ours, meant, strict=True):
+        assert len(one.token_ids) == 4 * 8
+        token = one.token_ids[0]
+        assert token == other.token_ids[0]
+        assert abs(one.logprobs[0][token].logprob - other.logprobs[0][token].logprob) < 0.2
+    kinds = [linear_of(engines[0], layer) for layer in range(2)]
+    assert [("CompressedTensors" in kind) for kind in kinds] == [True, False]
+
+
+PUBLISHED = {  # model type and architecture -> what stands in front of "layers"
+    ("janus", "JanusForConditionalGeneration"): ["model.language_model.", "language_model.model."],
+    ("llamagen", "LlamaGenForImageGeneration"): ["language_model."],
+    ("emu3", "Emu3ForConditionalGeneration"): ["text_model.model.", "model.text_model."],
+    ("lumina_mgpt", "LuminaMGPTForImageGeneration"): ["model."],
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_modules_are_named_as_their_tensors(kind: tuple[str, str]) -> None:
+    """What a quantiser leaves out by name, in every family's published spelling, and already in ours."""
+    family = importlib.import_module(FAMILIES[kind[0]]).FAMILY
+    module, _, name = ARCHITECTURES[kind[1]].partition(":")
+    mapper = getattr(importlib.import_module(module), name).hf_to_vllm_mapper
+    end = "layers.0.mlp.down_proj"
+    for prefix in (*PUBLISHED[kind], "language_model."):
+        assert (mapper.map_name(prefix + end) if mapper else prefix + end) == f"language_model.{end}"
+    for prefix in PUBLISHED[kind]:
+        assert family.canonical_name(f"{prefix}{end}.weight") == f"language_model.{end}.weight"
+
+
+class Online:
+    """As vLLM's online modes: one weight, loaded as it was published, and quantised afterwards."""
+
+
+def test_modes_that_quantise_while_loading_take_plain_checkpoints(checkpoints: dict[str, Path]) -> None:
+    """All linear layers are vLLM's to check; nothing beside the published tensors is asked for."""
+    folder = checkpoints["tiny-hf"]
+    config = AutoConfig.from_pretrained(folder)
+    layers = nn.ModuleList()
+    for _ in range(config.get_text_config().num_hidden_layers):
+        layer = nn.Module()
+        for owner, names in (("self_attn", ("qkv_proj", "o_proj")), ("mlp", ("gate_up_proj", "down_proj"))):
+            layer.add_module(owner, nn.ModuleDict({name: nn.Linear(1, 1, bias=False) for name in names}))
+            for linear in layer.get_submodule(owner).values():
+                linear.quant_method = Online()
+        layers.append(layer)
+    model: Any = SimpleNamespace(language_model=SimpleNamespace(layers=layers))
+    packed = quantised_tensors(model)
+    assert packed
+    assert all(held == {name} for name, held in packed.items())
+    tensors = list(header(folder / "model.safetensors"))
+    for left_out in (None, "model.language_model.layers.1.mlp.up_proj.weight"):
+        ledger = Ledger(config, packed=packed)
+        for name, shape in tensors:
+            if name != left_out:
+                ledger.take(name, shape)
+        if left_out is None:
+            ledger.close()
+    with pytest.raises(CheckpointError, match=r"lacks tensor language_model.layers.1.mlp.up_proj.weight"):
+        ledger.close()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,52 +1,113 @@
-"""Two ranks draw, and say of a picture, what one process does: full and compressed cache, both layouts, GQA.
+"""Two ranks draw, and say of a picture, what one process does: full and compressed cache, GQA, every family.
 
 Two processes on the CPU, float32. One process can plan its heads as two ranks have to, with as many of every
-type among each rank's: then both hold the same tokens in every head.
+type among each rank's: then both hold the same tokens in every head. Each measures its heads by itself.
 """
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import preloaded
 import pytest
+import test_emu3
+import test_llamagen
+import test_lumina
+from conftest import share_model_infos
 from engine_process import V1, EngineProcess
-from test_v2_runner import Prompts, mixed_requests
+from test_v2_runner import Prompts, mixed_requests, seeded_requests
 
-from vllm_kvcompress.testing.checkpoints import GQA, SMALL_24
+from vllm_kvcompress.heads.profile import HeadProfile
+from vllm_kvcompress.testing.checkpoints import GQA, SMALL_24, make_checkpoint
+from vllm_kvcompress.testing.llamagen import make_llamagen
+from vllm_kvcompress.testing.lumina import make_lumina
 
 RANKS, WORDS = 2, 8
-DECOUPLED = {"preset": "decoupled", "budget": 0.2}
-# name -> checkpoint, kvcompress section (None: vLLM's own attention), pictures
-CASES: dict[str, tuple[str, dict[str, Any] | None, int]] = {
-    "vLLM's cache, gqa": ("gqa-hf", None, 3),
-    "fitted, gqa": ("gqa-hf", {"budget": 0.4}, 3),
-    "decoupled, original layout, 144 tokens": ("twelve-deepseek", DECOUPLED, 1),
+DECOUPLED: dict[str, Any] = {"preset": "decoupled", "budget": 0.2}
+ONE_KV_HEAD, SIX = replace(GQA, kv_heads=1, lines=5), replace(SMALL_24, lines=6)
+LUMINA, LLAMAGEN = "published", "bare"  # geometries of four heads
+
+
+@dataclass(frozen=True)
+class Case:
+    """``section``: kvcompress's (None: vLLM's own attention); ``tokens`` of each of the ``pictures``."""
+
+    model: str
+    section: dict[str, Any] | None
+    pictures: int
+    tokens: int
+
+
+CASES = {
+    "vLLM's cache, gqa": Case("five-gqa-hf", None, 5, 25),
+    "fitted, gqa": Case("five-gqa-hf", {"budget": 0.5}, 3, 25),
+    "one KV head on both ranks": Case("one-kv-head", None, 1, 25),
+    "vLLM's cache, original layout": Case("six-deepseek", None, 1, 36),
+    "fitted, original layout, windows": Case("six-deepseek", {"budget": 0.4, "window": 6}, 2, 36),
+    "decoupled, original layout": Case("twelve-deepseek", DECOUPLED, 1, 144),
+    "Lumina-mGPT": Case("lumina", {"preset": "line_ar", "budget": 0.5, "size": "32x16"}, 1, 36),
+    "LlamaGen": Case("llamagen", {"preset": "line_ar", "budget": 0.5}, 1, 36),
 }
-SIZE = {"twelve-deepseek": replace(SMALL_24, lines=12), "gqa-hf": GQA}
+FAMILIES = ("Lumina-mGPT", "LlamaGen")  # that don't chat
 Drawn = dict[str, dict[str, Any]]
 
 
-def jobs(checkpoints: dict[str, Path], profile: Path, ranks: int) -> list[dict[str, Any]]:
+def asked(case: Case, model: Path) -> list[list[dict[str, Any]]]:
+    """Waves: pictures, and from Janus a chat about one."""
+    if case.model == "lumina":
+        prompts = test_lumina.asked_for(LUMINA, "wide")[2:3]
+        params = [test_emu3.params(*rest) for _, *rest in prompts]
+        return [
+            [
+                {"ids": ids, "params": {"temperature": 0.0, "extra_args": one.extra_args}}
+                for (ids, *_), one in zip(prompts, params, strict=True)
+            ]
+        ]
+    if case.model == "llamagen":
+        away = {"guidance_scale": 2.5, "negative_prompt_token_ids": [7]}
+        return [[{"ids": [n], "params": {"temperature": 0.0, "extra_args": away}} for n in (3,)]]
+    prompts = Prompts(model)
+    pictures = mixed_requests(prompts)[: min(case.pictures, 3)]
+    if case.pictures > 3:
+        sampled = seeded_requests(prompts, pictures[0])
+        pictures += [sampled[0], sampled[2]]
+    chat = {"temperature": 0.0, "max_tokens": WORDS, "ignore_eos": True}
+    return [pictures, [{"ids": prompts.looking(7), "photos": [(90, 40)], "params": chat}]]
+
+
+def jobs(models: dict[str, Path], profile: Path, ranks: int) -> list[dict[str, Any]]:
     found = []
-    for name, (checkpoint, section, pictures) in CASES.items():
-        model = checkpoints[checkpoint]
+    for name, case in CASES.items():
+        model, section = models[case.model], case.section
         args: dict[str, Any] = {
-            "model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 320,
-            "max_num_seqs": 4, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 2**26,
+            "model": str(model), "dtype": "float32", "enforce_eager": True,
+            "max_model_len": 256 if case.model in ("lumina", "llamagen") else 320,
+            "max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 2**26,
             "tensor_parallel_size": ranks,
         }  # fmt: skip
+        if case.model == "llamagen":
+            args["max_model_len"] = 37
+        if section is DECOUPLED:
+            section = {**section, "head_profile": str(profile)}
+        args["additional_config"] = {"kvcompress": {"window": 1, **(section or {})}}
         if section is not None:
-            if section is DECOUPLED:
-                section = {**section, "head_profile": str(profile)}
-            args |= {"attention_backend": "kvcompress", "additional_config": {"kvcompress": section}}
-        prompts = Prompts(model)
-        asked = {"temperature": 0.0, "max_tokens": WORDS, "ignore_eos": True}
-        chat = {"ids": prompts.looking(7), "photos": [(90, 40)], "params": asked}
-        waves = [mixed_requests(prompts)[:pictures], [chat]]
-        found.append({"name": name, "args": args, "waves": waves, "as_ranks": RANKS})
+            args["attention_backend"] = "kvcompress"
+        found.append({"name": name, "args": args, "waves": asked(case, model), "as_ranks": RANKS})
     return found
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        **checkpoints,
+        "one-kv-head": make_checkpoint(root / "one", layout="hf", geometry=ONE_KV_HEAD, seed=0),
+        "six-deepseek": make_checkpoint(root / "six-deepseek", layout="deepseek", geometry=SIX, seed=0),
+        "lumina": make_lumina(root / "lumina", test_lumina.GEOMETRIES[LUMINA]),
+        "llamagen": make_llamagen(root / "llamagen", test_llamagen.GEOMETRIES[LLAMAGEN], "bare"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -63,54 +124,82 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Each has its own: nobody has measured these heads yet."""
+    found = {ranks: tmp_path_factory.mktemp(f"cache-{ranks}") for ranks in (RANKS, 1)}
+    for root in found.values():
+        share_model_infos(root, tmp_path_factory)
+    return found
+
+
+@pytest.fixture(scope="module")
 def drawn(
-    checkpoints: dict[str, Path], profile: Path, tmp_path_factory: pytest.TempPathFactory, own_cache: str
+    models: dict[str, Path], profile: Path, caches: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Drawn]:
     folder, found = tmp_path_factory.mktemp("ranks"), {}
-    # A cache of its own: nobody has measured these heads yet, and the second start finds the first one's.
-    env = {**V1, "VLLM_CACHE_ROOT": own_cache}
-    for ranks in (RANKS, 1):
-        process = EngineProcess(
-            folder / str(ranks), env, jobs(checkpoints, profile, ranks), start=preloaded.Popen
-        )
+    for ranks, cache in caches.items():
+        env = {**V1, "VLLM_CACHE_ROOT": str(cache)}
+        process = EngineProcess(folder / str(ranks), env, jobs(models, profile, ranks), start=preloaded.Popen)
         found[ranks] = {**process.finish(), "log": process.log}
     return found
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_equal_one_process(drawn: dict[int, Drawn], case: str) -> None:
-    checkpoint, _, pictures = CASES[case]
     two, one = (drawn[ranks][case]["waves"] for ranks in (RANKS, 1))
-    assert [len(tokens) for tokens in two[0]] == [SIZE[checkpoint].image_tokens] * pictures
+    wanted = CASES[case]
+    assert [len(tokens) for tokens in two[0]] == [wanted.tokens] * wanted.pictures
     assert two == one
-    assert [len(words) for words in two[1]] == [WORDS], "of a chat with a picture"
-    assert len({tuple(tokens) for tokens in two[0]}) == pictures
+    if case not in FAMILIES:
+        assert [len(words) for words in two[1]] == [WORDS], "of a chat with a picture"
+    assert len({tuple(tokens) for tokens in two[0]}) == wanted.pictures
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_reports_count_all_ranks(drawn: dict[int, Drawn], case: str) -> None:
-    (two, _), (one, _) = (drawn[ranks][case]["held"] for ranks in (RANKS, 1))
+    (two, *_), (one, *_) = (drawn[ranks][case]["held"] for ranks in (RANKS, 1))
+    copies = 2 if CASES[case].model == "one-kv-head" else 1  # held by each rank
     for mine, alone in zip(two, one, strict=True):
         mine, alone = mine["kv_cache"], alone["kv_cache"]
-        assert mine["full_bytes"] == alone["full_bytes"]
+        assert mine["full_bytes"] == copies * alone["full_bytes"]
         # Each rank's page is a whole number of cache lines, which here are a tenth of one.
-        assert mine["resident_bytes"] == pytest.approx(alone["resident_bytes"], rel=0.1)
-        for name in ("evicted_spatial", "evicted_semantic"):
+        assert mine["resident_bytes"] == pytest.approx(copies * alone["resident_bytes"], rel=0.1)
+        for name in ("evicted_spatial", "evicted_semantic", "steps"):
             assert mine[name] == alone[name]
 
 
 def test_eviction_had_a_say(drawn: dict[int, Drawn]) -> None:
     """Or equality would prove nothing for the compressed cache."""
-    full, fitted, decoupled = (drawn[RANKS][case] for case in CASES)
-    assert full["waves"] != fitted["waves"]
-    [[report], _] = decoupled["held"]
+    for full, fitted in (
+        ("vLLM's cache, gqa", "fitted, gqa"),
+        ("vLLM's cache, original layout", "fitted, original layout, windows"),
+    ):
+        assert drawn[RANKS][full]["waves"][0][0] != drawn[RANKS][fitted]["waves"][0][0]
+    [[report], _] = drawn[RANKS]["decoupled, original layout"]["held"]
     assert report["kv_cache"]["evicted_spatial"] > 90
     assert report["kv_cache"]["evicted_semantic"] > 90
+    [windowed, _] = drawn[RANKS]["fitted, original layout, windows"]["held"]
+    assert min(report["kv_cache"]["steps"] for report in windowed) < 36
 
 
 def test_the_heads_were_measured_once_and_one_rank_speaks(drawn: dict[int, Drawn]) -> None:
     log = str(drawn[RANKS]["log"])
-    assert log.count("Head profile calibrated, kept in") == 1
-    assert log.count("kvcompress: preset") == sum(section is not None for _, section, _ in CASES.values())
+    fitted = {case.model for case in CASES.values() if case.section and "preset" not in case.section}
+    assert log.count("Head profile calibrated, kept in") == len(fitted)
+    assert log.count("kvcompress: preset") == sum(case.section is not None for case in CASES.values())
     assert "on each of 2 ranks" in log
-    assert "calibrated" not in str(drawn[1]["log"])
+
+
+@pytest.mark.parametrize("model", ["five-gqa-hf", "six-deepseek"])
+def test_ranks_measure_what_one_process_measures(
+    drawn: dict[int, Drawn], caches: dict[int, Path], model: str
+) -> None:
+    """Of every head, in the order of the whole model's heads."""
+    two, one = (
+        HeadProfile.load(path)
+        for ranks in (RANKS, 1)
+        for path in (caches[ranks] / "kvcompress" / "head_profiles").glob(f"{model}-*.json")
+    )
+    assert len({tuple(row) for row in one.scores}) > 1
+    np.testing.assert_allclose(two.scores, one.scores, rtol=1e-4)
+    np.testing.assert_allclose(two.loss_curves.losses, one.loss_curves.losses, rtol=2e-3, atol=1e-9)

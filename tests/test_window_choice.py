@@ -129,6 +129,40 @@ def test_finds_the_window_that_pays(cost: Callable, tokens: dict[int, float], be
     assert plain / spent > 0.75 * rate[best] / rate[1]
 
 
+def beside(others: int, cost: Callable[[int], float], steps: int = 2000) -> tuple[float, WindowChoice]:
+    """Mean length, in plain steps, of the steps of one picture beside texts; most drafts stand."""
+    rng, choice, spent = random.Random(0), WindowChoice(), 0.0
+    for _ in range(steps):
+        n = choice.choose(1, others)
+        took = cost(n + others)
+        choice.learn(1, n, took * rng.uniform(0.97, 1.03), max(1.0, 0.9 * n), others)
+        spent += took
+    return spent / steps / cost(1 + others), choice
+
+
+@pytest.mark.parametrize("others", [1, 3, 16])
+def test_texts_are_not_slowed(others: int) -> None:
+    """A step is as long as it has rows: whatever windows bring the picture, a text waits for them."""
+    longer, _ = beside(others, lambda rows: float(rows))
+    assert longer < 1.03
+
+
+def test_windows_that_cost_texts_nothing_are_used() -> None:
+    """A step is as long as the weights are: as many as 16 places more are a tenth of it at most."""
+    longer, choice = beside(16, lambda rows: 100.0 + 0.5 * rows)
+    assert longer < 1.1
+    assert choice.choose(1, 16) == 16
+
+
+def test_steps_beside_texts_are_not_taken_for_others() -> None:
+    """A picture beside texts has its window back when they are gone."""
+    _, choice = beside(16, lambda rows: float(rows), 200)
+    for _ in range(200):
+        choice.learn(1, n := choice.choose(1), 10.0 + 0.1 * n, max(1.0, 0.9 * n))
+    assert choice.choose(1) == 16
+    assert choice.choose(1, 16) == 1
+
+
 def test_a_number_is_what_it_says() -> None:
     choice = WindowChoice((8,))
     for _ in range(600):

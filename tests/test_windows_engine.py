@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from unittest import mock
 
@@ -37,12 +39,21 @@ def tiny(checkpoints: dict[str, Path]) -> Path:
     return checkpoints["tiny-hf"]
 
 
-def engine(model: Path, window: int | str, cache: str = "full cache", **section: object) -> Engine:
+def engine(
+    model: Path, window: int | str, cache: str = "full cache", budget: float = 0.3, **section: object
+) -> Engine:
     """An engine with windows; ``cache`` is a preset, or vLLM's own attention."""
     if cache == "full cache":
         return Engine.get(model, None, additional_config={"kvcompress": {"window": window}}, **SMALL)
-    section = {"window": window, "preset": cache, "budget": 0.3, **section}
+    section = {"window": window, "preset": cache, "budget": budget, **section}
     return Engine.get(model, kvcompress=section, **SMALL)
+
+
+@contextmanager
+def places(*windows: int) -> Iterator[None]:
+    """Steps of engines with windows have these many places, in turn."""
+    with mock.patch.object(WindowChoice, "choose", side_effect=cycle(windows)):
+        yield
 
 
 def prompts(engine: Engine) -> list[list[int]]:
@@ -66,30 +77,37 @@ def drafts(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-CACHES = ["full cache", *(name for name, preset in PRESETS.items() if preset.evicts)]
-OTHERS = [name for name in CACHES if name not in ("full cache", "fitted")]
+EVICTING = [name for name, preset in PRESETS.items() if preset.evicts]
+BUDGETS = {3: 0.2, 8: 1 / 6, 16: 1.0}
 
 
 @pytest.mark.parametrize(
-    ("cache", "window"),
+    ("cache", "windows", "budget"),
     [
-        *((cache, window) for cache in ("full cache", "fitted") for window in (2, 3, 8, 16)),
+        ("full cache", (2, 3, 8, 16), 0.3),
+        ("fitted", (2, 3, 8, 16), 0.3),
+        *((cache, (3, 16), 0.3) for cache in EVICTING if cache != "fitted"),
         *(
-            (cache, 3 + 5 * (n % 2))
-            for n, cache in enumerate(CACHES)
-            if cache not in ("full cache", "fitted")
+            (cache, (window,), budget)
+            for cache in ("fitted", "line_ar")
+            for window, budget in BUDGETS.items()
         ),
     ],
 )
-def test_the_same_pictures(tiny: Path, cache: str, window: int) -> None:
-    """Greedy and seeded, guided and not, top-k and top-p, 16 at once, then fewer, then one."""
-    plain, windowed = engine(tiny, 1, cache), engine(tiny, window, cache)
-    wanted = plain.draw(prompts(plain), MIXED)
-    drawn = windowed.outputs(prompts(plain), MIXED)
-    assert [list(out.outputs[0].token_ids) for out in drawn] == wanted
-    assert min(steps(drawn)) < PICTURE, "some drafts stood"
-    assert windowed.draw(prompts(plain)[:3], MIXED[:3]) == wanted[:3]
-    assert windowed.draw(prompts(plain)[5:6], MIXED[5:6]) == wanted[5:6]
+def test_the_same_pictures(tiny: Path, cache: str, windows: tuple[int, ...], budget: float) -> None:
+    """Greedy and seeded, guided and not, top-k and top-p, many at once, then fewer, then one."""
+    plain, windowed = engine(tiny, 1, cache, budget), engine(tiny, 16, cache, budget)
+    many = slice(16 if len(windows) > 2 else 7)
+    asked, params = prompts(plain)[many], MIXED[many]
+    wanted = plain.draw(asked, params)
+    for window in windows:
+        with places(window):
+            drawn = windowed.outputs(asked, params)
+            assert [list(out.outputs[0].token_ids) for out in drawn] == wanted
+            assert min(steps(drawn)) < PICTURE, "some drafts stood"
+    with places(*windows):
+        assert windowed.draw(asked[:3], params[:3]) == wanted[:3]
+        assert windowed.draw(asked[4:5], params[4:5]) == wanted[4:5]
 
 
 @pytest.mark.parametrize("kernels", ["torch", "cpu"])
@@ -105,7 +123,7 @@ def test_grouped_queries_and_both_kernels(checkpoints: dict[str, Path], kernels:
 def test_whole_pictures_of_both_layouts(
     checkpoints: dict[str, Path], model: str, backend: str | None
 ) -> None:
-    """576 of 576 tokens on the published grid."""
+    """576 of 576 tokens on the published grid, in windows of every length."""
     drawn = []
     for window in (1, 16):
         section = {"window": window}
@@ -113,7 +131,8 @@ def test_whole_pictures_of_both_layouts(
         using = Engine.get(
             checkpoints[model], backend, max_model_len=640, kv_cache_memory_bytes=2**27, **settings
         )
-        drawn.append(using.draw([using.prompt(text) for text in TEXTS[:3]], MIXED[:3]))
+        with places(16, 2, 8, 3):
+            drawn.append(using.draw([using.prompt(text) for text in TEXTS[:2]], MIXED[:2]))
     assert drawn[0] == drawn[1]
     assert {len(tokens) for tokens in drawn[0]} == {576}
 
@@ -126,17 +145,17 @@ def test_any_draft_is_right(tiny: Path, cache: str, drafts: None) -> None:
 
 
 @pytest.mark.parametrize("window", [2, 3, 8, 16])
-@pytest.mark.parametrize("cache", ["full cache", "fitted"])
+@pytest.mark.parametrize("cache", ["full cache", "fitted", "h2o"])
 def test_right_drafts_take_the_fewest_steps(tiny: Path, cache: str, window: int) -> None:
     """Cut at every line's end with a compressed cache, at the picture's alone with the full one."""
-    plain, windowed = engine(tiny, 1, cache), engine(tiny, window, cache)
+    plain, windowed = engine(tiny, 1, cache), engine(tiny, 16, cache)
     asked, params = [plain.prompt(TEXTS[1])] * 3, [MIXED[1]] * 3
     (truth,) = plain.draw(asked[:1], params[:1])
 
     def told(self: drawing.Drawing, count: int) -> list[int]:
         return truth[self.known :][:count]
 
-    with mock.patch.object(drawing.Drawing, "drafts", told):
+    with mock.patch.object(drawing.Drawing, "drafts", told), places(window):
         drawn = windowed.outputs(asked, params)
     assert [list(out.outputs[0].token_ids) for out in drawn] == [truth] * 3
     # The prompt's step draws the first token; the last is never fed.
@@ -151,7 +170,9 @@ def test_windows_that_change_from_step_to_step(tiny: Path, cache: str) -> None:
     plain, windowed = engine(tiny, 1, cache), engine(tiny, 16, cache)
     wanted = plain.draw(prompts(plain), MIXED)
     free, rng = windowed.free, random.Random(1)
-    with mock.patch.object(WindowChoice, "choose", side_effect=lambda rows: rng.choice((1, 2, 5, 16))):
+    with mock.patch.object(
+        WindowChoice, "choose", side_effect=lambda rows, others: rng.choice((1, 2, 5, 16))
+    ):
         done = {}
         for n, prompt in enumerate(prompts(plain)):
             windowed.add(f"{cache} {n}", prompt, MIXED[n])
@@ -166,23 +187,29 @@ def test_windows_that_change_from_step_to_step(tiny: Path, cache: str) -> None:
     assert windowed.free == free
 
 
-def test_the_pages_after_every_step(tiny: Path) -> None:
-    """Of one picture: K, V, tokens, scores and victims of all types are those of one-by-one drawing."""
-    plain, windowed = engine(tiny, 1, "fitted"), engine(tiny, 5, "fitted")
-    seen = {}
-    for using in (plain, windowed):
-        using.add("picture", using.prompt(TEXTS[1]), MIXED[1])
-        while using.llm.llm_engine.has_unfinished_requests():
-            using.steps(1)
-            for request in using.scheduler.running:
-                computed = request.num_computed_tokens
-                held = _pages(using, request.request_id, computed)
-                if using is plain:
-                    seen[computed] = held
-                    continue
-                for mine, theirs in zip(held, seen[computed], strict=True):
-                    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    assert len(seen) > PICTURE - 2
+@pytest.mark.parametrize("cache", EVICTING)
+def test_the_pages_after_every_step(tiny: Path, cache: str) -> None:
+    """K, V, tokens, scores and victims of all types are those of one-by-one drawing; two pictures at once."""
+    plain, windowed = engine(tiny, 1, cache), engine(tiny, 16, cache)
+    seen, compared = {}, 0
+    for using, window in ((plain, 1), (windowed, 3), (windowed, 16)):
+        for n in (0, 1):
+            using.add(f"{window} {n}", using.prompt(TEXTS[n]), MIXED[n])
+        with places(window):
+            while using.llm.llm_engine.has_unfinished_requests():
+                using.steps(1)
+                for request in using.scheduler.running:
+                    picture = request.request_id.split("-")[0].split()[1]
+                    at = picture, request.num_computed_tokens
+                    held = _pages(using, request.request_id, request.num_computed_tokens)
+                    if using is plain:
+                        seen[at] = held
+                        continue
+                    compared += 1
+                    for mine, theirs in zip(held, seen[at], strict=True):
+                        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert len(seen) > 2 * PICTURE - 4
+    assert compared > 2 * PICTURE // 8
 
 
 def _pages(engine: Engine, name: str, computed: int) -> list[torch.Tensor]:
@@ -207,7 +234,7 @@ def _pages(engine: Engine, name: str, computed: int) -> list[torch.Tensor]:
 
 def test_a_compiled_models_memory_is_its_own(tiny: Path) -> None:
     """torch.compile puts other results where an operation's arguments were: nobody may look there later."""
-    plain, windowed = engine(tiny, 1, "fitted"), engine(tiny, 5, "fitted")
+    plain, windowed = engine(tiny, 1, "fitted"), engine(tiny, 8, "fitted")
     store = windowed.model.compressed
     attend = type(store).attend
 

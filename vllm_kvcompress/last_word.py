@@ -67,6 +67,13 @@ def _forget(name: str, owner: int) -> None:
         os.environ.pop(_FILE, None)
 
 
+def suspect(reason: str) -> None:
+    """What is printed last if the engine does not start and nothing better is known."""
+    listen()
+    with suppress(OSError):
+        Path(os.environ[_FILE]).write_text(" ".join(reason.split())[:1000])
+
+
 @contextmanager
 def heard() -> Iterator[None]:
     """A ValueError that leaves this block is a reason, of one line, not to start."""

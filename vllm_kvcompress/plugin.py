@@ -74,9 +74,11 @@ def _models() -> list[Change]:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.chat_templates.registry import register_chat_template_fallback_path
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
     from vllm_kvcompress.models.config import MultiModalityConfig
     from vllm_kvcompress.models.llamagen.config import LlamaGenConfig
+    from vllm_kvcompress.models.lumina import unconverted
     from vllm_kvcompress.models.lumina.config import LuminaConfig
     from vllm_kvcompress.models.registry import ARCHITECTURES, CHAT_TEMPLATES
     from vllm_kvcompress.models.vllm_config import JanusConfigCheck
@@ -92,6 +94,11 @@ def _models() -> list[Change]:
         *(partial(ModelRegistry.register_model, name, path) for name, path in ARCHITECTURES.items()),
         *(partial(set_item, MODELS_CONFIG_MAP, name, JanusConfigCheck) for name in ARCHITECTURES),
         *(partial(set_item, _CONFIG_REGISTRY, kind.model_type, kind) for kind in own),
+        partial(
+            MODEL_ARCH_CONFIG_CONVERTORS.setdefault,
+            unconverted.MODEL_TYPE,
+            unconverted.ChameleonArchConvertor,
+        ),
     ]
 
 

@@ -145,12 +145,10 @@ def groups(mode: str) -> list[Group | HttpGroup]:
             Group("shapes", shapes("shapes", (0, 4, 23)), (TRANSFORMERS, STOCK, *_SIXTHS), (1, 16), 2),
         ]
     if mode == "tiny":
-        return [
-            Group("bars", tiny("tiny"), _MAIN, (1, 2), 2),
-            HttpGroup("http", tiny("tiny-http"), (STOCK,), 1, 3, 2),
-        ]
+        return [Group("bars", tiny("tiny"), _MAIN, (1, 2), 2)]
     if mode == "tiny-more":  # engines of their own: tests/soak
         return [
+            HttpGroup("http", tiny("tiny-http"), (STOCK,), 1, 3, 2),
             Group("memory", tiny("tiny-memory", 2), (STOCK, OURS), (FIT,), 1, 12),
             Group("whole", replace(tiny("tiny-wide"), width=25), (STOCK, OURS), (2,), 1, whole=True),
         ]

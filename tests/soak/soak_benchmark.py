@@ -1,4 +1,4 @@
-"""The side-by-side benchmark's groups that need engines of their own: a fixed memory, a wider grid."""
+"""The side-by-side benchmark's groups that need engines of their own: HTTP, a fixed memory, a wider grid."""
 
 import sys
 from pathlib import Path
@@ -34,7 +34,15 @@ def test_whole_pictures_on_a_wider_grid(finished: Path) -> None:
         assert cell["whole_s"] > 24 * 25 * min(min(steps) for steps in cell["lines"].values()) / 2
 
 
+def test_http(finished: Path) -> None:
+    saturated, open_loop = cells_of(finished, workload="tiny-http")
+    assert (saturated["completed"], open_loop["completed"]) == (3, 3)
+    assert open_loop["rate"] == pytest.approx(0.7 * saturated["request_throughput"], abs=1e-3)
+    assert 0 < saturated["p50_e2el_ms"] <= saturated["p95_e2el_ms"] <= saturated["p99_e2el_ms"]
+
+
 def test_report_and_plots(finished: Path) -> None:
     text = finished.with_suffix(".md").read_text()
     assert [path.name for path in finished.parent.glob("*.png")] == ["tiny-tiny-wide.png"]
     assert "](tiny-tiny-wide.png)" in text
+    assert "over HTTP" in text

@@ -20,7 +20,9 @@ from vllm_kvcompress.attention.pages import HeadType, Plan, pages_from_bytes
 from vllm_kvcompress.attention.prefill import prefill
 from vllm_kvcompress.attention.recorder import Recorder
 from vllm_kvcompress.cache.layout import CacheLayout, at_once
+from vllm_kvcompress.cache.scratch import decode_bytes, window_bytes
 from vllm_kvcompress.cache.spec import HeadTypeSpec
+from vllm_kvcompress.config import MAX_WINDOW as LANES
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.windows.settings import describe, longest, window_config
 
@@ -161,20 +163,28 @@ class CompressedCache(nn.Module):
         if self._line:
             logger.info("%s", self._line)
             self._line = ""
-            logger.info("%s", describe(self._vllm_config, self._held_bytes()))
+            logger.info("%s", describe(self._vllm_config, self._window_bytes()))
 
-    def _held_bytes(self) -> int:
-        """Bytes of the longest window of one picture between its attention and its commit."""
-        layout = self._layout
-        assert layout is not None
+    def _window_bytes(self) -> int:
+        """Scratch of the longest window of one picture."""
+        assert self._layout is not None
         places = longest(window_config(self._vllm_config))
-        heads = 2 * layout.kv_heads * layout.layers
-        mass = sum(
-            layout.total(kind) * (layout.capacity(kind) + places)
-            for kind in range(len(layout.rules))
-            if layout.scores(kind)
-        )
-        return places * (heads * 2 * layout.head_size * layout.dtype.itemsize + 4 * mass)
+        if self._vllm_config.device_config.device_type != "cpu":
+            return window_bytes(self._layout, LANES, LANES * self._group)
+        return window_bytes(self._layout, places, places)
+
+    def scratch_bytes(self) -> int:
+        """What a step of as many pictures as there may be takes beside pages and activations, at most."""
+        assert self._layout is not None
+        config, pictures = window_config(self._vllm_config), self._vllm_config.scheduler_config.max_num_seqs
+        windows = 0 if config.window == 1 else min(config.window_rows, pictures)
+        return pictures * decode_bytes(self._layout, self._group) + windows * self._window_bytes()
+
+    @property
+    def _group(self) -> int:
+        """Query heads per KV head."""
+        text = self._vllm_config.model_config.hf_config.get_text_config()
+        return text.num_attention_heads // text.num_key_value_heads
 
     def _plans(self) -> dict[int, StepPlan]:
         """This step's plans, with block tables handed to the head types once per step."""
@@ -197,6 +207,11 @@ class CompressedCache(nn.Module):
                 {kind: plan.block_table[window.rows] for kind, plan in plans.items()} if window else {}
             )
         return plans
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a recorder attends in the pages' place."""
+        return self._recorder is not None
 
     @contextmanager
     def recording(self, recorder: Recorder) -> Iterator[None]:

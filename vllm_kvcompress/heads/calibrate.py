@@ -11,7 +11,7 @@ can be told how much memory a picture takes. Nothing here knows what model it is
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from torch import Tensor
 
 from vllm_kvcompress.attention.pages import BRANCHES
 from vllm_kvcompress.attention.recorder import Recorder
+from vllm_kvcompress.heads import memory
+from vllm_kvcompress.heads.full import FullCache, scores_of
 from vllm_kvcompress.heads.losses import LossMeter
 from vllm_kvcompress.policy import HeadRule, Raster
 
-DRAWN_AT_ONCE = 8
+DRAWN_TOGETHER = 8  # whose noise is one generator's, at once or not
 REPLAYED_AT_ONCE = 4
 LOCALITY_PROMPTS = (
     "a red apple on a wooden table, soft morning light",
@@ -91,79 +93,6 @@ class Subject:
 
 
 @dataclass
-class FullCache:
-    """Dense K and V of all layers, and the locality sums; rows draw in lock-step, one token a step.
-
-    Parameters
-    ----------
-    layers, kv_heads, head_size, steps : int
-        Geometry; ``steps`` is the longest row.
-    prefix : Tensor
-        ``[rows]`` int64, prompt tokens of each row.
-    image : int
-        Tokens of a picture; a row that has drawn them is no longer looked at.
-    neighbourhood : int
-        Image tokens before the query that count as near.
-    begins : Tensor or None
-        ``[rows, 2]`` int64: the first slot that each branch sees; a token before it sees itself.
-    """
-
-    layers: int
-    kv_heads: int
-    head_size: int
-    steps: int
-    prefix: Tensor
-    image: int
-    neighbourhood: int
-    dtype: torch.dtype
-    begins: Tensor | None = None
-    step: int = 0
-    outside: Tensor = field(init=False)
-    queries: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        shape = (self.layers, len(self.prefix), BRANCHES * self.kv_heads, self.steps, self.head_size)
-        self._k = torch.zeros(shape, dtype=self.dtype, device=self.prefix.device)
-        self._v = torch.zeros_like(self._k)
-        self.outside = torch.zeros(self.layers, self.kv_heads, dtype=torch.float64)
-        self.queries = torch.zeros(self.layers, dtype=torch.float64)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
-        """Full attention of one token a row. ``[rows, 2 * Hq, D]`` in, the same out."""
-        rows, _, size = k.shape
-        keys, values = self._k[layer], self._v[layer]
-        keys[:, :, self.step], values[:, :, self.step] = k, v
-        keys, values = keys[:, :, : self.step + 1], values[:, :, : self.step + 1]
-        grouped = q.view(rows, k.shape[1], -1, size)
-        logits = torch.einsum("rhgd,rhsd->rhgs", grouped.float(), keys.float()) * scale
-        if self.begins is not None:
-            begins = self.begins.clamp(max=self.step).repeat_interleave(self.kv_heads, 1)
-            hidden = torch.arange(self.step + 1, device=q.device) < begins[..., None]
-            logits = logits.masked_fill(hidden[:, :, None], -torch.inf)
-        weights = logits.softmax(-1)
-        self._score(weights, layer)
-        return torch.einsum("rhgs,rhsd->rhgd", weights, values.float()).to(q.dtype).reshape(q.shape)
-
-    def _score(self, weights: Tensor, layer: int) -> None:
-        """``weights``: ``[rows, 2 * Hkv, group, slots]`` probabilities of this step's queries."""
-        position = torch.arange(weights.shape[-1], device=weights.device)
-        image = position >= self.prefix[:, None]
-        near = position >= self.step - self.neighbourhood
-        total = (weights * image[:, None, None]).sum(-1)
-        far = (weights * (image & ~near)[:, None, None]).sum(-1)
-        share = torch.where(total > 0, far / total.clamp(min=1e-20), 0.0).mean(2)
-        drawing = (self.step >= self.prefix) & (self.step < self.prefix + self.image)
-        share = share[drawing].view(-1, BRANCHES, self.kv_heads).mean(1)
-        self.outside[layer] += share.sum(0).double().cpu()
-        self.queries[layer] += int(drawing.sum())
-
-    @property
-    def scores(self) -> Tensor:
-        """``[layers, kv_heads]`` float64 locality scores."""
-        return self.outside / self.queries.clamp(min=1)[:, None]
-
-
-@dataclass
 class Drawn:
     """Pictures of a batch of prompts, and what was seen while they were drawn.
 
@@ -181,9 +110,12 @@ def draw_full(
     neighbourhood: int,
     *,
     seed: int = 0,
+    at_once: int | None = None,
     progress: Progress | None = None,
 ) -> Drawn:
     """Draw a picture for each prompt with a full cache, and score the heads.
+
+    The noise of a row is the same however many are drawn at once: each pass makes that of all rows.
 
     Parameters
     ----------
@@ -191,10 +123,36 @@ def draw_full(
         The picture begins after each.
     neighbourhood : int
         Image tokens counted as near.
+    at_once : int, optional
+        Rows of a pass at most; all, if left out.
     """
-    device, image = subject.device, subject.raster.tokens
+    steps = max(map(len, prompts)) + subject.raster.tokens - 1
+    parts = list(memory.passes(len(prompts), at_once or len(prompts)))
+    ids, caches = [], []
+    for number, part in enumerate(parts):
+
+        def told(done: int, before: int = number * steps) -> None:
+            if progress is not None:
+                progress(before + done, len(parts) * steps)
+
+        drawn, cache = _draw_pass(subject, prompts, part, steps, neighbourhood, seed, told)
+        ids += drawn
+        caches.append(cache)
+    return Drawn(ids, scores_of(caches))
+
+
+def _draw_pass(
+    subject: Subject,
+    every: Sequence[Sequence[int]],
+    part: slice,
+    steps: int,
+    neighbourhood: int,
+    seed: int,
+    told: Callable[[int], None],
+) -> tuple[list[list[int]], FullCache]:
+    """Some of the rows: prompt and picture of each, and the cache, which lets go of K and V."""
+    device, image, prompts = subject.device, subject.raster.tokens, every[part]
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    steps = int(lengths.max()) + image - 1
     generator = torch.Generator(device=device).manual_seed(seed)
     ids = torch.tensor([p[0] for p in prompts], device=device)
     seen = [ids]
@@ -205,17 +163,18 @@ def draw_full(
         )  # fmt: skip
         with subject.recording(full):
             for full.step in range(steps):
-                logits = subject.step(ids, torch.full_like(ids, full.step))
-                drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator).flatten()
-                drawn = subject.agree(drawn)
+                likely = subject.step(ids, torch.full_like(ids, full.step)).softmax(-1)
+                # What torch.multinomial does, of which this is a part of the rows.
+                noise = likely.new_empty(len(every), likely.shape[1]).exponential_(generator=generator)
+                drawn = subject.agree((likely / noise[part]).argmax(-1))
                 given = [p[full.step + 1] if full.step + 1 < len(p) else -1 for p in prompts]
                 forced = torch.tensor(given, device=device)
                 ids = torch.where(forced >= 0, forced, drawn)
                 seen.append(ids)
-                if progress is not None:
-                    progress(full.step + 1, steps)
+                told(full.step + 1)
+    full.release()
     rows = torch.stack(seen, 1).tolist()
-    return Drawn([row[: len(p) + image] for row, p in zip(rows, prompts, strict=True)], full.scores)
+    return [row[: len(p) + image] for row, p in zip(rows, prompts, strict=True)], full
 
 
 @torch.inference_mode()
@@ -251,12 +210,12 @@ def measure_losses(
             out = meter.attend(*arguments)
             done += 1
             if progress is not None:
-                progress(done, batches * subject.layers)
+                progress(done, len(batches) * subject.layers)
             return out
 
-    batches = -(-len(pictures) // REPLAYED_AT_ONCE)
-    for first in range(0, len(pictures), REPLAYED_AT_ONCE):
-        part = pictures[first : first + REPLAYED_AT_ONCE]
+    batches = list(memory.passes(len(pictures), _replayed_at_once(subject, pictures)))
+    for batch in batches:
+        part = pictures[batch]
         steps = max(len(ids) for _, ids in part)
         rows = torch.tensor(
             [[*ids, *[ids[0]] * (steps - len(ids))] for _, ids in part], device=subject.device
@@ -267,6 +226,25 @@ def measure_losses(
             meter.begin(prefix, begins)
             subject.forward(rows.flatten(), torch.arange(steps, device=subject.device).repeat(len(part)))
     return meter.curves
+
+
+def _drawn_at_once(subject: Subject, steps: int) -> int:
+    row = memory.drawing_bytes(subject.layers, subject.kv_heads, subject.head_size, steps, subject.dtype)
+    return _agreed(subject, memory.rows_at_once(row, subject.device, "draw"))
+
+
+def _replayed_at_once(subject: Subject, pictures: Sequence[tuple[int, Sequence[int]]]) -> int:
+    hidden, columns = subject.output_weight(0).shape
+    row = memory.replaying_bytes(
+        hidden, columns // subject.head_size, subject.kv_heads, subject.head_size,
+        max(len(ids) for _, ids in pictures), subject.raster.width, subject.dtype,
+    )  # fmt: skip
+    return min(REPLAYED_AT_ONCE, _agreed(subject, memory.rows_at_once(row, subject.device, "measure")))
+
+
+def _agreed(subject: Subject, rows: int) -> int:
+    """The first rank's number: all ranks step together."""
+    return int(subject.agree(torch.tensor([rows], device=subject.device)))
 
 
 def measure(
@@ -293,16 +271,22 @@ def measure(
         ``[layers, kv_heads]`` locality scores; ``[layers, 2 * kv_heads, candidates]`` losses. float64.
     """
     first = len(LOCALITY_PROMPTS)
-    rest = [prompts[n : n + DRAWN_AT_ONCE] for n in range(first, len(prompts), DRAWN_AT_ONCE)]
+    rest = [prompts[n : n + DRAWN_TOGETHER] for n in range(first, len(prompts), DRAWN_TOGETHER)]
     batches = [prompts[:first], *rest]
-    per_batch = [max(map(len, batch)) + subject.raster.tokens - 1 for batch in batches]
+    at_once = _drawn_at_once(subject, max(map(len, prompts)) + subject.raster.tokens - 1)
+    per_batch = [
+        (max(map(len, batch)) + subject.raster.tokens - 1) * len(list(memory.passes(len(batch), at_once)))
+        for batch in batches
+    ]
     before, found = 0, []
     for seed, (batch, steps) in enumerate(zip(batches, per_batch, strict=True)):
 
         def told(done: int, _: int, before: int = before) -> None:
             progress("drawing", before + done, sum(per_batch))
 
-        found.append(draw_full(subject, batch, lines * subject.raster.width, seed=seed, progress=told))
+        found.append(
+            draw_full(subject, batch, lines * subject.raster.width, seed=seed, at_once=at_once, progress=told)
+        )
         before += steps
     pictures = [
         (len(prompt), ids)

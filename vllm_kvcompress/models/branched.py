@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from vllm_kvcompress import last_word
 from vllm_kvcompress.attention.pages import BRANCHES
@@ -30,6 +30,7 @@ from vllm_kvcompress.guidance import (
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.branched_llama import BranchedLlama
 from vllm_kvcompress.models.compression import plan_cache
+from vllm_kvcompress.models.profiled import measured
 from vllm_kvcompress.models.registry import family_of, image_model_of
 from vllm_kvcompress.models.vision import JanusVision
 from vllm_kvcompress.models.weights import load_weights
@@ -53,6 +54,7 @@ class BranchedImageModel(nn.Module):
 
     packed_modules_mapping = LlamaForCausalLM.packed_modules_mapping  # what quantisers name apart
     decoder: ClassVar[type[BranchedLlama]] = BranchedLlama
+    hf_to_vllm_mapper: ClassVar[WeightsMapper | None] = None  # names of layers that quantisers leave out
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -85,6 +87,7 @@ class BranchedImageModel(nn.Module):
         self._make_heads(text, prefix)
         self.image_logits = LogitsProcessor(self.image.codes)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.most_tokens, self.measured = tokens, False
         self._full_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self._embeds = self._places = None
         if vllm_config.compilation_config.cudagraph_mode.has_piecewise_cudagraphs():
@@ -147,6 +150,10 @@ class BranchedImageModel(nn.Module):
         embedded already; no picture is in the unconditional one, which only rows that draw look at. Nothing
         comes in ``intermediate_tensors``: the model has no pipeline stages.
         """
+        with measured(self, input_ids.shape[0]):
+            return self._forward(input_ids, positions, inputs_embeds)
+
+    def _forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None) -> Tensor:
         token_rows = self._token_rows(input_ids)
         uncond = unconditional_ids(input_ids, positions, self.image)
         if self._full_graphs or self.rows.negatives:  # a graph holds it for the rows to come
@@ -232,6 +239,11 @@ class BranchedImageModel(nn.Module):
         """See ``vllm_kvcompress.models.weights``."""
         with last_word.heard():
             return load_weights(self, weights)
+
+
+def decoder_named(*published: str) -> WeightsMapper:
+    """Where a checkpoint's modules of these prefixes are: in the decoder, as its tensors are."""
+    return WeightsMapper(orig_to_new_prefix=dict.fromkeys(published, "language_model."))
 
 
 def _held(memory: Tensor | None, value: Tensor) -> Tensor:

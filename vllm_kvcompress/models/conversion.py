@@ -28,6 +28,7 @@ WRAPPERS = ("model", "module", "state_dict")  # keys that published files have a
 _MARK = "sources.json"
 _CHUNK = 1 << 24  # bytes written at a time
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_SERVED = {"llamagen", "lumina_mgpt"}  # model types that converters write
 
 
 def load_state(path: Path, wrappers: tuple[str, ...] = WRAPPERS) -> dict[str, Tensor]:
@@ -99,14 +100,19 @@ class VQSizes:
         Raises
         ------
         KeyError, ValueError, IndexError
-            Such a decoder's tensors are not there.
+            Such a decoder's tensors are not there, or of no such sizes.
         """
         before = levels.partition("{")[0]
-        codes, embed = state["quantize.embedding.weight"].shape
+        codebook = "quantize.embedding.weight"
+        if state[codebook].ndim != 2:
+            raise ValueError(f"{codebook} of two dimensions")
+        codes, embed = state[codebook].shape
         z = state["post_quant_conv.weight"].shape[0]
         count = 1 + max(int(name[len(before) :].split(".")[0]) for name in state if name.startswith(before))
         widths = [state[f"{levels.format(n)}.0.conv1.weight"].shape[0] for n in range(count)]
         widths = widths if widest_first else widths[::-1]
+        if not widths[0]:
+            raise ValueError(f"channels in {levels.format(0 if widest_first else count - 1)}")
         block = levels.format(0)
         blocks = sum(name.startswith(f"{block}.") and name.endswith(".conv1.weight") for name in state)
         return cls(codes, embed, z, widths[0], [width // widths[0] for width in widths], blocks - 1)
@@ -124,16 +130,62 @@ def decoder_tensors(
         vq.check_missing(set(used.values()))
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
+    for name in used:
+        check_values(name, state[name], file)
     return {prefix + name: state[name] for name in used}
+
+
+def check_values(name: str, tensor: Tensor, file: str) -> None:
+    """Raise CheckpointError, one line, for a tensor that is not written as it is: sparse, integers, fp8."""
+    if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        kind = tensor.dtype if tensor.layout is torch.strided else tensor.layout
+        raise CheckpointError(f"{file}: tensor {name} holds {kind}, not one of {known}")
 
 
 def is_written(folder: Path, overwrite: bool) -> bool:
     """Whether a converted model is there, and to be left alone. CheckpointError for anything else there."""
-    if overwrite or not folder.exists():
+    if not folder.exists() or (overwrite and _is_empty(folder)):
         return False
-    if (folder / "config.json").is_file():
-        return True
-    raise CheckpointError(f"{folder} exists and is no converted model: name another, or give --overwrite")
+    if not _is_converted(folder):
+        raise CheckpointError(f"-o: {folder} exists and is no converted model: name another")
+    return not overwrite
+
+
+def _is_converted(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text("utf-8"))["model_type"] in _SERVED
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _check_place(folder: Path, sources: Sequence[Path]) -> None:
+    """Raise CheckpointError, one line, if what gives way to the new folder is not a converter's to remove."""
+    part, old = _part(folder), _old(folder)
+    for place in (folder, part, old):
+        for file in sources:
+            # A link as such is lost too, and a file that is reached by one.
+            if place.resolve() in (*file.absolute().parents, *file.resolve().parents):
+                raise CheckpointError(
+                    f"-o: {file} lies in {place}, which would be removed: name another folder"
+                )
+    for place in (part, old):
+        if place.exists() and not (_is_empty(place) or _is_converted(place) or (place / _MARK).is_file()):
+            raise CheckpointError(
+                f"-o: {place} is in the way and no converter's: move it, or name another folder"
+            )
+
+
+def _part(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.part")
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.old")
 
 
 def write_folder(
@@ -155,8 +207,15 @@ def write_folder(
         Name -> the tensors of a safetensors file.
     copies : mapping
         Name -> a file that goes in as it is: linked where the disk allows, else copied.
+
+    Raises
+    ------
+    CheckpointError
+        One line: the place is not a converter's, or a source lies in it.
     """
-    part = folder.with_name(f"{folder.name}.part")
+    folder = Path(os.path.abspath(folder))  # "." has no name to put another beside
+    _check_place(folder, sources)
+    part = _part(folder)
     stats = ((file.resolve(), file.stat()) for file in sources)
     mark = {str(n): [str(file), stat.st_size, stat.st_mtime_ns] for n, (file, stat) in enumerate(stats)}
     _continue(part, {"files": mark, "config": texts["config.json"]})
@@ -231,7 +290,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], bar: tqdm) -> None:
 def _put(part: Path, folder: Path) -> None:
     """The finished folder in its place; one that was there goes only when the new one can come."""
     (part / _MARK).unlink()
-    old = folder.with_name(f"{folder.name}.old")
+    old = _old(folder)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.replace(old)

@@ -32,7 +32,9 @@ def convert(
         int | None,
         typer.Option(min=1, help="Lumina-mGPT: 512, 768 or 1024, if the folder's name does not tell."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a converted model that is there.")
+    ] = False,
 ) -> None:
     """Turn published files that vllm serve can't take into one folder that it takes.
 

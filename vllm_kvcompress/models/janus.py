@@ -15,7 +15,7 @@ from vllm.model_executor.models.interfaces import MultiModalEmbeddings, Supports
 from vllm.model_executor.models.utils import _merge_multimodal_embeddings, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_kvcompress.models.branched import BranchedImageModel
+from vllm_kvcompress.models.branched import BranchedImageModel, decoder_named
 from vllm_kvcompress.models.pictures import PIXELS, DummyPictures, PictureInfo, PictureProcessor, looks
 from vllm_kvcompress.models.tokenizer import IMAGE
 from vllm_kvcompress.models.vision import JanusVision, pixels_of
@@ -28,6 +28,7 @@ class JanusForImageGeneration(BranchedImageModel, SupportsMultiModal):
 
     # The unconditional branch, and which rows draw, are read off the ids.
     requires_raw_input_tokens = True
+    hf_to_vllm_mapper = decoder_named("model.language_model.", "language_model.model.")
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)

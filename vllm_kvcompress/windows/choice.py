@@ -8,7 +8,10 @@ TRIAL = 4  # steps with a window never tried at so many pictures, and later with
 SOON, EVERY = 32, 256  # steps until a neighbour is tried; the pause doubles from the one to the other
 WORTH = 1.02  # a longer window must win by this much: its time varies more
 HOPELESS = 0.7  # of the best rate: then a neighbour is not tried again
+BESIDE = 1.1  # of a step without windows: what one may take while it brings others one token
 HOPE, TRUST = 0.5, 3  # before the first steps: the share of a window that stands, and as many steps' weight
+
+Group = tuple[int, int]  # bits of the numbers of pictures, and of rows beside them
 
 
 class _Tokens:
@@ -61,9 +64,12 @@ class _Trials:
 class WindowChoice:
     """Learns what a step costs and brings, and chooses by it.
 
-    A step's seconds depend on the pictures at once (by powers of two), the tokens that stand on the window.
-    Windows are tried from short to long, as long as they get better. What is chosen changes when tokens come,
-    never which.
+    A step's seconds depend on the pictures at once and on the rows beside them (by powers of two), the tokens
+    that stand on the window. Windows are tried from short to long, as long as they get better. What is chosen
+    changes when tokens come, never which.
+
+    Rows beside pictures are texts, and pictures that have no window: a step brings them one token however
+    long it is. So beside them no window is used that makes a step more than a tenth longer.
 
     Parameters
     ----------
@@ -74,38 +80,47 @@ class WindowChoice:
     def __init__(self, candidates: tuple[int, ...] = CANDIDATES) -> None:
         self.candidates = candidates
         self._tokens = {n: _Tokens(n) for n in candidates}
-        self._seconds: dict[tuple[int, int], _Seconds] = {}
-        self._trials: dict[int, _Trials] = {}
+        self._seconds: dict[tuple[Group, int], _Seconds] = {}
+        self._trials: dict[Group, _Trials] = {}
 
-    def choose(self, rows: int) -> int:
-        """Places of a row in a step of so many pictures."""
-        group = rows.bit_length()
+    def choose(self, rows: int, others: int = 0) -> int:
+        """Places of a row in a step of so many pictures, beside so many rows that have no window."""
+        group = rows.bit_length(), others.bit_length()
         best = self.candidates[0]
         for n in self.candidates:
             tried = self._seconds.get((group, n))
             if tried is None or tried.count < TRIAL:
                 return n
-            if n != best and self._rate(group, n) <= WORTH * self._rate(group, best):
+            worse = self._rate(group, n) <= WORTH * self._rate(group, best)
+            if n != best and (worse or self._delays(group, n, BESIDE)):
                 break  # longer ones are worse still
             best = n
         trials = self._trials.setdefault(group, _Trials())
         return self._neighbour(group, best, longer=trials.longer) if trials.due() else best
 
-    def learn(self, rows: int, places: int, seconds: float, tokens: float) -> None:
-        """What a step took, and how many tokens stood in the mean of its rows."""
+    def learn(self, rows: int, places: int, seconds: float, tokens: float, others: int = 0) -> None:
+        """What a step took, and how many tokens stood in the mean of its pictures."""
         if places not in self._tokens:
             return
         self._tokens[places].add(tokens)
-        self._seconds.setdefault((rows.bit_length(), places), _Seconds()).add(seconds)
+        group = rows.bit_length(), others.bit_length()
+        self._seconds.setdefault((group, places), _Seconds()).add(seconds)
 
-    def _rate(self, group: int, places: int) -> float:
+    def _delays(self, group: Group, places: int, most: float) -> bool:
+        """Whether a step of such a window is longer for rows beside pictures than so many plain ones."""
+        plain, seconds = self._seconds.get((group, 1)), self._seconds[group, places]
+        return bool(group[1]) and plain is not None and seconds.usual > most * plain.usual
+
+    def _rate(self, group: Group, places: int) -> float:
         seconds = self._seconds.get((group, places))
         return self._tokens[places].mean / max(seconds.usual, 1e-9) if seconds else 0.0
 
-    def _neighbour(self, group: int, best: int, *, longer: bool) -> int:
+    def _neighbour(self, group: Group, best: int, *, longer: bool) -> int:
         at = self.candidates.index(best) + (1 if longer else -1)
         if not 0 <= at < len(self.candidates):
             return best
         other = self.candidates[at]
-        untried = (group, other) not in self._seconds
-        return other if untried or self._rate(group, other) >= HOPELESS * self._rate(group, best) else best
+        if (group, other) not in self._seconds:
+            return other
+        hopeless = self._rate(group, other) < HOPELESS * self._rate(group, best)
+        return best if hopeless or self._delays(group, other, 1 / HOPELESS) else other

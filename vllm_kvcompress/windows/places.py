@@ -71,7 +71,7 @@ class DraftPlaces:
         self._drawing = sum(room is not None for room in rooms)
         self._places = 1
         if 0 < self._drawing <= self._most_rows:
-            self._places = self._choice.choose(self._drawing)
+            self._places = self._choice.choose(self._drawing, sum(map(_decodes, running)) - self._drawing)
         for request, room in zip(running, rooms, strict=True):
             request.spec_token_ids = [PLACEHOLDER] * min(room or 0, self._places - 1)
 
@@ -91,14 +91,11 @@ class DraftPlaces:
         if drawing and pure and not output.scheduled_new_reqs and tokens:
             others = rows - drawing  # texts, and pictures that can have no drafts: one token each
             drawn = sum(map(len, tokens)) - others
-            self._choice.learn(drawing, places, now - began, drawn / drawing)
+            self._choice.learn(drawing, places, now - began, drawn / drawing, others)
 
     def _room(self, request: Request, prefixes: Mapping[str, int]) -> int | None:
         """Drafts that a request could use now; None if it never could, or its prompt is still being read."""
-        coming = request.num_output_placeholders  # sampled on the device, not yet known here
-        if request.num_tokens + coming - request.num_computed_tokens != 1:
-            return None
-        if not request.num_output_tokens + coming:
+        if not _decodes(request):
             return None
         prefix = prefixes[request.request_id]
         size = self._model.size_of(request.prompt_token_ids or (), prefix) if _plain(request) else None
@@ -112,6 +109,13 @@ class DraftPlaces:
         if self._cut:
             room = min(room, raster.width - (known - 1) % raster.width - 1)
         return room
+
+
+def _decodes(request: Request) -> bool:
+    """Whether its prompt has been read, and the step brings it its next token."""
+    coming = request.num_output_placeholders  # sampled on the device, not yet known here
+    due = request.num_tokens + coming - request.num_computed_tokens
+    return due == 1 and request.num_output_tokens + coming > 0
 
 
 def _plain(request: Request) -> bool:

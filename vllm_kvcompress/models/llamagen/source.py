@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vllm_kvcompress.models.conversion import WRAPPERS, VQSizes
+from vllm_kvcompress.models.conversion import WRAPPERS, VQSizes, check_values
 from vllm_kvcompress.models.weights import CheckpointError
 
 # Heads of 64 channels but for 3B's of 100; nothing in a file tells (autoregressive/models/gpt.py).
@@ -16,7 +16,10 @@ PATCH = 16  # pixels a token in the names of published files: c2i_XL_384.pt has 
 # tokenizer/tokenizer_image/reconstruction_vq_ddp.py:
 VQ_WRAPPERS = ("ema", *WRAPPERS)
 ROPE_TABLE = "freqs_cis"  # computed, and stored by accident
-_LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
+_TELLING = (  # whose shapes are sizes
+    "cls_embedding.embedding_table.weight", "tok_embeddings.weight", "layers.0.feed_forward.w1.weight",
+)  # fmt: skip
+_LAYER = re.compile(r"^layers\.(\d{1,6})\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -53,22 +56,18 @@ class DecoderSizes:
             raise CheckpointError(
                 f"{file} is a text-conditional LlamaGen (t2i), which is not supported: convert a c2i_*.pt"
             )
-        for name in ("cls_embedding.embedding_table.weight", "tok_embeddings.weight", "output.weight"):
-            if name not in state:
-                raise CheckpointError(
-                    f"{file} lacks tensor {name}: not a class-conditional LlamaGen (c2i_*.pt)"
-                )
-        layers = [int(found.group(1)) for name in state if (found := _LAYER.match(name))]
-        gate = state.get("layers.0.feed_forward.w1.weight")
-        if gate is None:
-            raise CheckpointError(f"{file} lacks tensor layers.0.feed_forward.w1.weight")
-        codes, hidden = state["tok_embeddings.weight"].shape
+        classes, codes, gate = (_matrix(state, name, file) for name in _TELLING)
+        layers = {int(found.group(1)) for name in state if (found := _LAYER.match(name))}
+        absent = next(n for n in range(len(layers) + 1) if n not in layers)
+        if absent < len(layers):
+            raise CheckpointError(f"{file} lacks tensor layers.{absent}.attention.wqkv.weight")
+        hidden = codes.shape[1]
         return cls(
             hidden=hidden,
-            layers=max(layers) + 1,
+            layers=len(layers),
             intermediate=gate.shape[0],
-            classes=state["cls_embedding.embedding_table.weight"].shape[0] - 1,
-            codes=codes,
+            classes=classes.shape[0] - 1,
+            codes=codes.shape[0],
             heads=_heads(hidden, heads),
             grid=_grid(file, state.get(ROPE_TABLE), grid),
         )
@@ -103,11 +102,18 @@ class DecoderSizes:
                 raise CheckpointError(
                     f"{file}: tensor {name} has shape {tuple(tensor.shape)}, others ask for {wanted[name]}"
                 )
-            if not tensor.is_floating_point():
-                raise CheckpointError(f"{file}: tensor {name} holds {tensor.dtype}, not floating point")
+            check_values(name, tensor, file)
         if missing := sorted(wanted.keys() - state.keys()):
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(f"{file} lacks tensor {missing[0]}{more}: download it again")
+
+
+def _matrix(state: Mapping[str, Tensor], name: str, file: str) -> Tensor:
+    if name not in state:
+        raise CheckpointError(f"{file} lacks tensor {name}: not a class-conditional LlamaGen (c2i_*.pt)")
+    if state[name].ndim != 2 or not state[name].numel():
+        raise CheckpointError(f"{file}: tensor {name} has shape {tuple(state[name].shape)}, no matrix's")
+    return state[name]
 
 
 def _heads(hidden: int, said: int | None) -> int:

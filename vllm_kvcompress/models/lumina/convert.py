@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import ChameleonConfig
 
-from vllm_kvcompress.models.checkpoint import header, weight_files
+from vllm_kvcompress.models.checkpoint import VQ_SIZES, check_channels, check_numbers, header, weight_files
 from vllm_kvcompress.models.config import ModelSettings
 from vllm_kvcompress.models.conversion import (
     VQSizes,
@@ -101,6 +101,11 @@ def convert(
     state = _vq_state(vq)
     config = _config(published, shapes, state, vq.name, _size(source, size))
     served = LuminaConfig(**config)
+    try:
+        check_channels(served.vq_config.channel_multiplier)
+        check_numbers(served.vq_config, VQ_SIZES)
+    except ValueError as error:
+        raise CheckpointError(str(error).replace("config.json", vq.name, 1)) from None
     try:
         FAMILY.check(served)
         ledger = Ledger(served)
@@ -194,12 +199,13 @@ def _config(
     size: int,
 ) -> dict[str, Any]:
     try:
-        chameleon = ChameleonConfig.from_dict(published)
         vq = VQSizes.of(state, levels="decoder.up.{}.block", widest_first=True)
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(
             f"{vq_file} is no VQ model of Chameleon (vqgan.ckpt): no {error!s:.60}"
         ) from None
+    try:
+        chameleon = ChameleonConfig.from_dict(published)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise CheckpointError(f"config.json: {' '.join(str(error).split()):.160}") from None
     norms = sorted({shape for name, shape in shapes if _NORM.search(name)})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.utils import set_weight_attrs
 
+from vllm_kvcompress.models.branched import decoder_named
 from vllm_kvcompress.models.branched_llama import BranchedAttention, BranchedLayer, BranchedLlama
 from vllm_kvcompress.models.one_table import OneTableImageModel
 
@@ -72,3 +73,4 @@ class NormedLlama(BranchedLlama):
 
 class LuminaForImageGeneration(OneTableImageModel):
     decoder = NormedLlama
+    hf_to_vllm_mapper = decoder_named("model.")
