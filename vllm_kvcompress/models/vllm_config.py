@@ -154,13 +154,15 @@ def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> Non
         except ValueError as error:
             of_which = f", of pictures of {raster.name}" if len(rasters) > 1 else ""
             raise ValueError(f"{error}{of_which}") from None
+    text = vllm_config.model_config.hf_config.get_text_config()
+    kv_heads = text.num_key_value_heads
     if config.head_profile != AUTO and config.policy.types in ("profile", "fitted"):
         from vllm_kvcompress.heads.profile import HeadProfile  # where such a model is served, not before
 
-        profile = HeadProfile.load(config.head_profile)  # its model is compared when the weights are there
+        profile = HeadProfile.load(config.head_profile)
+        profile.check_model("", "", text.num_hidden_layers, kv_heads)  # its hash, when the weights are there
         if config.policy.types == "fitted":
-            profile.loss_curves  # noqa: B018 - raises where there are none
-    kv_heads = vllm_config.model_config.hf_config.get_text_config().num_key_value_heads
+            profile.loss_curves.check_grid(rasters[0])
     refused = (
         (
             kv_heads % parallel.tensor_parallel_size > 0,
