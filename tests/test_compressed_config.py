@@ -48,7 +48,7 @@ def test_every_setting_has_a_default() -> None:
         ),
         (
             {"prompt_tokens": 9},
-            r'kvcompress has no setting .*; write \{"kvcompress": \{"limits": \{"prompt_tokens": \.\.\.\}\}\}$',
+            r'kvcompress has no setting .*; write {"kvcompress": {"limits": {"prompt_tokens": \.\.\.}}}$',
         ),
         ({"limits": {"pictures": 0}}, r"kvcompress.limits.pictures: .*greater than or equal to 1, got 0$"),
         ({"limits": {"body_bytes": "1M"}}, r"kvcompress.limits.body_bytes: .*integer, got '1M'$"),
@@ -118,7 +118,10 @@ def test_a_bad_setting_is_one_line(section: dict[str, Any], match: str) -> None:
             r'^additional_config has .budget. beside kvcompress; write \{"kvcompress": \{"budget"',
         ),
         ({"kvcompress": {}, "preset": "ssd"}, r"^additional_config has 'preset' beside kvcompress; write"),
-        ({"body_bytes": 9999}, r'beside kvcompress; write \{"kvcompress": \{"limits": \{"body_bytes": \.\.\.'),
+        (
+            {"body_bytes": 9999},
+            r'beside kvcompress; write \{"kvcompress": \{"limits": \{"body_bytes": \.\.\.',
+        ),
         ({"KV-Compress": {}}, r"did you mean kvcompress\?$"),
         ({"kvcompression": {}}, r"did you mean kvcompress\?$"),
     ],
@@ -191,7 +194,7 @@ def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
             prefill_context_parallel_size=1,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
-        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False, scheduler_cls=None),
         device_config=SimpleNamespace(device_type="cpu"),
         kv_transfer_config=None,
         lora_config=None,
@@ -249,6 +252,10 @@ def test_gpus_without_e4m3_take_no_8_bit_cache(monkeypatch: pytest.MonkeyPatch) 
             r"a KV cache of float16: set --kv-cache-dtype auto or fp8$",
         ),
         ({"lora_config": object()}, r"LoRA: drop --enable-lora$"),
+        (
+            {"scheduler_config__scheduler_cls": "a.Scheduler"},
+            r"the scheduler a.Scheduler: drop --scheduler-cls$",
+        ),
         (
             {"scheduler_config__disable_hybrid_kv_cache_manager": True},
             r"a single KV-cache group: drop --disable-hybrid-kv-cache-manager$",
@@ -438,6 +445,12 @@ def test_a_missing_profile_is_one_line(tmp_path: Path) -> None:
         ({}, {"enable_lora": True}, r"does not work with LoRA: drop --enable-lora"),
         (
             {},
+            {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+            r"does not work with the scheduler vllm.v1.core.sched.scheduler.Scheduler: drop --scheduler-cls",
+        ),
+        ({}, {"enable_dbo": True}, r"do not run in micro-batches: drop --enable-dbo and --ubatch-size"),
+        (
+            {},
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
             r"speculative decoding does not work with image models: drop --speculative-config",
         ),
@@ -447,13 +460,18 @@ def test_a_missing_profile_is_one_line(tmp_path: Path) -> None:
             r"does not work with KV connectors: drop --kv-transfer-config",
         ),
     ],
-    ids=["typo", "budget", "fp8", "hybrid", "lora", "speculative", "connector"],
+    ids=["typo", "budget", "fp8", "hybrid", "lora", "scheduler", "batches", "speculative", "connector"],
 )
 def test_an_engine_refuses_to_start(
     checkpoints: dict[str, Path], section: dict[str, Any], engine: dict[str, Any], match: str
 ) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
     with pytest.raises(ValueError, match=match):
-        Engine(checkpoints["tiny-hf"], kvcompress=section, max_model_len=128, **engine)
+        EngineArgs(
+            str(checkpoints["tiny-hf"]), dtype="float32", max_model_len=128, attention_backend="kvcompress",
+            additional_config={"kvcompress": section}, **engine,
+        ).create_engine_config()  # fmt: skip
 
 
 def test_an_engine_refuses_more_ranks_than_kv_heads(checkpoints: dict[str, Path]) -> None:

@@ -493,6 +493,8 @@ async def test_openapi_shows_the_route(client):
     document = (await client.get("/openapi.json")).json()
     route = document["paths"][PATH]["post"]
     assert "guidance_scale" in route["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    prompt = route["requestBody"]["content"]["application/json"]["schema"]["properties"]["prompt"]
+    assert (prompt["minLength"], prompt["maxLength"]) == (1, MAX_PROMPT_CHARACTERS)
     assert {"200", "400", "404", "500", "503"} <= set(route["responses"])
     defined = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
     assert set(references(document)) <= defined

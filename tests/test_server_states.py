@@ -82,6 +82,7 @@ class Site:
         for _ in range(50):
             text = httpx.get(f"{self.url}/metrics").text
             state = {name: re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE) for name in GAUGES}
+            assert all(state.values()), f"no such gauge: {state}"
             if all(float(value) == 0 for values in state.values() for value in values):
                 return
             time.sleep(0.1)

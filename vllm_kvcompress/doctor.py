@@ -11,7 +11,7 @@ from pathlib import Path
 # What --attention-backend kvcompress refuses on every machine; models/vllm_config.py says it at start-up.
 REFUSED = (
     "pipeline parallelism", "context parallelism", "KV connectors", "LoRA",
-    "speculative decoding",
+    "speculative decoding", "another scheduler",
 )  # fmt: skip
 
 

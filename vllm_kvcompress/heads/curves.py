@@ -52,7 +52,8 @@ class LossCurves:
         if (first.line, first.image) != (raster.width, raster.tokens):
             raise ValueError(
                 f"head_profile: measured on lines of {first.line} in pictures of {first.image} tokens, the "
-                f"served model has {raster.width} and {raster.tokens}; calibrate it, or set head_profile to auto"
+                f"served model has {raster.width} and {raster.tokens}; calibrate it, or set head_profile to "
+                "auto"
             )
 
     @property

@@ -71,6 +71,8 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
             raise ValueError(
                 "speculative decoding does not work with image models: drop --speculative-config"
             )
+        if vllm_config.parallel_config.use_ubatching:
+            raise ValueError("image models do not run in micro-batches: drop --enable-dbo and --ubatch-size")
         if envs.VLLM_USE_RUST_FRONTEND:
             raise ValueError("VLLM_USE_RUST_FRONTEND: that front end has no images route; unset it")
         if image_model(model_config).aligns and not is_compressed(vllm_config):
@@ -189,6 +191,11 @@ def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> Non
         (
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
             "a single KV-cache group: drop --disable-hybrid-kv-cache-manager",
+        ),
+        (
+            # Another one does not ask whether a request fits: a long text would be written past its blocks.
+            vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER),
+            f"the scheduler {vllm_config.scheduler_config.scheduler_cls!s:.200}: drop --scheduler-cls",
         ),
     )
     for clash, mend in refused:
