@@ -124,9 +124,7 @@ def test_pictures_of_other_colours_than_three(broken: Path, layout: str) -> None
 
 
 TOWER = {
-    "small-hf": {
-        "vision_config": ("hidden_size", "num_hidden_layers", "num_attention_heads", "depth")
-    },
+    "small-hf": {"vision_config": ("hidden_size", "num_hidden_layers", "num_attention_heads", "depth")},
     "small-deepseek": {
         "vision_config.params": ("width", "layers", "heads", "patch_size"),
         "aligner_config.params": ("depth",),

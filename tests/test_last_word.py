@@ -39,7 +39,9 @@ from vllm_kvcompress import last_word, plugin
 os.environ[last_word._FILE] = os.environ["REASON"]
 plugin.register()
 with patch.object(EngineCoreProc, "__init__", side_effect=ValueError("No memory,\\nnone at all")):
-    EngineCoreProc.run_engine_core(vllm_config=MagicMock(logging_config=None), log_stats=False)
+    config = MagicMock(logging_config=None)
+    config.parallel_config.data_parallel_size, config.parallel_config.numa_bind = 1, False
+    EngineCoreProc.run_engine_core(vllm_config=config, log_stats=False)
 """
 
 

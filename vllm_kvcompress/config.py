@@ -34,6 +34,8 @@ class Limits(BaseModel):
         That one request of the text routes may ask for (``n``); the images route has its own, 10.
     body_bytes : int
         Of an HTTP request to the images route; two prompts of 32,000 escaped characters take 768 KiB.
+    body_seconds : float
+        Until such a body must be there: no client holds a connection for ever.
     request_id : int
         Characters of ``X-Request-Id`` that are kept.
     """
@@ -43,6 +45,7 @@ class Limits(BaseModel):
     prompt_tokens: int = Field(default=1024, ge=1)
     pictures: int = Field(default=64, ge=1)
     body_bytes: int = Field(default=2**20, ge=1024)
+    body_seconds: float = Field(default=60, gt=0, allow_inf_nan=False)
     request_id: int = Field(default=128, ge=16, le=4096)
 
 
