@@ -72,6 +72,7 @@ def test_a_drain_finishes_and_answers_every_picture(start: Callable[..., Server]
     server = start("drain", "--shutdown-timeout", "60", start=subprocess.Popen)  # all as a user starts it
     with crowded(server) as (crowd, before, process):
         words = Writer(server.url)
+        time.sleep(0.3)  # taken in
         os.kill(process.pid, signal.SIGTERM)
         time.sleep(0.3)
         late = ask(server.url, seed=1)
