@@ -195,7 +195,7 @@ def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> Non
         (
             # Another one does not ask whether a request fits: a long text would be written past its blocks.
             vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER),
-            f"the scheduler {vllm_config.scheduler_config.scheduler_cls!s:.200}: drop --scheduler-cls",
+            f"another scheduler ({vllm_config.scheduler_config.scheduler_cls!s:.200}): drop --scheduler-cls",
         ),
     )
     for clash, mend in refused:
