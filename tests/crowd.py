@@ -115,3 +115,29 @@ MIXED = [
     {"seed": 8, "n": 10},
     {"seed": 2, "stream": True, "partial_images": 2},
 ]
+
+
+WORDS = 60
+
+
+class Writer:
+    """A client that waits for a text of `WORDS` tokens; it has asked when this is made."""
+
+    def __init__(self, url: str, limit_s: float = 60) -> None:
+        sent = threading.Event()
+        self._answer: dict[str, Any] = {}
+        self._thread = threading.Thread(target=self._ask, args=(url, limit_s, sent), daemon=True)
+        self._thread.start()
+        assert sent.wait(limit_s)
+
+    def _ask(self, url: str, limit_s: float, sent: threading.Event) -> None:
+        asked = {"model": "janus", "prompt": "a bird", "max_tokens": WORDS, "ignore_eos": True}
+        told = {"trace": lambda event, _: event.endswith("send_request_body.complete") and sent.set()}
+        with httpx.Client(timeout=limit_s) as client:
+            self._answer = client.post(f"{url}/v1/completions", json=asked, extensions=told).json()
+
+    def wait(self) -> int:
+        """Tokens that it was answered with."""
+        self._thread.join()
+        assert "usage" in self._answer, self._answer
+        return int(self._answer["usage"]["completion_tokens"])

@@ -10,7 +10,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
-from vllm_kvcompress.admission import WORDS_ONLY, admit, admit_request, drawn_in_prompt
+from vllm_kvcompress.admission import NOT_GIVEN, WORDS_ONLY, admit, admit_request, drawn_in_prompt
 from vllm_kvcompress.config import Limits
 from vllm_kvcompress.models.config import ImageModel
 from vllm_kvcompress.policy.raster import Raster
@@ -110,6 +110,15 @@ def test_less_than_the_picture_is_refused(asked):
     assert error.parameter == "max_tokens"
     assert f"is {asked}, but the picture takes 30" in str(error)
     assert admitted([*PROMPT, *drawn(30 - asked)], max_tokens=asked).max_tokens == asked
+
+
+def test_vllms_own_max_tokens_is_no_wish():
+    """16 is what its front ends fill in where a client says nothing: who asks for it gets the picture."""
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    said_by_nobody = CompletionRequest(prompt="x").to_sampling_params(NOT_GIVEN, {})
+    assert NOT_GIVEN == SamplingParams().max_tokens == said_by_nobody.max_tokens == 16
+    assert admitted(PROMPT, max_tokens=16).max_tokens == 30
 
 
 def test_beam_search_is_refused():

@@ -195,11 +195,16 @@ def test_auto_calibrates_once_and_says_where(checkpoints: dict[str, Path], log: 
     assert HeadProfile.load(path) == profile
 
 
-def test_an_unwritable_cache_is_a_warning(
-    checkpoints: dict[str, Path], tmp_path: Path, log: Lines, monkeypatch: pytest.MonkeyPatch
+def test_an_unwritable_home_is_a_warning(
+    checkpoints: dict[str, Path], log: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(provide, "cache_directory", lambda: tmp_path / "file" / "profiles")
+    """For all that vLLM keeps below it too; nobody can make files in ``/proc``, not even root."""
+    from vllm import envs
+
+    envs.disable_envs_cache()
+    monkeypatch.setenv("HOME", "/proc")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/proc/.cache/vllm")
+    assert str(cache_directory()).startswith("/proc/.cache/vllm/")
     engine = Engine(checkpoints["tiny-hf"], kvcompress={}, **SMALL)
     Engine.started["unwritable"] = engine
     assert log.said("Head profile calibrated; not kept for the next start:")

@@ -1,6 +1,7 @@
 """Settings and combinations that can't work: one line at start-up that names the field and the mend."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,8 @@ def parsed(**section: Any) -> CompressionConfig:
 
 
 def test_every_setting_has_a_default() -> None:
-    for nothing in ({}, None, {"kvcompress": {}}, {"another_plugin": {"x": 1}}):
+    others = [{name: {"x": 1}} for name in ("another_plugin", "compression", "compress", "kvpress")]
+    for nothing in ({}, None, {"kvcompress": {}}, *others):
         config = parse_config(nothing)
         assert (config.preset, config.budget, config.head_profile) == ("fitted", 0.2, "auto")
     assert parsed(preset="line_ar", budget=0.1667, anchor_tokens=24).policy.anchor_tokens == 24
@@ -45,6 +47,10 @@ def test_every_setting_has_a_default() -> None:
         (
             {"limits": {"prompt_token": 9}},
             r"kvcompress.limits has no setting .*; did you mean prompt_tokens\?$",
+        ),
+        (
+            {"prompt_tokens": 9},
+            r'kvcompress has no setting .*; write {"kvcompress": {"limits": {"prompt_tokens": \.\.\.}}}$',
         ),
         ({"limits": {"pictures": 0}}, r"kvcompress.limits.pictures: .*greater than or equal to 1, got 0$"),
         ({"limits": {"body_bytes": "1M"}}, r"kvcompress.limits.body_bytes: .*integer, got '1M'$"),
@@ -118,6 +124,12 @@ def test_a_bad_setting_is_one_line(section: dict[str, Any], match: str) -> None:
             r'^additional_config has .budget. beside kvcompress; write \{"kvcompress": \{"budget"',
         ),
         ({"kvcompress": {}, "preset": "ssd"}, r"^additional_config has 'preset' beside kvcompress; write"),
+        (
+            {"body_bytes": 9999},
+            r'beside kvcompress; write \{"kvcompress": \{"limits": \{"body_bytes": \.\.\.',
+        ),
+        ({"KV-Compress": {}}, r"did you mean kvcompress\?$"),
+        ({"kvcompression": {}}, r"did you mean kvcompress\?$"),
     ],
 )
 def test_a_key_in_the_wrong_place_is_one_line(config: dict[str, Any], match: str) -> None:
@@ -126,13 +138,24 @@ def test_a_key_in_the_wrong_place_is_one_line(config: dict[str, Any], match: str
     assert "\n" not in str(caught.value)
 
 
-def test_settings_without_the_backend_are_refused(checkpoints: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    "section",
+    [{"budget": 0.1}, {"budget": 0.2}, {"preset": "fitted"}, {"kernels": "auto", "window": 1}],
+    ids=["another", "default", "preset", "beside"],
+)
+def test_settings_without_the_backend_are_refused(
+    checkpoints: dict[str, Path], section: dict[str, Any]
+) -> None:
+    """Defaults too: who writes them down does not want the full cache."""
+    from vllm.engine.arg_utils import EngineArgs
+
     with pytest.raises(
         ValueError, match=r"kvcompress goes with --attention-backend kvcompress; add it, or drop"
     ):
-        Engine(
-            checkpoints["tiny-hf"], None, additional_config={"kvcompress": {"budget": 0.1}}, max_model_len=128
-        )
+        EngineArgs(
+            str(checkpoints["tiny-hf"]), dtype="float32", max_model_len=128,
+            additional_config={"kvcompress": section},
+        ).create_engine_config()  # fmt: skip
 
 
 def test_limits_go_with_any_backend_and_rust_with_none(
@@ -159,6 +182,7 @@ def test_the_section_must_be_an_object(section: Any) -> None:
 
 
 GRID = Raster(24, 24)
+TEXT = SimpleNamespace(num_key_value_heads=2, num_hidden_layers=2)
 
 
 def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
@@ -166,7 +190,7 @@ def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
     config = SimpleNamespace(
         additional_config={"kvcompress": section or {}},
         model_config=SimpleNamespace(
-            hf_config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_key_value_heads=2)),
+            hf_config=SimpleNamespace(get_text_config=lambda: TEXT),
             dtype=torch.bfloat16,
             logits_processors=["ours"],
         ),
@@ -178,7 +202,7 @@ def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
         ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         scheduler_config=SimpleNamespace(
-            disable_hybrid_kv_cache_manager=False, async_scheduling=False, max_num_seqs=8
+            disable_hybrid_kv_cache_manager=False, async_scheduling=False, max_num_seqs=8, scheduler_cls=None
         ),
         device_config=SimpleNamespace(device_type="cpu"),
         kv_transfer_config=None,
@@ -280,6 +304,10 @@ def test_gpus_without_e4m3_take_no_8_bit_cache(monkeypatch: pytest.MonkeyPatch) 
             r"a KV cache of float16: set --kv-cache-dtype auto or fp8$",
         ),
         ({"lora_config": object()}, r"LoRA: drop --enable-lora$"),
+        (
+            {"scheduler_config__scheduler_cls": "a.Scheduler"},
+            r"another scheduler \(a.Scheduler\): drop --scheduler-cls$",
+        ),
         (
             {"scheduler_config__disable_hybrid_kv_cache_manager": True},
             r"a single KV-cache group: drop --disable-hybrid-kv-cache-manager$",
@@ -414,9 +442,14 @@ def test_a_profile_without_curves_is_refused_by_the_fit(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def curves_of(lines: int) -> dict[str, Any]:
+    """Of a model of 2 layers with 2 KV heads, measured on a square grid."""
+    candidates = candidate_types(Raster(lines, lines))
+    return LossCurves(candidates, np.zeros((2, 4, len(candidates)))).dump()
+
+
 def test_a_profile_of_another_grid_is_one_line(tmp_path: Path) -> None:
-    curves = LossCurves(candidate_types(Raster(6, 6)), np.zeros((2, 4, len(candidate_types(Raster(6, 6))))))
-    path = profile_at(tmp_path / "p.json", format=2, head_size=32, dtype="float32", curves=curves.dump())
+    path = profile_at(tmp_path / "p.json", format=2, head_size=32, dtype="float32", curves=curves_of(6))
     with pytest.raises(
         ValueError, match=r"^head_profile: measured on lines of 6 in pictures of 36 tokens, .* 8 and 64"
     ):
@@ -464,6 +497,12 @@ def test_a_missing_profile_is_one_line(tmp_path: Path) -> None:
         ({}, {"enable_lora": True}, r"does not work with LoRA: drop --enable-lora"),
         (
             {},
+            {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+            r"does not work with another scheduler \(vllm.*sched.scheduler.Scheduler\): drop --scheduler-cls",
+        ),
+        ({}, {"enable_dbo": True}, r"do not run in micro-batches: drop --enable-dbo and --ubatch-size"),
+        (
+            {},
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
             r"speculative decoding does not work with image models: drop --speculative-config",
         ),
@@ -473,13 +512,18 @@ def test_a_missing_profile_is_one_line(tmp_path: Path) -> None:
             r"does not work with KV connectors: drop --kv-transfer-config",
         ),
     ],
-    ids=["typo", "budget", "fp8", "hybrid", "lora", "speculative", "connector"],
+    ids=["typo", "budget", "fp8", "hybrid", "lora", "scheduler", "batches", "speculative", "connector"],
 )
 def test_an_engine_refuses_to_start(
     checkpoints: dict[str, Path], section: dict[str, Any], engine: dict[str, Any], match: str
 ) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
     with pytest.raises(ValueError, match=match):
-        Engine(checkpoints["tiny-hf"], kvcompress=section, max_model_len=128, **engine)
+        EngineArgs(
+            str(checkpoints["tiny-hf"]), dtype="float32", max_model_len=128, attention_backend="kvcompress",
+            additional_config={"kvcompress": section}, **engine,
+        ).create_engine_config()  # fmt: skip
 
 
 def test_an_engine_refuses_more_ranks_than_kv_heads(checkpoints: dict[str, Path]) -> None:
@@ -488,11 +532,37 @@ def test_an_engine_refuses_more_ranks_than_kv_heads(checkpoints: dict[str, Path]
         Engine(checkpoints["gqa-hf"], max_model_len=128, tensor_parallel_size=4)
 
 
-def test_an_engine_refuses_a_profile_of_another_model(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    path = profile_at(tmp_path / "p.json", layers=1, scores=[[0.1, 0.9]])
-    section = {"preset": "decoupled", "head_profile": path}
-    with pytest.raises(ValueError, match=r"^head_profile: layers is 1, the served model's is 2"):
-        Engine(checkpoints["tiny-hf"], kvcompress=section, max_model_len=128)
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (None, r"^head_profile: cannot read .*p.json: No such file"),
+        ({"threshold": 2}, r"^head_profile: .*p.json: threshold: .*; calibrate again$"),
+        ({"layers": 1, "scores": [[0.1, 0.9]]}, r"^head_profile: layers is 1, the served model's is 2"),
+        ({"kv_heads": 1, "scores": [[0.1]] * 2}, r"^head_profile: kv_heads is 1, the served model's is 2"),
+        ({"preset": "fitted"}, r"^head_profile: .*\(format 1\), preset fitted needs loss curves"),
+        ({"preset": "fitted", "grid": 6}, r"^head_profile: measured on lines of 6 in pictures of 36 tokens"),
+    ],
+    ids=["missing", "broken", "layers", "heads", "format", "grid"],
+)
+def test_a_profile_is_looked_at_before_the_engine_starts(
+    checkpoints: dict[str, Path], tmp_path: Path, changes: dict[str, Any] | None, match: str
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    path, changes = tmp_path / "p.json", dict(changes or {"preset": None})
+    preset, grid = changes.pop("preset", "decoupled"), changes.pop("grid", None)
+    if grid is not None:
+        changes |= {"format": 2, "head_size": 32, "dtype": "float32", "curves": curves_of(grid)}
+    if preset is not None:
+        profile_at(path, **changes)
+    section = {"preset": preset or "decoupled", "head_profile": str(path)}
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - pydantic's, around ours
+        EngineArgs(
+            str(checkpoints["gqa-hf"]), dtype="float32", max_model_len=128, attention_backend="kvcompress",
+            additional_config={"kvcompress": section},
+        ).create_engine_config()  # fmt: skip
+    told = caught.value.errors()[0]["msg"]
+    assert re.search(match, told.removeprefix("Value error, ")), told
 
 
 def test_memory_for_no_picture_is_refused(checkpoints: dict[str, Path]) -> None:

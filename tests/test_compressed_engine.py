@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from parity import load_reference
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from vllm_kvcompress.attention import cpu, reference
 from vllm_kvcompress.policy import PRESETS, Policy
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.policy.rule import HeadRule
@@ -110,12 +112,55 @@ def test_the_kernels_draw_the_same(tiny: Path) -> None:
     assert both[0] == both[1]
 
 
-def test_two_engines_of_a_process_keep_their_kernels(tiny: Path) -> None:
-    engines = [compressed(tiny, kernel, budget=0.3) for kernel in KERNELS]
-    for _ in range(2):  # in turns
-        for kernel, engine in zip(KERNELS, engines, strict=True):
-            assert engine.draw([engine.prompt("a red bird")], [MIXED[1]])
-            assert engine.model.compressed.kernels.name.startswith(kernel)
+def test_two_engines_of_a_process_keep_their_kernels_and_rows(
+    tiny: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of unlike models, grids and batches, step by step in turns: each draws what it draws alone."""
+    small = {"max_model_len": 64, "max_num_seqs": 3}
+    section = {"kernels": "cpu", "preset": "line_ar", "budget": 0.6}
+    engines = [
+        compressed(tiny, "torch", budget=0.3),
+        Engine.get(checkpoints["five-gqa-hf"], kvcompress=section, **small),
+    ]
+    # What the implementations themselves do, wherever they are called from.
+    ran = {name: 0 for name in KERNELS}
+    for name, module, part in (("torch", reference, "_attend"), ("cpu", cpu, "step_of")):
+        monkeypatch.setattr(module, part, counted(ran, name, getattr(module, part)))
+
+    def enter(engine: Engine, turn: str) -> None:
+        for n, text in enumerate(TEXTS[:5]):
+            engine.add(f"{turn} {n}", engine.prompt(text), MIXED[n])
+
+    def tokens(done: dict[str, Any]) -> list[list[int]]:
+        return [list(done[name].outputs[0].token_ids) for name in sorted(done)]
+
+    alone = []
+    for engine in engines:
+        enter(engine, "alone")
+        alone.append(tokens(engine.steps()))
+    done: list[dict[str, Any]] = [{}, {}]
+    for engine in engines:
+        enter(engine, "beside")
+    steps = dict.fromkeys(KERNELS, 0)
+    while any(engine.llm.llm_engine.has_unfinished_requests() for engine in engines):
+        for engine, kernel, drawn in zip(engines, KERNELS, done, strict=True):
+            ran.update(dict.fromkeys(ran, 0))
+            drawn |= engine.steps(1)
+            assert not any(count for name, count in ran.items() if name != kernel)
+            steps[kernel] += ran[kernel] > 0
+    assert [tokens(drawn) for drawn in done] == alone
+    assert (len(alone[0][0]), len(alone[1][0])) == (64, 25)
+    assert all(count > 25 for count in steps.values())
+
+
+def counted(ran: dict[str, int], name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original``, and one more in ``ran`` for each call."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        ran[name] += 1
+        return original(*args, **kwargs)
+
+    return call
 
 
 def rules(policy: Policy, raster: Raster, spatial: list[list[int]]) -> Callable[[int, int], HeadRule]:

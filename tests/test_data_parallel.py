@@ -7,15 +7,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import openai
 import preloaded
 import pytest
-from crowd import MIXED, Crowd, ask
+from crowd import MIXED, WORDS, Crowd, Writer, ask
 from test_compressed_server import ARGS, TOKENS, draw, metric
 
 from vllm_kvcompress.serving.drain import SHUTTING_DOWN
@@ -77,9 +75,7 @@ def test_a_drain_of_all_processes_answers_everybody(server: Server) -> None:
     before = Crowd(server.url, MIXED).wait()
     assert all(told.whole for told in before)
     assert server.process is not None
-    sent = Event()
-    writes = ThreadPoolExecutor(1).submit(text, server, sent)
-    assert sent.wait(60)
+    words = Writer(server.url)
     crowd = Crowd(server.url, MIXED * 4)
     crowd.wait_sent()
     time.sleep(0.5)  # taken in by the one or the other
@@ -93,21 +89,8 @@ def test_a_drain_of_all_processes_answers_everybody(server: Server) -> None:
     told = crowd.wait()
     assert [one.pictures for one in told] == [one.pictures for one in before] * 4
     assert all(one.whole for one in told)
-    assert writes.result() == WORDS
+    assert words.wait() == WORDS
     assert server.process.wait(60) == 0
-
-
-WORDS = 60
-
-
-def text(server: Server, sent: Event) -> int:
-    """Tokens that a completion was answered with; ``sent`` is set once it was asked for."""
-    asked = {"model": "janus", "prompt": "a bird", "max_tokens": WORDS, "ignore_eos": True}
-    told = {"trace": lambda event, _: event.endswith("send_request_body.complete") and sent.set()}
-    with httpx.Client(timeout=60) as client:
-        answer = client.post(f"{server.url}/v1/completions", json=asked, extensions=told).json()
-    assert "usage" in answer, answer
-    return int(answer["usage"]["completion_tokens"])
 
 
 async def test_calls_take_turns_among_engines() -> None:

@@ -2,13 +2,16 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from dense_emu3 import load, pixels
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
+from vllm.engine.arg_utils import EngineArgs
 
+from vllm_kvcompress.config import is_compressed
 from vllm_kvcompress.models.checkpoint import check_files
 from vllm_kvcompress.models.config import ModelSettings
 from vllm_kvcompress.models.emu3.vq import MoVQDecoder
@@ -102,3 +105,17 @@ def test_pixels_equal_transformers(folder: Path, grid: tuple[int, int]) -> None:
         assert expected.float().std() > 20, "a picture, not a flat field"
     few = decoder.decode(codes[:, : 2 * columns])
     assert few.shape == (2, 2 * 4, columns * 4, 3)
+
+
+def test_settings_of_its_own_backend_are_not_settings_of_a_compressed_cache(folder: Path) -> None:
+    """It runs on our backend anyhow, with the full cache, unless somebody asks for another one."""
+
+    def made(**section: Any) -> Any:
+        config = {"kvcompress": {"size": "16x16", **section}}
+        return EngineArgs(str(folder), additional_config=config).create_engine_config()
+
+    config = made()
+    assert is_compressed(config)
+    assert config.additional_config == {"kvcompress": {"size": "16x16", "preset": "full"}}
+    with pytest.raises(ValueError, match="kvcompress goes with --attention-backend kvcompress"):
+        made(budget=0.2)

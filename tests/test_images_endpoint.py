@@ -5,7 +5,9 @@ import base64
 import io
 import json
 import time
+from functools import partial
 from http import HTTPStatus
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -26,7 +28,7 @@ from images_fakes import (
     until,
 )
 from PIL import Image
-from vllm.exceptions import QueueOverflowError, VLLMValidationError
+from vllm.exceptions import VLLMValidationError
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.sampling_params import RequestOutputKind
 
@@ -234,6 +236,24 @@ async def test_a_body_of_unknown_length_is_read_up_to_the_limit(client, engine):
     await still_serves(client)
 
 
+async def test_a_body_that_trickles(engine):
+    """Below the limit of bytes for hours."""
+    engine.vllm_config.additional_config = {"kvcompress": {"limits": {"body_seconds": 0.1}}}
+    app = await make_app(engine)
+
+    async def trickle():
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    async with http_client(app) as client:
+        headers = {"content-type": "application/json"}
+        answer = await asyncio.wait_for(client.post(PATH, content=trickle(), headers=headers), 5)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (408, "body")
+        assert not engine.params
+        await still_serves(client)
+
+
 async def test_the_longest_texts_fit_the_body(client):
     """Whatever they are written in; they are refused for what they are."""
     text = "\N{GRINNING FACE}" * MAX_PROMPT_CHARACTERS
@@ -395,10 +415,22 @@ async def test_a_dead_engine(client, engine, app):
 
 
 async def test_a_full_engine(client, engine):
-    engine.admission_error = QueueOverflowError()
-    assert (await draw(client, 503, stream=True))["error"]["code"] == 503
-    engine.admission_error = None
-    await still_serves(client)
+    """``--max-num-queued-reqs 2``: vLLM's own count, of pictures."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    vllms = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_queued_reqs=2, max_num_queued_tokens=None),
+        admission_stats=None,
+        get_num_unfinished_requests=lambda: len(engine.running),
+        _record_admission_rejection=lambda *_: None,
+    )
+    engine.check_admission = partial(AsyncLLM.check_admission, vllms)
+    for stream in (False, True):
+        engine.running = {"one", "two"}
+        assert (await draw(client, 503, stream=stream))["error"]["code"] == 503
+        engine.running = {"one"}
+        await draw(client, 503, n=2)
+        await still_serves(client)
 
 
 async def test_the_engine_refuses_the_prompt(client, engine):
@@ -493,6 +525,8 @@ async def test_openapi_shows_the_route(client):
     document = (await client.get("/openapi.json")).json()
     route = document["paths"][PATH]["post"]
     assert "guidance_scale" in route["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    prompt = route["requestBody"]["content"]["application/json"]["schema"]["properties"]["prompt"]
+    assert (prompt["minLength"], prompt["maxLength"]) == (1, MAX_PROMPT_CHARACTERS)
     assert {"200", "400", "404", "500", "503"} <= set(route["responses"])
     defined = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
     assert set(references(document)) <= defined

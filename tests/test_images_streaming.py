@@ -203,6 +203,31 @@ async def test_leaving_while_a_picture_is_decoded(engine, fields):
     assert len(engine.decoded_lines) == engine.calls[0] + 1
 
 
+async def test_a_reader_that_does_not_read(engine):
+    """Its socket is full: the stream waits, nobody else does, and its end gives everything back."""
+
+    class Stalled(AsgiCall):
+        reads = asyncio.Event()
+
+        async def _send(self, message):
+            await super()._send(message)
+            await self.reads.wait()
+
+    app = await make_app(engine)
+    stalled = [Stalled(app, body(stream=True, partial_images=3, seed=n)) for n in range(2)]
+    await until(lambda: all(call.messages for call in stalled))
+    async with http_client(app) as client:
+        for _ in range(3):
+            await asyncio.wait_for(still_serves(client), 5)
+    assert not any(call.task.done() for call in stalled)
+    assert all(len(call.messages) == 1 for call in stalled)
+    stalled[0].hang_up.set()
+    stalled[0].reads.set()
+    await asyncio.wait_for(asyncio.gather(*(call.task for call in stalled)), 5)
+    assert not engine.running
+    assert b"image_generation.completed" in b"".join(one.get("body", b"") for one in stalled[1].messages)
+
+
 async def test_a_call_that_fails_after_its_client_left_is_no_news(engine, caplog):
     """asyncio complains of an exception that nobody looks at, once the future is collected."""
     app, ended = await make_app(engine), asyncio.Event()

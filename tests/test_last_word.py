@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
@@ -28,11 +29,37 @@ def test_a_wrong_setting(checkpoints: dict[str, Path]) -> None:
     )
 
 
+ENGINE = """
+import os
+from pathlib import Path
+from unittest.mock import MagicMock, patch
+from vllm.v1.engine.core import EngineCoreProc
+from vllm_kvcompress import last_word, plugin
+
+os.environ[last_word._FILE] = os.environ["REASON"]
+plugin.register()
+with patch.object(EngineCoreProc, "__init__", side_effect=ValueError("No memory,\\nnone at all")):
+    config = MagicMock(logging_config=None)
+    config.parallel_config.data_parallel_size, config.parallel_config.numa_bind = 1, False
+    EngineCoreProc.run_engine_core(vllm_config=config, log_stats=False)
+"""
+
+
+def test_what_vllms_engine_has_found(tmp_path: Path) -> None:
+    """In a process of its own: it logs what it has raised, of which vLLM's front end does not know."""
+    reason = tmp_path / "reason"
+    env = {**os.environ, "REASON": str(reason)}
+    done = preloaded.run([sys.executable, "-c", ENGINE], env=env, timeout=60)
+    assert "EngineCore failed to start" in done.stdout + done.stderr
+    assert reason.read_text() == "No memory, none at all"
+
+
 SCRIPT = """
-import os, subprocess, sys
+import logging, os, subprocess, sys
 from vllm_kvcompress import last_word
 
 last_word.listen()
+assert last_word.is_heard() == ("TMPDIR" in os.environ)
 try:
     with last_word.heard():
         raise ValueError("caught, and of no matter")
@@ -40,7 +67,19 @@ except ValueError:
     pass
 if sys.argv[1] == "other":
     raise RuntimeError("something else")
+if sys.argv[1] == "ours":
+    with last_word.heard():
+        raise ValueError("the\\nreason")
+if sys.argv[1] == "pydantic":
+    import pydantic
+    pydantic.TypeAdapter(list[int]).validate_python(["x"])
 child = "from vllm_kvcompress import last_word\\nwith last_word.heard(): raise ValueError('the\\\\nreason')"
+if sys.argv[1] == "log":
+    child = (
+        "import logging; from vllm_kvcompress import last_word; last_word.hear_logs()\\n"
+        "try: raise ValueError('the\\\\nreason')\\n"
+        "except ValueError: logging.getLogger('vllm.v1.engine.core').exception('failed to start')"
+    )
 subprocess.run([sys.executable, "-c", child], stderr=subprocess.DEVNULL)
 raise RuntimeError("Engine core initialization failed. See root cause above.")
 """
@@ -50,13 +89,42 @@ raise RuntimeError("Engine core initialization failed. See root cause above.")
     ("ending", "line"),
     [
         ("engine", "vllm-kvcompress: the reason"),  # of another process
+        ("log", "vllm-kvcompress: the reason"),  # that vLLM has raised and logged there
+        ("ours", "vllm-kvcompress: the reason"),
+        (
+            "pydantic",
+            "vllm-kvcompress: 0: Input should be a valid integer, unable to parse string as an integer",
+        ),
         ("other", "RuntimeError: something else"),
     ],
 )
 def test_only_what_ended_the_process(ending: str, line: str, tmp_path: Path) -> None:
-    env = {**os.environ, "TMPDIR": str(tmp_path)}
-    env.pop("KVCOMPRESS_LAST_WORD", None)
-    done = subprocess.run([sys.executable, "-c", SCRIPT, ending], capture_output=True, text=True, env=env)
-    assert done.returncode == 1
-    assert done.stderr.rstrip().splitlines()[-1] == line
+    assert said(SCRIPT, ending, TMPDIR=str(tmp_path)) == line
     assert not list(tmp_path.iterdir())
+
+
+NOWHERE = "import tempfile; tempfile._candidate_tempdir_list = lambda: ['/nowhere']\n"
+
+
+@pytest.mark.parametrize(
+    ("ending", "line"),
+    [
+        ("ours", "vllm-kvcompress: the reason"),
+        ("engine", "RuntimeError: Engine core initialization failed. See root cause above."),
+    ],
+)
+def test_a_machine_without_room_for_a_file_keeps_its_reasons(ending: str, line: str) -> None:
+    """Those of the process itself; nothing else replaces the others'."""
+    assert said(NOWHERE + SCRIPT, ending) == line
+
+
+def said(script: str, *args: str, **more: str) -> str:
+    """The last line of a script that fails."""
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("KVCOMPRESS_LAST_WORD", "TMPDIR")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, *args], capture_output=True, text=True, env=env | more
+    )
+    assert done.returncode == 1
+    return done.stderr.rstrip().splitlines()[-1]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vllm_kvcompress.heads import provide
 from vllm_kvcompress.heads.curves import LossCurves, candidate_types
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.policy import Raster
@@ -127,3 +128,36 @@ def test_a_profile_of_another_model_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=f"^head_profile: {field}"):
             profile.check_model(*args)
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"model_hash": "of another model"},
+        {"layers": 1, "scores": [[0.1, 0.3, 0.9]]},
+        {"kv_heads": 1, "scores": [[0.1], [0.0]]},
+        "[]",
+        "",
+    ],
+    ids=["model", "layers", "heads", "list", "empty"],
+)
+def test_a_cached_profile_of_no_use_is_measured_again(
+    left: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provide, "cache_directory", lambda: tmp_path)
+    mark = provide.ModelMark("Janus-Pro-1B", "abc", 2, 3)
+    path = tmp_path / "Janus-Pro-1B-abc.json"
+    path.write_text(left if isinstance(left, str) else json.dumps(GOOD | left))
+    measured: list[HeadProfile] = []
+
+    def measure() -> HeadProfile:
+        measured.append(HeadProfile(**GOOD | {"threshold": 0.4}))
+        return measured[-1]
+
+    warned: list[str] = []
+    monkeypatch.setattr(provide.logger, "warning", lambda text, *args: warned.append(text % args))
+    assert provide.provide_profile(provide.AUTO, mark, measure) == measured[0]
+    assert len(warned) == 1
+    assert warned[0].startswith("Cached head profile set aside, the heads are measured again: head_profile: ")
+    assert provide.provide_profile(provide.AUTO, mark, measure) == measured[0] == HeadProfile.load(path)
+    assert len(measured) == len(warned) == 1

@@ -435,6 +435,7 @@ def test_a_prompt_that_ends_in_begin_of_image_draws_through_completions(client):
         with pytest.raises(openai.BadRequestError) as raised:
             client.completions.create(model="janus", prompt=prompt, extra_body=extra, **asked)
         checked(raised.value.body, "BadRequestError", 400, parameter)
+        assert "(parameter=" not in raised.value.body["message"]  # `param` says it
 
 
 def test_the_log_names_the_model_and_holds_no_tracebacks(image_server, client, cat):

@@ -15,14 +15,15 @@ from typing import Any
 import preloaded
 import psutil
 import pytest
-from crowd import MIXED, Crowd, Told, ask
+from crowd import MIXED, WORDS, Crowd, Told, Writer, ask
 
 from vllm_kvcompress.testing.server import Server
 
 ARGS = (
     *("--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "2", "--enforce-eager"),
-    *("--kv-cache-memory-bytes", str(8 << 20), "--attention-backend", "kvcompress"),
+    *("--kv-cache-memory-bytes", str(8 << 20)),
 )
+COMPRESSED = ("--attention-backend", "kvcompress")
 CLEAN_S = 5  # after a crash everybody knows
 
 
@@ -67,8 +68,11 @@ def exit_status(server: Server) -> int:
 
 
 def test_a_drain_finishes_and_answers_every_picture(start: Callable[..., Server]) -> None:
+    """With the full cache; compressed ones drain in test_server_states and test_data_parallel."""
     server = start("drain", "--shutdown-timeout", "60", start=subprocess.Popen)  # all as a user starts it
     with crowded(server) as (crowd, before, process):
+        words = Writer(server.url)
+        time.sleep(0.3)  # taken in
         os.kill(process.pid, signal.SIGTERM)
         time.sleep(0.3)
         late = ask(server.url, seed=1)
@@ -78,6 +82,7 @@ def test_a_drain_finishes_and_answers_every_picture(start: Callable[..., Server]
         assert [one.pictures for one in told] == [one.pictures for one in before]
         assert all(one.whole for one in told)
         assert sum(one.partials for one in told)
+        assert words.wait() == WORDS
         assert exit_status(server) == 0
     log = server.log.read_text()
     assert log.count("this process does") == 1
@@ -86,7 +91,7 @@ def test_a_drain_finishes_and_answers_every_picture(start: Callable[..., Server]
 
 @pytest.mark.parametrize("name", ["EngineCore", "Worker"])
 def test_a_crash_is_told_to_everybody(start: Callable[..., Server], name: str) -> None:
-    server = start(name)
+    server = start(name, *COMPRESSED)
     with crowded(server) as (crowd, before, process):
         child(process, f"VLLM::{name}").kill()
         killed = time.monotonic()
@@ -97,7 +102,7 @@ def test_a_crash_is_told_to_everybody(start: Callable[..., Server], name: str) -
 
 
 def test_a_server_that_is_stopped_leaves_nobody_hanging(start: Callable[..., Server]) -> None:
-    server = start("stop")
+    server = start("stop", *COMPRESSED)
     with crowded(server) as (crowd, before, process):
         process.send_signal(signal.SIGTERM)
         told_in_time(crowd, before, time.monotonic())

@@ -2,7 +2,8 @@
 
 Draw, stream, hang up, send nonsense, look at the metrics, drain with clients waiting, start again; after
 every sequence nothing runs, every block is back, and a seeded picture is the one it was. A minute in the
-suite; ``STATES=100 RESTARTS=20 pytest tests/test_server_states.py`` for an hour.
+suite; ``STATES=100 RESTARTS=20 pytest tests/test_server_states.py`` for an hour. The soak that is run by hand
+(``soak/soak_server.py``) draws a few pictures on the same server.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -27,12 +29,16 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from vllm_kvcompress.testing.server import Server
 
+sys.path.insert(0, str(Path(__file__).parent / "soak"))
+
+import soak_server
+
 ARGS = (
     *("--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "4", "--enforce-eager"),
     *("--kv-cache-memory-bytes", str(2 << 20), "--attention-backend", "kvcompress"),
     *("--shutdown-timeout", "60"),
 )
-SEQUENCES = int(os.environ.get("STATES", "6"))
+SEQUENCES = int(os.environ.get("STATES", "5"))
 RESTARTS = int(os.environ.get("RESTARTS", "1"))
 SEEDS = st.integers(0, 5)
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
@@ -82,6 +88,7 @@ class Site:
         for _ in range(50):
             text = httpx.get(f"{self.url}/metrics").text
             state = {name: re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE) for name in GAUGES}
+            assert all(state.values()), f"no such gauge: {state}"
             if all(float(value) == 0 for values in state.values() for value in values):
                 return
             time.sleep(0.1)
@@ -191,3 +198,14 @@ def test_the_server_is_as_it_was_after_any_sequence() -> None:
         Clients().teardown()
     print(dict(site.did))
     assert {"draw", "stream", "cut", "bad body", "look", "drain"} <= set(site.did)
+
+
+async def test_a_little_of_the_soak(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PICTURES": 60, "LINES": 8, "CLIENTS": 8, "GROWTH_MIB": 1 << 20}.items():
+        monkeypatch.setattr(soak_server, name, value)
+    limits = httpx.Limits(max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=site.url, timeout=120, limits=limits) as http:
+        soak = soak_server.Soak(site.server, http)
+        await soak.run()
+    assert soak.pictures >= 60
+    assert len(soak.did) > 3, soak.did

@@ -11,10 +11,9 @@ need when it is admitted, so what could never have it is refused.
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.exceptions import VLLMValidationError
-
 from vllm_kvcompress.config import KEY, Limits, is_compressed
 from vllm_kvcompress.models.config import ImageModel
+from vllm_kvcompress.refusal import BadParameter
 from vllm_kvcompress.rows import NEGATIVE_IDS, GuidanceParams
 
 if TYPE_CHECKING:
@@ -29,36 +28,32 @@ WORDS_ONLY = (
 )  # fmt: skip
 
 
-def _refuse(parameter: str, message: str) -> VLLMValidationError:
-    return VLLMValidationError(message, parameter=parameter)
-
-
 def drawn_in_prompt(prompt_ids: list[int], model: ImageModel) -> int | None:
     """Image tokens at the prompt's end if it asks for a picture, else None (a text prompt).
 
-    Raises VLLMValidationError for image tokens that do not follow begin-of-image.
+    Raises BadParameter for image tokens that do not follow begin-of-image.
     """
     end, start = len(prompt_ids), model.prefix_length(prompt_ids)
     size = model.size_of(prompt_ids, start)
     if model.classes and size is None:
-        raise _refuse(
+        raise BadParameter(
             "prompt",
             "this model draws pictures of classes and writes no text: the prompt must be one class, by exact "
             f"name or by its id, 0 to {model.classes - 1}",
         )
     if (start < end and size is None) or any(map(model.is_drawn, prompt_ids[:start])):
-        raise _refuse(
+        raise BadParameter(
             "prompt",
             f"image tokens must follow begin-of-image (id {model.boi}) without a gap, at the prompt's end",
         )
     if size is None:
         if not model.writes:
-            raise _refuse("prompt", _no_picture(prompt_ids[:start], model))
+            raise BadParameter("prompt", _no_picture(prompt_ids[:start], model))
         return None
     raster = model.sizes[size].raster
     for number, token in enumerate(prompt_ids[start:]):
         if (token == model.eol) != raster.is_end(number):
-            raise _refuse(
+            raise BadParameter(
                 "prompt",
                 f"the picture's token {number} has id {token}: every {raster.width}th token, and no "
                 f"other, must be the end of a line, id {model.eol}",
@@ -101,7 +96,7 @@ def admit(
 
     Raises
     ------
-    VLLMValidationError
+    BadParameter
         One line that names the parameter and the mend.
     """
     drawn = drawn_in_prompt(prompt_ids, model)
@@ -134,12 +129,12 @@ def _remaining(length: int, drawn: int, model: ImageModel, max_model_len: int, s
     total = model.raster.tokens
     whole = drawn == total and scoring
     if drawn >= total and not whole:
-        raise _refuse(
+        raise BadParameter(
             "prompt", f"the prompt already holds {drawn} image tokens of {total}: nothing is left to draw"
         )
     remaining = max(total - drawn, 1)
     if length + remaining > max_model_len and not whole:
-        raise _refuse(
+        raise BadParameter(
             "prompt",
             f"the prompt has {length} tokens and the picture {remaining}, but the context holds "
             f"{max_model_len}: shorten the prompt or raise --max-model-len",
@@ -162,12 +157,12 @@ def _check_room(length: int, max_tokens: int | None, room: int) -> None:
         return
     more = "or give the cache more memory (--kv-cache-memory-bytes, --gpu-memory-utilization)"
     if length >= room:
-        raise _refuse(
+        raise BadParameter(
             "prompt",
             f"the prompt has {length} tokens, and the cache holds {room} of a text request, the answer "
             f"included: shorten it, {more}",
         )
-    raise _refuse(
+    raise BadParameter(
         "max_tokens",
         f"max_tokens is {max_tokens} (left out, it is what the context leaves), but the cache holds {room} "
         f"tokens of a text request, {length} of them the prompt's: set max_tokens to {room - length} or "
@@ -180,7 +175,7 @@ def _check_limits(prefix: int, pictures: int, limits: Limits) -> None:
         ("prompt", "prompt_tokens", prefix, "tokens"), ("n", "pictures", pictures, "pictures")
     ):  # fmt: skip
         if value > (limit := getattr(limits, name)):
-            raise _refuse(
+            raise BadParameter(
                 parameter,
                 f"{parameter} has {value} {unit}, and this server takes {limit}: ask for less, or raise "
                 f"additional_config.{KEY}.limits.{name}",
@@ -189,32 +184,34 @@ def _check_limits(prefix: int, pictures: int, limits: Limits) -> None:
 
 def _check_params(params: "SamplingParams", remaining: int, model: ImageModel) -> None:
     if params.max_tokens is not None and params.max_tokens < remaining and params.max_tokens != NOT_GIVEN:
-        raise _refuse(
+        raise BadParameter(
             "max_tokens",
             f"max_tokens is {params.max_tokens}, but the picture takes {remaining}: leave it out, or set it "
             f"to {remaining} or more (beam search sets it to 1: pictures can't be searched for)",
         )
     for name in WORDS_ONLY:
         if getattr(params, name) is not None:
-            raise _refuse(name, f"{name} is about text, and this prompt asks for a picture: leave it out")
+            raise BadParameter(
+                name, f"{name} is about text, and this prompt asks for a picture: leave it out"
+            )
     if any(map(model.is_drawn, params.stop_token_ids or ())):
-        raise _refuse(
+        raise BadParameter(
             "stop_token_ids",
             f"a picture can't end before its last token: stop at text ids only, {_text_range(model)}",
         )
     if not all(map(model.is_drawn, params.allowed_token_ids or ())):
-        raise _refuse(
+        raise BadParameter(
             "allowed_token_ids",
             f"the tokens allowed in a picture must be image tokens, ids from {model.first_code}",
         )
     if model.eol >= 0 and params.allowed_token_ids and model.eol not in params.allowed_token_ids:
         params.allowed_token_ids = [*params.allowed_token_ids, model.eol]  # every line has to end
     if model.eol >= 0 and params.bad_words:
-        raise _refuse(
+        raise BadParameter(
             "bad_words", "bad_words is about text, and this prompt asks for a picture: leave it out"
         )
     if params.prompt_logprobs is not None and not model.writes and not model.classes:
-        raise _refuse(
+        raise BadParameter(
             "prompt_logprobs",
             "prompt_logprobs is about words, which this model does not predict: leave it out",
         )
@@ -224,22 +221,24 @@ def _check_guidance(params: "SamplingParams", prefix: int, model: ImageModel) ->
     try:
         guidance = GuidanceParams.read(params.extra_args, model.guidance_scale)
     except ValueError as error:
-        raise _refuse(str(error).split()[0], str(error)) from None
+        raise BadParameter(str(error).split()[0], str(error)) from None
     if guidance.negative_ids is None:
         if model.aligns and guidance.scale != 1:  # a front end that has not come by `align_request`
-            raise _refuse(NEGATIVE_IDS, f"{NEGATIVE_IDS} is missing: this model is guided away from a prompt")
+            raise BadParameter(
+                NEGATIVE_IDS, f"{NEGATIVE_IDS} is missing: this model is guided away from a prompt"
+            )
         return
     if len(guidance.negative_ids) != prefix:
-        raise _refuse(
+        raise BadParameter(
             NEGATIVE_IDS,
             f"{NEGATIVE_IDS} has {len(guidance.negative_ids)} ids, the prompt {prefix}: they must match",
         )
     if model.aligns and not model.is_begun(guidance.negative_ids, prefix):
-        raise _refuse(
+        raise BadParameter(
             NEGATIVE_IDS, f"{NEGATIVE_IDS} must end in the ids {list(model.begin)}, as the prompt does"
         )
     if not all(0 <= i < model.text_vocab and not model.is_drawn(i) for i in guidance.negative_ids):
-        raise _refuse(NEGATIVE_IDS, f"{NEGATIVE_IDS} must hold text ids {_text_range(model)}")
+        raise BadParameter(NEGATIVE_IDS, f"{NEGATIVE_IDS} must hold text ids {_text_range(model)}")
 
 
 def align_request(request: Any, model: ImageModel) -> None:
@@ -286,12 +285,14 @@ def admit_request(
     """
     ids, params = request.prompt_token_ids, request.sampling_params
     if params is None or ids is None or request.prompt_embeds is not None:
-        raise _refuse("prompt", "this model takes token prompts and generates only")
+        raise BadParameter("prompt", "this model takes token prompts and generates only")
     if getattr(request, "mm_features", None) and model.is_begun(ids, model.prefix_length(ids)):
-        raise _refuse("image_url", "a picture is drawn from text alone: leave out the pictures in the prompt")
+        raise BadParameter(
+            "image_url", "a picture is drawn from text alone: leave out the pictures in the prompt"
+        )
     drawn = (ids and model.prefix_length(ids) < len(ids)) or model.boi in ids or model.classes
     if request.resumable and drawn:
-        raise _refuse("prompt", "a picture's prompt must come whole, not in parts")
+        raise BadParameter("prompt", "a picture's prompt must come whole, not in parts")
     if request.resumable and room is not None:
-        raise _refuse("prompt", "with a compressed cache a prompt must come whole, not in parts")
+        raise BadParameter("prompt", "with a compressed cache a prompt must come whole, not in parts")
     admit(ids, params, model, max_model_len, room=room, limits=limits)

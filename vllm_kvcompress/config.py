@@ -34,6 +34,8 @@ class Limits(BaseModel):
         That one request of the text routes may ask for (``n``); the images route has its own, 10.
     body_bytes : int
         Of an HTTP request to the images route; two prompts of 32,000 escaped characters take 768 KiB.
+    body_seconds : float
+        Until such a body must be there: no client holds a connection for ever.
     request_id : int
         Characters of ``X-Request-Id`` that are kept.
     """
@@ -43,6 +45,7 @@ class Limits(BaseModel):
     prompt_tokens: int = Field(default=1024, ge=1)
     pictures: int = Field(default=64, ge=1)
     body_bytes: int = Field(default=2**20, ge=1024)
+    body_seconds: float = Field(default=60, gt=0, allow_inf_nan=False)
     request_id: int = Field(default=128, ge=16, le=4096)
 
 
@@ -120,10 +123,8 @@ class CompressionConfig(BaseModel):
 
     @property
     def compresses(self) -> bool:
-        """Whether anything is set that is about the cache."""
-        default = CompressionConfig()
-        others = {name: getattr(default, name) for name in WITH_ANY_CACHE}
-        return self.model_copy(update=others) != default
+        """Whether anything was set that is about the cache, be it to the default."""
+        return bool(self.model_fields_set - WITH_ANY_CACHE)
 
     @property
     def policy(self) -> Policy:
@@ -147,10 +148,10 @@ def parse_config(additional_config: Any) -> CompressionConfig:
     """
     given = additional_config if isinstance(additional_config, dict) else {}
     for name in given:
-        if name != KEY and (name in CompressionConfig.model_fields or difflib.get_close_matches(name, [KEY])):
-            inside = f'{{"{KEY}": {{"{name}": ...}}}}'
-            mend = f"write {inside}" if name in CompressionConfig.model_fields else f"did you mean {KEY}?"
-            raise ValueError(f"additional_config has {name!r} beside {KEY}; {mend}")
+        if name in CompressionConfig.model_fields or name in Limits.model_fields:
+            raise ValueError(f"additional_config has {name!r} beside {KEY}; write {_written(name)}")
+        if name != KEY and _is_misspelt(name):
+            raise ValueError(f"additional_config has {name!r} beside {KEY}; did you mean {KEY}?")
     section = given.get(KEY, {})
     if not isinstance(section, dict):
         raise ValueError(f"additional_config.{KEY} must be an object of settings, got {section!r}")
@@ -177,6 +178,18 @@ def parse_config(additional_config: Any) -> CompressionConfig:
     return config
 
 
+def _written(name: str) -> str:
+    """A setting in its place."""
+    path = (KEY, name) if name in CompressionConfig.model_fields else (KEY, "limits", name)
+    return "".join(f'{{"{part}": ' for part in path) + "..." + "}" * len(path)
+
+
+def _is_misspelt(name: Any) -> bool:
+    """Whether a key is meant to be ours; other packages' may speak of compression too."""
+    word = str(name).lower()
+    return word.startswith("kv") and bool(difflib.get_close_matches(word, [KEY], cutoff=0.85))
+
+
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     *section, name = (str(part) for part in first["loc"])
@@ -187,6 +200,8 @@ def _one_line(error: ValidationError) -> str:
         known = (Limits if section else CompressionConfig).model_fields
         close = difflib.get_close_matches(name, known, n=1)
         mend = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        if not section and name in Limits.model_fields:
+            mend = f"write {_written(name)}"
         return f"additional_config.{where} has no setting {name!r}; {mend}"
     return f"additional_config.{where}.{name}: {first['msg'].lower()}, got {first['input']!r}"
 

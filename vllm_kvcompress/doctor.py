@@ -15,6 +15,7 @@ REFUSED = {
     "KV connectors": "they move whole caches, not what a head keeps",
     "LoRA": "both branches share a row, adapters know one",
     "speculative decoding": "a rejected draft would have overwritten a slot; windows do it (docs/windows.md)",
+    "another scheduler": "it would not know how much a text needs",
 }
 
 

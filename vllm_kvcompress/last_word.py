@@ -2,10 +2,12 @@
 
 vLLM's own last lines are a link to pydantic's documentation, or that the engine failed, "see above", some
 hundred lines up. The reason is kept where it is raised, also in the engine's processes, and printed when the
-exception has ended the process that was started.
+exception has ended the process that was started. Ours are kept as they are raised, vLLM's own as its
+processes log them before they end.
 """
 
 import atexit
+import logging
 import os
 import sys
 import tempfile
@@ -19,31 +21,76 @@ from types import TracebackType
 TRACKER_S = 3.0
 _FILE = "KVCOMPRESS_LAST_WORD"  # environment variable: where processes of one server leave the reason
 
+_listening = False
+
 
 def listen() -> None:
     """In the process that is started: print the reason last, if an exception ends it.
 
     Call it before other processes are started, whose reasons are to be heard.
     """
-    mine = f"kvcompress-{os.getpid()}-"
-    # Another process's is the server's that this one is a part of, or a program's that starts servers.
-    if _FILE in os.environ and (parent_process() is not None or mine in os.environ[_FILE]):
+    global _listening
+    # Another process's file is the server's that this one is a part of, or a program's that starts servers.
+    if _listening or (_FILE in os.environ and parent_process() is not None):
         return
-    handle, name = tempfile.mkstemp(prefix=mine)
-    os.close(handle)
-    os.environ[_FILE] = name
-    atexit.register(_forget, name, os.getpid())
+    _listening = True
+    with suppress(OSError):  # nowhere to write: reasons of other processes are lost
+        handle, name = tempfile.mkstemp(prefix=f"kvcompress-{os.getpid()}-")
+        os.close(handle)
+        os.environ[_FILE] = name
+        atexit.register(_forget, name, os.getpid())
+    hear_logs()
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, error, trace)
-        with suppress(OSError):
-            reason = Path(name).read_text()
-            if reason and _is_about(error, reason):
-                _hear_the_tracker_out()
-                print(f"vllm-kvcompress: {reason}", file=sys.stderr, flush=True)
+        reason = _kept()
+        if not (reason and _is_about(error, reason)):
+            reason = _line_of(error) if "\n" in str(error) and isinstance(error, ValueError) else ""
+        if reason:
+            _hear_the_tracker_out()
+            print(f"vllm-kvcompress: {reason}", file=sys.stderr, flush=True)
 
     sys.excepthook = hook
+
+
+def hear_logs() -> None:
+    """In a server of ours: a ValueError that vLLM logs is a reason, should that end the server."""
+    logger = logging.getLogger("vllm")
+    if not any(isinstance(handler, _Logged) for handler in logger.handlers):
+        logger.addHandler(_Logged(logging.ERROR))
+
+
+def is_heard() -> bool:
+    """Whether this process is one of a server of ours."""
+    return _FILE in os.environ
+
+
+class _Logged(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, ValueError):
+            _keep(error)
+
+
+def _keep(error: ValueError) -> None:
+    with suppress(OSError, KeyError):
+        Path(os.environ[_FILE]).write_text(_line_of(error))
+
+
+def _kept() -> str:
+    with suppress(OSError, KeyError):
+        return Path(os.environ[_FILE]).read_text()
+    return ""
+
+
+def _line_of(error: ValueError) -> str:
+    """What it says in one line; of pydantic's, the first thing that is wrong, without the frame around it."""
+    text = str(error)
+    if hasattr(error, "errors"):
+        first = error.errors()[0]
+        text = ": ".join((*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")))
+    return " ".join(text.split())[:1000]
 
 
 def _hear_the_tracker_out() -> None:
@@ -80,8 +127,7 @@ def heard() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if _FILE not in os.environ:
+        if not is_heard():
             listen()
-        with suppress(OSError):
-            Path(os.environ[_FILE]).write_text(" ".join(str(error).split())[:1000])
+        _keep(error)
         raise

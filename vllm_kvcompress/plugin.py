@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable
 from functools import partial
 
+from vllm_kvcompress import last_word
 from vllm_kvcompress.served import REQUIREMENT
 
 Change = Callable[[], object]
@@ -25,6 +26,8 @@ def register() -> None:
     try:
         for change in _changes():
             change()
+        if last_word.is_heard():
+            last_word.hear_logs()
     except Exception as error:
         import logging
 

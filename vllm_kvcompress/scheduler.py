@@ -27,7 +27,7 @@ REPORT = "kv_cache"  # key in RequestOutput.kv_transfer_params
 
 @dataclass(frozen=True)
 class CacheReport:
-    """KV memory of one request on all ranks, counted from the blocks it held at its end.
+    """KV memory of one picture on all ranks, counted from the blocks it held at its end.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class CacheReport:
 
 
 class ImageScheduler(AsyncScheduler):
-    """Adds a ``CacheReport`` to a finished request's outputs; schedules as vLLM does.
+    """Adds a ``CacheReport`` to a finished picture's outputs; schedules as vLLM does.
 
     It also tells the block managers where each prompt's text ends: vLLM's own call knows how long a prompt
     is, but not that a picture to continue or to score holds image tokens already. Nor does it know how long a
@@ -158,22 +158,24 @@ class ImageScheduler(AsyncScheduler):
         return spec_decoding_stats
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
-        report = self._report(request)
+        # Answers of chats and completions hold whatever is reported: texts are as vLLM has them.
+        report = None if self._is_text(request) else {REPORT: asdict(self._report(request))}
         self._prefixes.pop(request.request_id, None)
         self._texts.pop(request.request_id, None)
         self._sizes.pop(request.request_id, None)
         self._steps.pop(request.request_id, None)
         kv_params, ec_params = super()._free_request(request, delay_free_blocks)
-        return {**(kv_params or {}), REPORT: asdict(report)}, ec_params
+        return (kv_params if report is None else {**(kv_params or {}), **report}), ec_params
 
     def _report(self, request: Request) -> CacheReport:
+        """What a picture took."""
         config = self.kv_cache_config
         blocks = self.kv_cache_manager.get_block_ids(request.request_id)
         resident = full = 0
         evicted: dict[str, list[tuple[int, int]]] = {"evicted_spatial": [], "evicted_semantic": []}
         # The last token drawn is never fed back, so it never reaches the cache.
         tokens = request.num_tokens - 1
-        drawn = 0 if self._is_text(request) else tokens - self._prefix(request)
+        drawn = tokens - self._prefix(request)
         for group, ids in zip(config.kv_cache_groups, blocks, strict=True):
             spec = cast(AttentionSpec, group.kv_cache_spec)
             layers = len(group.layer_names)

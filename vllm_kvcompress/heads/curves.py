@@ -46,6 +46,16 @@ class LossCurves:
         first = self.candidates[0]
         return Raster(first.image // first.line, first.line)
 
+    def check_grid(self, raster: Raster) -> None:
+        """Raise ValueError, one line, unless they were measured on this grid."""
+        first = self.candidates[0]
+        if (first.line, first.image) != (raster.width, raster.tokens):
+            raise ValueError(
+                f"head_profile: measured on lines of {first.line} in pictures of {first.image} tokens, the "
+                f"served model has {raster.width} and {raster.tokens}; calibrate it, or set head_profile to "
+                "auto"
+            )
+
     @property
     def weighted(self) -> NDArray[np.float64]:
         """``[layers * 2 * kv_heads, candidates]``: losses by `BRANCH_WEIGHTS`, as the fit adds them up."""

@@ -58,8 +58,6 @@ class BranchedImageModel(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        if vllm_config.parallel_config.use_ubatching:
-            raise ValueError("image models do not run in micro-batches: drop --enable-dbo and --ubatch-size")
         if vllm_config.device_config.device_type == "cpu":
             prepare_cpu()
         config = vllm_config.model_config.hf_config

@@ -29,6 +29,7 @@ VQ_SIZES = {
     "latent_channels": (1, 4096),
     "base_channels": (1, 1024),
     "num_res_blocks": (0, 16),
+    "out_channels": (3, 3),
 }
 TEXT_SIZES = {
     "vocab_size": (1, 1 << 22),
@@ -97,7 +98,8 @@ def check_text(text: Any) -> None:
 
 def _check(name: str, value: Any, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"config.json: {name} must be a number from {least} to {most}, got {value!r:.60}")
+        wanted = f"a number from {least} to {most}" if least < most else str(least)
+        raise ValueError(f"config.json: {name} must be {wanted}, got {value!r:.60}")
 
 
 def has_vision(folder: Path, hf_config: Any) -> bool:

@@ -96,7 +96,7 @@ def assign(
     policy = config.policy
     if policy.types == "fitted":
         curves = profile().loss_curves
-        _check_grid(curves, raster)
+        curves.check_grid(raster)
         if policy.budget == AUTO:
             return smallest_budget(curves, config.tolerance, config.max_types, pages_of(shape, dtype), ranks)
         return fit(curves, policy.slots(raster), config.max_types, pages_of(shape, dtype), ranks)
@@ -108,15 +108,6 @@ def assign(
     else:
         spatial, margin = np.full(heads, policy.types == "spatial"), np.zeros(heads)
     return by_threshold(policy, raster, spatial, margin, split_pages, ranks)
-
-
-def _check_grid(curves: LossCurves, raster: Raster) -> None:
-    first = curves.candidates[0]
-    if (first.line, first.image) != (raster.width, raster.tokens):
-        raise ValueError(
-            f"head_profile: measured on lines of {first.line} in pictures of {first.image} tokens, the "
-            f"served model has {raster.width} and {raster.tokens}; calibrate it, or set head_profile to auto"
-        )
 
 
 def profile_of(

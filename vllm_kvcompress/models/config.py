@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import JanusVQVAEConfig, LlamaConfig, PreTrainedConfig
 
-from vllm_kvcompress import last_word
+from vllm_kvcompress.models.sections import reading, section, section_params
 from vllm_kvcompress.policy.raster import Raster
 
 ORIGINAL_LAYOUT = "multi_modality"
@@ -31,11 +31,6 @@ _VQ_16: dict[str, Any] = {
 }
 
 
-def section_params(section: dict[str, Any] | None) -> dict[str, Any]:
-    """What a section of the original config.json says; empty where there is none."""
-    return dict((section or {}).get("params") or {})
-
-
 class MultiModalityConfig(PreTrainedConfig):
     """config.json of deepseek-ai/Janus-Pro-1B, -7B and Janus-1.3B.
 
@@ -46,7 +41,7 @@ class MultiModalityConfig(PreTrainedConfig):
     model_type = ORIGINAL_LAYOUT
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": LlamaConfig, "vq_config": JanusVQVAEConfig}
 
-    @last_word.heard()
+    @reading()
     def __init__(self, **kwargs: Any) -> None:
         sections = {
             name: kwargs.pop(name, None)
@@ -62,7 +57,8 @@ class MultiModalityConfig(PreTrainedConfig):
                 "config.json has no gen_vision_config: not a Janus or Janus-Pro checkpoint "
                 "(JanusFlow draws by rectified flow, not token by token, and is not supported)"
             )
-        language = {k: v for k, v in (sections["language_config"] or {}).items() if k != "model_type"}
+        language = section(sections["language_config"], "language_config")
+        language.pop("model_type", None)
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
         language.setdefault("dtype", dtype or language.pop("torch_dtype", None))
         language.pop("torch_dtype", None)
@@ -71,13 +67,13 @@ class MultiModalityConfig(PreTrainedConfig):
         # Stored tensors are always both there, and different.
         kwargs["tie_word_embeddings"] = False
 
-        vq = {**_VQ_16, **section_params(sections["gen_vision_config"])}
+        vq = {**_VQ_16, **section_params(sections["gen_vision_config"], "gen_vision_config")}
         if not isinstance(vq["ch_mult"], list) or not 1 <= len(vq["ch_mult"]) <= 8:
             raise ValueError(
                 "config.json: gen_vision_config.params.ch_mult must be a list of 1 to 8 numbers, got "
                 f"{vq['ch_mult']!s:.60}"
             )
-        image_size = section_params(sections["vision_config"]).get("image_size", 384)
+        image_size = section_params(sections["vision_config"], "vision_config").get("image_size", 384)
         if type(image_size) is not int:
             raise ValueError(
                 f"config.json: vision_config.params.image_size must be a number, got {image_size!r:.60}"
@@ -101,8 +97,8 @@ class MultiModalityConfig(PreTrainedConfig):
             image_token_embed_dim=hidden,
         )
         super().__init__(**kwargs)
-        for name, section in sections.items():
-            setattr(self, name, section)
+        for name, value in sections.items():
+            setattr(self, name, value)
 
 
 @dataclass(frozen=True)

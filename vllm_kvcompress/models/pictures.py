@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from transformers import BatchFeature
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from vllm.config.multimodal import MultiModalDummyOptions
-from vllm.exceptions import VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, MultiModalDataItems
@@ -31,6 +30,7 @@ from vllm.multimodal.processing import (
 from vllm_kvcompress.models.checkpoint import has_vision
 from vllm_kvcompress.models.tokenizer import BOI, BOS, EOI, IMAGE, PAD, token_id
 from vllm_kvcompress.models.vision_sizes import NO_PICTURES, VisionSizes, vision_sizes
+from vllm_kvcompress.refusal import BadParameter
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -129,7 +129,7 @@ class PictureInfo(BaseProcessingInfo):
         elif not self.allowed_mm_limits["image"]:
             message = "this server takes no pictures in chats: --limit-mm-per-prompt says 0"
         if modality == "image" and message:
-            raise VLLMValidationError(message, parameter="image_url")
+            raise BadParameter("image_url", message)
         super().validate_num_items(modality, num_items)
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
@@ -198,8 +198,8 @@ class PictureProcessor(BaseMultiModalProcessor[PictureInfo]):
         try:
             return super()._maybe_apply_prompt_updates(*args, **kwargs)
         except AssertionError:  # vLLM has found no place for a picture
-            raise VLLMValidationError(
-                f"there must be one {IMAGE} in the prompt for every picture", parameter="prompt"
+            raise BadParameter(
+                "prompt", f"there must be one {IMAGE} in the prompt for every picture"
             ) from None
 
     def _call_hf_processor(

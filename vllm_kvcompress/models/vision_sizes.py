@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import SiglipVisionConfig
 
-from vllm_kvcompress.models.config import ORIGINAL_LAYOUT, section_params
+from vllm_kvcompress.models.config import ORIGINAL_LAYOUT
+from vllm_kvcompress.models.sections import section_params
 
 NO_PICTURES = "--limit-mm-per-prompt '{\"image\": 0}'"
 
@@ -129,11 +130,13 @@ def _unfit(what: str) -> ValueError:
 
 
 def _original(hf_config: Any) -> tuple[dict[str, Any], Any]:
-    params, aligner = section_params(hf_config.vision_config), section_params(hf_config.aligner_config)
+    params = section_params(hf_config.vision_config, "vision_config")
+    aligner = section_params(hf_config.aligner_config, "aligner_config")
     name = params.get("model_name", _PUBLISHED)
-    if name not in _SIGLIP and not {"width", "layers", "heads"} <= params.keys():
+    known = isinstance(name, str) and name in _SIGLIP
+    if not known and not {"width", "layers", "heads"} <= params.keys():
         raise _unfit(f"model_name {name!r:.60} is not one of {', '.join(_SIGLIP)}")
-    table = _SIGLIP.get(name, _SIGLIP[_PUBLISHED])
+    table = _SIGLIP[name if known else _PUBLISHED]
     sizes = {key: params.get(key, value) for key, value in table.items()}
     last = params.get("select_layer", -1)
     if type(last) is not int or type(sizes["layers"]) is not int:

@@ -67,6 +67,8 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
             raise ValueError(
                 "speculative decoding does not work with image models: drop --speculative-config"
             )
+        if vllm_config.parallel_config.use_ubatching:
+            raise ValueError("image models do not run in micro-batches: drop --enable-dbo and --ubatch-size")
         if envs.VLLM_USE_RUST_FRONTEND:
             raise ValueError("VLLM_USE_RUST_FRONTEND: that front end has no images route; unset it")
         if image_model(model_config).aligns and not is_compressed(vllm_config):
@@ -150,13 +152,15 @@ def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> Non
         except ValueError as error:
             of_which = f", of pictures of {raster.name}" if len(rasters) > 1 else ""
             raise ValueError(f"{error}{of_which}") from None
+    text = vllm_config.model_config.hf_config.get_text_config()
+    kv_heads = text.num_key_value_heads
     if config.head_profile != AUTO and config.policy.types in ("profile", "fitted"):
         from vllm_kvcompress.heads.profile import HeadProfile  # where such a model is served, not before
 
-        profile = HeadProfile.load(config.head_profile)  # its model is compared when the weights are there
+        profile = HeadProfile.load(config.head_profile)
+        profile.check_model("", "", text.num_hidden_layers, kv_heads)  # its hash, when the weights are there
         if config.policy.types == "fitted":
-            profile.loss_curves  # noqa: B018 - raises where there are none
-    kv_heads = vllm_config.model_config.hf_config.get_text_config().num_key_value_heads
+            profile.loss_curves.check_grid(rasters[0])
     refused = (
         (
             kv_heads % parallel.tensor_parallel_size > 0,
@@ -183,6 +187,11 @@ def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> Non
         (
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
             "a single KV-cache group: drop --disable-hybrid-kv-cache-manager",
+        ),
+        (
+            # Another one does not ask whether a request fits: a long text would be written past its blocks.
+            vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER),
+            f"another scheduler ({vllm_config.scheduler_config.scheduler_cls!s:.200}): drop --scheduler-cls",
         ),
     )
     for clash, mend in refused:

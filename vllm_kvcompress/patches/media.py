@@ -14,13 +14,15 @@ def apply() -> None:
     configured. Whatever they raise for a picture becomes a 400 that names ``image_url``; what may be loaded
     is their own decision.
     """
-    from vllm.exceptions import VLLMError, VLLMValidationError
+    from vllm.exceptions import VLLMError
     from vllm.multimodal.media.connector import MediaConnector
     from vllm.renderers.chat_utils import BaseMultiModalItemTracker
 
-    def named(error: Exception) -> VLLMValidationError:
+    from vllm_kvcompress.refusal import BadParameter
+
+    def named(error: Exception) -> BadParameter:
         reason = " ".join(str(error).split()) or type(error).__name__
-        return VLLMValidationError(f"{FIELD}: no picture to be had: {reason:.300}", parameter=FIELD)
+        return BadParameter(FIELD, f"{FIELD}: no picture to be had: {reason:.300}")
 
     fetch: Any = MediaConnector.fetch_image
     fetch_async: Any = MediaConnector.fetch_image_async
@@ -54,7 +56,7 @@ def apply() -> None:
             raise
         except ValueError as error:  # a model of classes, which has no chats at all
             field = FIELD if modality == "image" else modality
-            raise VLLMValidationError(f"{field}: {error}", parameter=field) from error
+            raise BadParameter(field, f"{field}: {error}") from error
 
     setattr(fetch_image, _MARK, True)
     MediaConnector.fetch_image = fetch_image  # type: ignore[method-assign]

@@ -4,6 +4,7 @@ The route is under ``/v1``, so ``--api-key`` guards it as it guards the others; 
 server load are vLLM's own. OpenAI's two routes beside it that take a picture are there to say no.
 """
 
+import asyncio
 import time
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
@@ -114,6 +115,7 @@ class ImagesEndpoint:
                 },
                 HTTPStatus.BAD_REQUEST.value: error,
                 HTTPStatus.NOT_FOUND.value: error,
+                HTTPStatus.REQUEST_TIMEOUT.value: error,
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE.value: error,
                 HTTPStatus.INTERNAL_SERVER_ERROR.value: error,
                 HTTPStatus.SERVICE_UNAVAILABLE.value: error,
@@ -178,9 +180,13 @@ class ImagesEndpoint:
         if self._painter is None:
             raise NotImplementedError("this server has no engine to draw pictures with")
         try:
-            body = await _body(raw_request, self._limits.body_bytes)
+            async with asyncio.timeout(self._limits.body_seconds):
+                body = await _body(raw_request, self._limits.body_bytes)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
+        except TimeoutError:
+            message = f"the body took more than {self._limits.body_seconds:g} s: send it at once"
+            return _error(HTTPStatus.REQUEST_TIMEOUT, "RequestTimeoutError", "body", message)
         if body is None:
             message = f"the body has more than {self._limits.body_bytes} bytes: shorten it"
             return _error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "RequestTooLargeError", "body", message)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
-from vllm.exceptions import VLLMValidationError
 
+from vllm_kvcompress.refusal import BadParameter
 from vllm_kvcompress.rows import MAX_SCALE
 
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -26,22 +26,16 @@ _HINTS = {
 }
 
 
-class BadParameter(VLLMValidationError):
-    """A 400 that names the parameter; vLLM's exception handlers turn it into OpenAI's error shape."""
-
-    def __init__(self, parameter: str, message: str) -> None:
-        super().__init__(message, parameter=parameter)
-
-    def __str__(self) -> str:  # without the base class's "(parameter=...)": the answer has a field for it
-        return str(self.args[0])
-
-
 class ImageRequest(BaseModel):
     """Body of a request. ``parse_request`` makes one from bytes."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS, description="What to draw.")
+    prompt: str = Field(
+        max_length=MAX_PROMPT_CHARACTERS,
+        json_schema_extra={"minLength": 1},  # said by `_fields_agree`, which looks at more than the length
+        description="What to draw.",
+    )
     model: str | None = Field(None, description="A name the model is served under.")
     n: int = Field(1, ge=1, le=10, description="Number of pictures; 1 when streaming.")
     size: str = Field(

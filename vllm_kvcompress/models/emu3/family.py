@@ -41,6 +41,7 @@ VQ_SIZES = {
     "num_res_blocks": (0, 16),
     "hidden_size": (1, 1 << 16),
     "temporal_downsample_factor": (1, 64),
+    "out_channels": (3, 3),
 }
 
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from transformers import JanusVQVAEConfig, LlamaConfig, PreTrainedConfig
 
-from vllm_kvcompress import last_word
 from vllm_kvcompress.models.config import head_size
+from vllm_kvcompress.models.sections import reading
 
 MODEL_TYPE = "llamagen"
 ARCHITECTURE = "LlamaGenForImageGeneration"
@@ -34,7 +34,7 @@ class LlamaGenConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": LlamaConfig, "vq_config": JanusVQVAEConfig}
 
-    @last_word.heard()
+    @reading()
     def __init__(self, **kwargs: Any) -> None:
         for name in ("text_config", "vq_config"):  # derived below; present when read back from disk
             kwargs.pop(name, None)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import JanusVQVAEConfig, LlamaConfig, PreTrainedConfig
 
-from vllm_kvcompress import last_word
+from vllm_kvcompress.models.sections import reading
 
 MODEL_TYPE = "lumina_mgpt"
 ARCHITECTURE = "LuminaMGPTForImageGeneration"
@@ -25,7 +25,7 @@ class LuminaConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": LlamaConfig, "vq_config": JanusVQVAEConfig}
 
-    @last_word.heard()
+    @reading()
     def __init__(self, **kwargs: Any) -> None:
         sections = {name: kwargs.pop(name, None) for name in self.sub_configs}
         if kwargs:  # transformers makes empty ones to compare with
