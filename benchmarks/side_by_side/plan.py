@@ -105,7 +105,7 @@ def groups(mode: str) -> list[Group | HttpGroup]:
                 "memory", janus("janus-1b-memory", 24, (0, 4, 12, 23), 8), (STOCK, *_SIXTHS), (FIT,), 5, 64
             ),
             HttpGroup(
-                "http", shapes("shapes-http", ()), (STOCK, "decoupled 1/5", OURS), 3, 96, 8, (0.5, 0.7, 0.9)
+                "http", shapes("shapes-http", ()), (STOCK, "fitted 1/5", OURS), 3, 96, 8, (0.5, 0.7, 0.9)
             ),
             HttpGroup("http-1b", janus("janus-1b-http", 24, ()), (STOCK, OURS), 1, 24, 8, (0.7,)),
             Group(
