@@ -83,7 +83,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """``tiny-hf``, ``small-hf``, ``small-deepseek``, ``gqa-hf``: float32, random weights, seed 0.
 
     ``six-hf``, ``five-hf`` and ``five-gqa-hf`` are the first and the last with fewer tokens a picture (6 x 6,
-    5 x 5), for interpreters; ``twelve-deepseek`` is the third with a quarter of its tokens, for two ranks.
+    5 x 5), for interpreters; ``eight-deepseek`` is the third with a ninth of its tokens, for two ranks.
     """
     from vllm_kvcompress.testing.checkpoints import GQA, SMALL_24, TINY, make_checkpoint
 
@@ -97,7 +97,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("six-hf", "hf", replace(TINY, lines=6)),
         ("five-hf", "hf", replace(TINY, lines=5)),
         ("five-gqa-hf", "hf", replace(GQA, lines=5)),
-        ("twelve-deepseek", "deepseek", replace(SMALL_24, lines=12)),
+        ("eight-deepseek", "deepseek", replace(SMALL_24, lines=8)),
     ):
         made[name] = make_checkpoint(root / name, layout=layout, geometry=geometry, seed=0)
     return made

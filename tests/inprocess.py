@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from interpreter import inspect_here
 
 KERNELS = ("torch", "cpu")
 MEMORY = 8 << 20
@@ -33,6 +34,7 @@ def engines_here() -> Iterator[None]:
     from vllm import envs
 
     threads = torch.get_num_threads()
+    inspect_here()
     inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     envs.disable_envs_cache()
     with mock.patch.dict(os.environ, inside):

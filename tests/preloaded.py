@@ -3,7 +3,7 @@
 ``multiprocessing``'s fork server imports vLLM once; the child becomes what the command says, and what it
 starts in its turn is forked, or comes from the same fork server. No plugin was loaded in it, no environment
 variable read that the command may change. Some tests of how a process starts or ends, and of what users
-install, start theirs anew (test_compressed_server, a drain of test_server_ends, test_wheel, test_last_word).
+install, start theirs anew (test_compressed_server, test_wheel, test_last_word).
 """
 
 import atexit
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import setproctitle
+from interpreter import inspect_here
 
 _COMMANDS = {
     str(Path(sys.executable).with_name(name)): main
@@ -107,6 +108,7 @@ def _become(
     for stream, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
     _start_alike(address)
+    inspect_here()
     if os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == "fork":
         _fork_always()
     from vllm.logger import _configure_vllm_root_logger

@@ -5,12 +5,10 @@ Nobody is left hanging, what was drawn is answered, and the exit status says whe
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import preloaded
 import psutil
@@ -34,10 +32,12 @@ def start(
     """A server on a cache directory that all of this module share: one calibration."""
     folder = tmp_path_factory.mktemp("ends")
 
-    def server(name: str, *args: str, start: Callable[..., Any] = preloaded.Popen) -> Server:
+    def server(name: str, *args: str) -> Server:
         # One thread for the engine and for the front end, which draws pixels after it: the same roundings.
         env = {"VLLM_CACHE_ROOT": own_cache, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        return Server(checkpoints["gqa-hf"], folder / f"{name}.log", (*ARGS, *args), env=env, start=start)
+        return Server(
+            checkpoints["gqa-hf"], folder / f"{name}.log", (*ARGS, *args), env=env, start=preloaded.Popen
+        )
 
     return server
 
@@ -69,7 +69,7 @@ def exit_status(server: Server) -> int:
 
 def test_a_drain_finishes_and_answers_every_picture(start: Callable[..., Server]) -> None:
     """With the full cache; compressed ones drain in test_server_states and test_data_parallel."""
-    server = start("drain", "--shutdown-timeout", "60", start=subprocess.Popen)  # all as a user starts it
+    server = start("drain", "--shutdown-timeout", "60")
     with crowded(server) as (crowd, before, process):
         words = Writer(server.url)
         time.sleep(0.3)  # taken in

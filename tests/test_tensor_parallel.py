@@ -25,7 +25,7 @@ from vllm_kvcompress.testing.llamagen import make_llamagen
 from vllm_kvcompress.testing.lumina import make_lumina
 
 RANKS, WORDS = 2, 8
-DECOUPLED: dict[str, Any] = {"preset": "decoupled", "budget": 0.2}
+DECOUPLED: dict[str, Any] = {"preset": "decoupled", "budget": 0.4}
 ONE_KV_HEAD, SIX = replace(GQA, kv_heads=1, lines=5), replace(SMALL_24, lines=6)
 LUMINA, LLAMAGEN = "published", "bare"  # geometries of four heads
 
@@ -42,11 +42,11 @@ class Case:
 
 CASES = {
     "vLLM's cache, gqa": Case("five-gqa-hf", None, 5, 25),
-    "fitted, gqa": Case("five-gqa-hf", {"budget": 0.5}, 3, 25),
+    "line_ar, gqa": Case("five-gqa-hf", {"preset": "line_ar", "budget": 0.5}, 3, 25),
     "one KV head on both ranks": Case("one-kv-head", None, 1, 25),
     "vLLM's cache, original layout": Case("six-deepseek", None, 1, 36),
     "fitted, original layout, windows": Case("six-deepseek", {"budget": 0.4, "window": 6}, 2, 36),
-    "decoupled, original layout": Case("twelve-deepseek", DECOUPLED, 1, 144),
+    "decoupled, original layout": Case("eight-deepseek", DECOUPLED, 1, 64),
     "Lumina-mGPT": Case("lumina", {"preset": "line_ar", "budget": 0.5, "size": "32x16"}, 1, 36),
     "LlamaGen": Case("llamagen", {"preset": "line_ar", "budget": 0.5}, 1, 36),
 }
@@ -171,13 +171,13 @@ def test_reports_count_all_ranks(drawn: dict[int, Drawn], case: str) -> None:
 def test_eviction_had_a_say(drawn: dict[int, Drawn]) -> None:
     """Or equality would prove nothing for the compressed cache."""
     for full, fitted in (
-        ("vLLM's cache, gqa", "fitted, gqa"),
+        ("vLLM's cache, gqa", "line_ar, gqa"),
         ("vLLM's cache, original layout", "fitted, original layout, windows"),
     ):
         assert drawn[RANKS][full]["waves"][0][0] != drawn[RANKS][fitted]["waves"][0][0]
     [[report], _] = drawn[RANKS]["decoupled, original layout"]["held"]
-    assert report["kv_cache"]["evicted_spatial"] > 90
-    assert report["kv_cache"]["evicted_semantic"] > 90
+    assert report["kv_cache"]["evicted_spatial"] > 30
+    assert report["kv_cache"]["evicted_semantic"] > 30
     [windowed, _] = drawn[RANKS]["fitted, original layout, windows"]["held"]
     assert min(report["kv_cache"]["steps"] for report in windowed) < 36
 
@@ -190,15 +190,12 @@ def test_the_heads_were_measured_once_and_one_rank_speaks(drawn: dict[int, Drawn
     assert "on each of 2 ranks" in log
 
 
-@pytest.mark.parametrize("model", ["five-gqa-hf", "six-deepseek"])
-def test_ranks_measure_what_one_process_measures(
-    drawn: dict[int, Drawn], caches: dict[int, Path], model: str
-) -> None:
+def test_ranks_measure_what_one_process_measures(drawn: dict[int, Drawn], caches: dict[int, Path]) -> None:
     """Of every head, in the order of the whole model's heads."""
     two, one = (
         HeadProfile.load(path)
         for ranks in (RANKS, 1)
-        for path in (caches[ranks] / "kvcompress" / "head_profiles").glob(f"{model}-*.json")
+        for path in (caches[ranks] / "kvcompress" / "head_profiles").glob("six-deepseek-*.json")
     )
     assert len({tuple(row) for row in one.scores}) > 1
     np.testing.assert_allclose(two.scores, one.scores, rtol=1e-4)
