@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from side_by_side.child import FIT
-from side_by_side.contenders import LONG, OURS, STOCK, TRANSFORMERS
+from side_by_side.contenders import EARLIER, LONG, OURS, STOCK, TRANSFORMERS
 from side_by_side.summary import (
     Figure,
     Samples,
@@ -30,10 +30,15 @@ class Bar:
     contender: str = OURS
 
     def measured(self, samples: Samples, workload: Workload) -> Figure | None:
-        """What the run gave; None if it has not been measured."""
-        if self.under is None:
-            return samples.figure(workload, self.contender, self.batch, self.value)
-        return samples.ratio(workload, self.batch, self.contender, self.under, self.value)
+        """What the run gave; None if it has not been measured. Runs of before are about whom they were."""
+        for contender in (self.contender, *((EARLIER,) if self.contender == OURS else ())):
+            if self.under is None:
+                found = samples.figure(workload, contender, self.batch, self.value)
+            else:
+                found = samples.ratio(workload, self.batch, contender, self.under, self.value)
+            if found is not None:
+                return found
+        return None
 
     def met(self, figure: Figure) -> bool:
         """Whether the median is on the right side of the aim."""

@@ -48,4 +48,5 @@ CONTENDERS = {
     )
 }
 OURS = "fitted 1/6"  # the one that the bars are about
+EARLIER = "decoupled 1/6"  # whom they were about until decision 102
 LONG = "fitted 1/8"  # of pictures of thousands of tokens
