@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 # Tests must not depend on, nor leave anything in, the user's cache directory.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-# `vllm serve` starts its engine anew, which imports everything again: ten seconds a server. Tests that serve
-# as users do set "spawn" (test_compressed_server, test_wheel).
+# What preloaded processes start is forked (tests/preloaded.py). On CPUs vLLM itself spawns, whatever this is:
+# an engine and its worker import everything again. Tests that serve as users do have it so.
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker, whatever it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -8,7 +8,8 @@ from parity import load_reference, transformers_greedy
 from safetensors.torch import load_file
 from transformers import AutoProcessor, GenerationConfig, JanusForConditionalGeneration
 
-from vllm_kvcompress.models.config import MultiModalityConfig, raster_of
+from vllm_kvcompress.models.config import raster_of
+from vllm_kvcompress.models.janus_config import MultiModalityConfig
 from vllm_kvcompress.models.vq import vq_name
 from vllm_kvcompress.models.weights import canonical_name
 from vllm_kvcompress.testing import GQA, SMALL_24, TINY, janus_pro_1b

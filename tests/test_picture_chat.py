@@ -360,7 +360,7 @@ def test_a_towers_tensors_are_checked_where_they_are_used(
 def test_sizes_of_the_published_towers() -> None:
     from transformers import JanusConfig
 
-    from vllm_kvcompress.models.config import MultiModalityConfig
+    from vllm_kvcompress.models.janus_config import MultiModalityConfig
     from vllm_kvcompress.testing.configs import original_config
     from vllm_kvcompress.testing.geometry import janus_pro_1b
 

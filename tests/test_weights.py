@@ -11,7 +11,8 @@ from torch import nn
 from vllm.model_executor.model_loader.weight_utils import pt_weights_iterator, safetensors_weights_iterator
 
 from vllm_kvcompress.models.checkpoint import check_checkpoint
-from vllm_kvcompress.models.config import MultiModalityConfig, raster_of
+from vllm_kvcompress.models.config import raster_of
+from vllm_kvcompress.models.janus_config import MultiModalityConfig
 from vllm_kvcompress.models.vq import VQDecoder
 from vllm_kvcompress.models.weights import (
     CheckpointError,

@@ -70,12 +70,12 @@ class _Logged(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, ValueError):
-            _keep(error)
+            _keep(_line_of(error))
 
 
-def _keep(error: ValueError) -> None:
+def _keep(line: str) -> None:
     with suppress(OSError, KeyError):
-        Path(os.environ[_FILE]).write_text(_line_of(error))
+        Path(os.environ[_FILE]).write_text(line)
 
 
 def _kept() -> str:
@@ -90,6 +90,10 @@ def _line_of(error: ValueError) -> str:
     if hasattr(error, "errors"):
         first = error.errors()[0]
         text = ": ".join((*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")))
+    return _line(text)
+
+
+def _line(text: str) -> str:
     return " ".join(text.split())[:1000]
 
 
@@ -117,8 +121,7 @@ def _forget(name: str, owner: int) -> None:
 def suspect(reason: str) -> None:
     """What is printed last if the engine does not start and nothing better is known."""
     listen()
-    with suppress(OSError):
-        Path(os.environ[_FILE]).write_text(" ".join(reason.split())[:1000])
+    _keep(_line(reason))
 
 
 @contextmanager
@@ -129,5 +132,5 @@ def heard() -> Iterator[None]:
     except ValueError as error:
         if not is_heard():
             listen()
-        _keep(error)
+        _keep(_line_of(error))
         raise

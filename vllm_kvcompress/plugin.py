@@ -79,7 +79,7 @@ def _models() -> list[Change]:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
-    from vllm_kvcompress.models.config import MultiModalityConfig
+    from vllm_kvcompress.models.janus_config import MultiModalityConfig
     from vllm_kvcompress.models.llamagen.config import LlamaGenConfig
     from vllm_kvcompress.models.lumina import unconverted
     from vllm_kvcompress.models.lumina.config import LuminaConfig

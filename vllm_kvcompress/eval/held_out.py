@@ -52,7 +52,7 @@ def _encode(model: str, number: int) -> tuple[list[str], NDArray[np.int64]]:
     from transformers import JanusForConditionalGeneration, PreTrainedConfig
 
     from vllm_kvcompress.eval.scenes import render, sample_pair
-    from vllm_kvcompress.models.config import TRANSFORMERS_LAYOUT
+    from vllm_kvcompress.models.janus_config import TRANSFORMERS_LAYOUT
 
     try:
         # transformers would make a Janus with random weights of any other type.

@@ -4,7 +4,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvcompress.models.config import ORIGINAL_LAYOUT, TRANSFORMERS_LAYOUT, ImageModel
+from vllm_kvcompress.models.config import ImageModel
+from vllm_kvcompress.models.janus_config import ORIGINAL_LAYOUT, TRANSFORMERS_LAYOUT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -33,7 +33,7 @@ def tokenizer_fix() -> Callable[[], object]:
     """
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-    from vllm_kvcompress.models.config import ORIGINAL_LAYOUT
+    from vllm_kvcompress.models.janus_config import ORIGINAL_LAYOUT
 
     return partial(setitem, TOKENIZER_MAPPING_NAMES, ORIGINAL_LAYOUT, "TokenizersBackend")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import SiglipVisionConfig
 
-from vllm_kvcompress.models.config import ORIGINAL_LAYOUT
+from vllm_kvcompress.models.janus_config import ORIGINAL_LAYOUT
 from vllm_kvcompress.models.sections import section_params
 
 NO_PICTURES = "--limit-mm-per-prompt '{\"image\": 0}'"
