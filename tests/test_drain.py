@@ -1,4 +1,4 @@
-"""An API process that shares its engine ends: it waits for its answers, but not for ever."""
+"""An API process drains: it refuses who comes late; one that shares its engine waits, but not for ever."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ class Shared:
         self.ended: list[float | None] = []
         self.state, self.answered = State(), {"one", "two"}
         self.state.server = SimpleNamespace(server_state=SimpleNamespace(tasks=self.answered))
-        drain.SharedDrain(self, self.state)  # type: ignore[arg-type]
+        drain.Drain(self, self.state)  # type: ignore[arg-type]
 
     def shutdown(self, timeout: float | None = None) -> None:
         self.ended.append(timeout)
@@ -60,11 +60,20 @@ def test_a_drain_that_outlasts_its_timeout(monkeypatch: pytest.MonkeyPatch, told
     assert told == ["2 requests were not finished in the 1 s of shutdown_timeout"]
 
 
-@pytest.mark.parametrize(
-    "engine", [Shared(owner=True), Shared(timeout=0)], ids=["its own engine", "no timeout"]
-)
-def test_others_end_as_they_did(engine: Shared, told: list[str]) -> None:
+def test_without_a_timeout_it_ends_as_it_did(told: list[str]) -> None:
+    engine = Shared(timeout=0)
     engine.shutdown(timeout=1)
     assert engine.ended == [1]
     engine.check_admission()
     assert not told
+
+
+def test_an_engine_of_its_own_finishes_by_itself(told: list[str]) -> None:
+    """It is stopped at once; between its end and the HTTP server's nobody is told of a dead engine."""
+    engine, began = Shared(owner=True), time.monotonic()
+    engine.shutdown(timeout=60)
+    assert time.monotonic() - began < 1
+    assert engine.ended == [60]
+    assert not told
+    with pytest.raises(RetryableRequestError, match=drain.SHUTTING_DOWN):
+        engine.check_admission()

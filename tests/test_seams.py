@@ -374,7 +374,7 @@ def test_images_endpoint_is_an_endpoint_plugin() -> None:
 
 
 def test_an_api_process_that_ends_stops_its_client_off_the_loop() -> None:
-    """What `SharedDrain` waits in, and where it refuses."""
+    """What `Drain` waits in, and where it refuses."""
     from vllm.entrypoints.launchers import launcher
     from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -1,9 +1,10 @@
-"""The end of a server of several API processes, which vLLM does not make wait (``--api-server-count``).
+"""The end of a server that drains: who comes late, and what several API processes wait for.
 
-With one API process, vLLM stops the engine, which finishes its pictures while the process listens to it.
-With several, the engine belongs to their parent: on SIGTERM each API process leaves its clients at once, and
-only then is the engine stopped (``vllm/entrypoints/cli/serve.py``, ``run_multi_api_server``;
-``launchers/launcher.py``, ``handle_shutdown``).
+With one API process, vLLM stops the engine, which finishes its pictures while the process listens to it; the
+HTTP server goes on for a moment after the engine has ended, and would tell who comes then of a dead engine.
+With several (``--api-server-count``), the engine belongs to their parent: on SIGTERM each API process leaves
+its clients at once, and only then is the engine stopped (``vllm/entrypoints/cli/serve.py``,
+``run_multi_api_server``; ``launchers/launcher.py``, ``handle_shutdown``).
 """
 
 import time
@@ -24,11 +25,12 @@ MARGIN_S = 2.0  # before the parent kills this process: answers leave
 logger = logger_for(__name__)
 
 
-class SharedDrain:
-    """Lets an API process that shares its engine finish its answers before it ends, text's too.
+class Drain:
+    """Refuses new requests from the signal on, with a 503; lets those of before be answered, text's too.
 
-    From the signal on new requests get a 503; those of before are answered, until ``--shutdown-timeout`` is
-    nearly over. Nothing is changed where there is no such timeout, or where the engine is this process's own.
+    The engine sees to that where it is this process's own; one that shares its engine waits for its answers
+    before it ends, until ``--shutdown-timeout`` is nearly over. Nothing is changed where there is no such
+    timeout.
 
     Parameters
     ----------
@@ -41,22 +43,25 @@ class SharedDrain:
     def __init__(self, engine: "EngineClient", state: State) -> None:
         self._engine, self._state = engine, state
         resources = getattr(getattr(engine, "engine_core", None), "resources", None)
-        owner = resources is None or resources.engine_manager is not None
-        if owner or not engine.vllm_config.shutdown_timeout:
-            return
-        self._shutdown = engine.shutdown
-        engine.shutdown = self._drained  # type: ignore[method-assign]
+        self._is_shared = resources is not None and resources.engine_manager is None
+        if engine.vllm_config.shutdown_timeout:
+            self._shutdown = engine.shutdown
+            engine.shutdown = self._drained  # type: ignore[method-assign]
 
     def _drained(self, timeout: float | None = None) -> None:
         """In place of the engine client's ``shutdown``; the launcher calls it off the event loop."""
         if timeout:
             self._engine.check_admission = self._refuse  # type: ignore[method-assign]
-            deadline = time.monotonic() + max(timeout - MARGIN_S, 0)
-            while (busy := self._busy) and time.monotonic() < deadline:
-                time.sleep(LOOK_S)
-            if busy:
-                logger.warning("%d requests were not finished in the %d s of shutdown_timeout", busy, timeout)
+            if self._is_shared:
+                self._wait(timeout)
         self._shutdown(timeout=timeout)
+
+    def _wait(self, timeout: float) -> None:
+        deadline = time.monotonic() + max(timeout - MARGIN_S, 0)
+        while (busy := self._busy) and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+        if busy:
+            logger.warning("%d requests were not finished in the %d s of shutdown_timeout", busy, timeout)
 
     @property
     def _busy(self) -> int:

@@ -28,7 +28,7 @@ from vllm.utils import random_uuid
 from vllm_kvcompress.config import Limits, is_compressed, parse_config
 from vllm_kvcompress.serving import playground
 from vllm_kvcompress.serving.alive import EngineWatch
-from vllm_kvcompress.serving.drain import SharedDrain
+from vllm_kvcompress.serving.drain import Drain
 from vllm_kvcompress.serving.painter import Job, Lengthened, NegativeIds, Painter, Picture, PromptIds
 from vllm_kvcompress.serving.protocol import (
     CompletedEvent,
@@ -154,7 +154,7 @@ class ImagesEndpoint:
             engine_client, self._image_model, self._prompt_ids, self._negative_ids, self._lengthened, spare
         )
         self._watch = EngineWatch(engine_client, state)
-        SharedDrain(engine_client, state)
+        Drain(engine_client, state)
 
     async def show_page(self, compare: str = "") -> Response:
         """The page to draw with, where the operator wants one; else as if there were none."""
