@@ -69,7 +69,9 @@ def exit_status(server: Server) -> int:
 
 def test_a_drain_finishes_and_answers_every_picture(start: Callable[..., Server]) -> None:
     """With the full cache; compressed ones drain in test_server_states and test_data_parallel."""
-    server = start("drain", "--shutdown-timeout", "60")
+    # A token a step: with windows so few pictures may be drawn before anybody has come late.
+    slow = ("--additional-config", '{"kvcompress": {"window": 1}}')
+    server = start("drain", "--shutdown-timeout", "60", *slow)
     with crowded(server) as (crowd, before, process):
         words = Writer(server.url)
         time.sleep(0.3)  # taken in
