@@ -17,7 +17,7 @@ from vllm_kvcompress.heads.calibrate import draw_full
 from vllm_kvcompress.heads.full import FullCache, scores_of
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.heads.provide import cache_directory
-from vllm_kvcompress.models.compression import METRIC, subject_of
+from vllm_kvcompress.models.calibration import METRIC, subject_of
 
 SMALL = {"max_model_len": 128}
 

@@ -173,13 +173,15 @@ def calibrate(*arguments: object) -> "subprocess.CompletedProcess[str]":
 
 def test_calibrate_then_inspect(checkpoints: dict[str, Path], private_cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "made" / "profile.json"
-    done = calibrate(checkpoints["tiny-hf"], "-o", out, "--dtype", "float32", "--force")
+    wanted = ("--force", "--budgets", "1/4, auto")
+    done = calibrate(checkpoints["tiny-hf"], "-o", out, "--dtype", "float32", *wanted)
     assert done.returncode == 0, done.stderr
     made = HeadProfile.load(out)
     assert (made.layers, made.kv_heads) == (TINY.layers, TINY.kv_heads)
     assert made.neighbourhood == 2 * TINY.lines
     assert "Calibrating: drawing" in done.stderr
     assert "Calibrating: measuring heads" in done.stderr
+    assert "Trying fits" in done.stderr
     assert f"{out}: curves of 8 cache heads; by locality 1 spatial and 3 semantic heads" in done.stdout
     # Beside those that other modules' engines of this model have left.
     kept = (private_cache / "kvcompress" / "head_profiles").glob(f"*{made.model_hash}.json")
@@ -187,8 +189,12 @@ def test_calibrate_then_inspect(checkpoints: dict[str, Path], private_cache: Pat
     shown = invoke("inspect", out, "-o", tmp_path / "heads.png")
     assert shown.exit_code == 0
     assert "predicted loss" in shown.stdout
+    (tried,) = [trial for trial in made.trials if trial.budget == 64 / 4]
+    said = f"tried at 0.25: guided KL {tried.divergence:.2g} nats a token, {tried.squares:.2g} by predicted"
+    assert said in shown.stdout
     one = invoke("inspect", out, "--budget", "1/4")
     assert one.exit_code == 0
+    assert said in one.stdout
     assert "conditional" in one.stdout
     assert "preset to decoupled" not in one.output
 

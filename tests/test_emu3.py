@@ -22,7 +22,7 @@ from vllm_kvcompress.eval.likelihood import Trial, replay_batches
 from vllm_kvcompress.heads import memory
 from vllm_kvcompress.heads.calibrate import measure
 from vllm_kvcompress.heads.curves import candidate_types
-from vllm_kvcompress.models.compression import subject_of
+from vllm_kvcompress.models.calibration import subject_of
 from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.policy.rule import HeadRule
 from vllm_kvcompress.scheduler import REPORT

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import bounded, made_up_fit
 
-from vllm_kvcompress.heads.curves import BRANCH_WEIGHTS, LossCurves, candidate_types
+from vllm_kvcompress.heads.curves import SQUARES, LossCurves, candidate_types
 from vllm_kvcompress.heads.fit import Assignment, fit, knapsack, predict, smallest_budget
 from vllm_kvcompress.heads.paged import (
     MOST_WASTE,
@@ -68,7 +68,7 @@ def test_the_fit_is_the_best_of_all_sets_of_types(data: st.DataObject) -> None:
     assert 1 <= len(found.rules) <= types
     assert found.mean_slots <= budget + 1e-9
     best = min(
-        tried(curves.weighted[:, chosen], np.array(slots)[list(chosen)], budget)
+        tried(curves.weighted()[:, chosen], np.array(slots)[list(chosen)], budget)
         for chosen in combinations(range(number), min(types, number))
         if slots[chosen[0]] <= budget
     )
@@ -134,7 +134,7 @@ def test_a_budget_of_everything_keeps_everything() -> None:
 def test_the_conditional_branch_counts_twice() -> None:
     losses = np.tile(np.array([1.0, 0.6, 0.0]), (1, 4, 1))  # four heads, all alike
     found = fit(curves_of(losses, [10, 30, 60]), 35, 2)
-    assert BRANCH_WEIGHTS[0] == 2 * BRANCH_WEIGHTS[1]
+    assert SQUARES.branches[0] == 2 * SQUARES.branches[1]
     conditional, unconditional = found.types[0, :2], found.types[0, 2:]
     slots = np.array([rule.capacity for rule in found.rules])
     assert slots[conditional].mean() > slots[unconditional].mean()

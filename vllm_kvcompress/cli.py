@@ -4,25 +4,18 @@ Exit status 1: it could not be done, and one line on stderr says why; 2: the com
 """
 
 import os
-from collections.abc import Callable
-from fractions import Fraction
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from vllm_kvcompress import __version__
 from vllm_kvcompress.eval.command import evaluate
+from vllm_kvcompress.heads.inspected import budget_of, print_fit, print_locality
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.models.convert import convert
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from vllm_kvcompress.heads.prices import Price
+from vllm_kvcompress.policy import Policy
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -60,8 +53,14 @@ def calibrate(
         str | None,
         typer.Option(help="WIDTHxHEIGHT, for models that draw more than one, as the server's."),
     ] = None,
+    budgets: Annotated[
+        str, typer.Option(help="Budgets whose fits are tried: shares such as 0.2 or 1/6, or auto, by commas.")
+    ] = "0.2",
 ) -> None:
     """Measure what each attention head of MODEL needs, with a full cache on built-in prompts.
+
+    Then several fits for each of the budgets are tried on the pictures that were drawn; a server does that
+    for its own budget at its first start.
 
     Without --force a profile that a server or an earlier run left in vLLM's cache directory is taken.
     Serve with it: --additional-config '{"kvcompress": {"head_profile": "profile.json"}}'
@@ -72,7 +71,10 @@ def calibrate(
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise typer.BadParameter(f"cannot write in {existing}", param_hint="-o")
     try:
-        profile = _measure(model, dtype, force, gpu_memory_utilization, kv_cache_memory_bytes, size)
+        wanted = [budget_of(one) for one in budgets.split(",") if one.strip()]
+        for one in wanted:
+            Policy("fitted", one)  # raises on what is out of range
+        profile = _measure(model, dtype, force, gpu_memory_utilization, kv_cache_memory_bytes, size, wanted)
         profile.save(output)
     except Exception as error:
         _fail(error)
@@ -86,8 +88,9 @@ def calibrate(
 
 
 def _measure(
-    model: str, dtype: Any, force: bool, utilization: float | None, memory: int | None, size: str | None
-) -> HeadProfile:
+    model: str, dtype: Any, force: bool, utilization: float | None, memory: int | None, size: str | None,
+    budgets: list[float | Literal["auto"]],
+) -> HeadProfile:  # fmt: skip
     """Start an engine as a server would; it calibrates on its way up."""
     # In this process, so that its errors are exceptions rather than another process's traceback.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -113,7 +116,7 @@ def _measure(
         **room,
     )
     try:
-        [profile] = llm.collective_rpc("kvcompress_head_profile")
+        [profile] = llm.collective_rpc("kvcompress_head_profile", args=(budgets,))
     finally:
         llm.llm_engine.engine_core.shutdown()
     return HeadProfile.model_validate_json(profile)
@@ -135,8 +138,9 @@ def inspect(
 ) -> None:
     """Show what budgets cost on a model, and what each head gets; or its heads' locality.
 
-    A table of budgets: predicted loss, KV bytes of a picture, pictures in a GiB. The picture shows layers and
-    heads coloured by rule and size. Profiles without loss curves (format 1), and --threshold, show locality.
+    A table of budgets: predicted loss, KV bytes of a picture, pictures in a GiB; and what fits that were
+    tried cost. The picture shows layers and heads coloured by rule and size. Profiles without loss curves
+    (format 1), and --threshold, show locality.
     """
     if budget is not None and threshold is not None:
         raise typer.BadParameter(
@@ -147,111 +151,11 @@ def inspect(
         if loaded.curves is None or threshold is not None:
             if budget is not None:
                 loaded.loss_curves  # noqa: B018 - raises: there are none
-            _print(loaded, loaded.threshold if threshold is None else threshold)
-            if output is not None:
-                _draw(lambda: _plot().draw_profile(loaded, output, threshold), output)
-            return
-        _print_fit(loaded, budget, output)
+            print_locality(loaded, threshold, output)
+        else:
+            print_fit(loaded, budget, output)
     except (ValueError, OSError, ImportError) as error:
         _fail(error)
-
-
-def _print_fit(profile: HeadProfile, budget: str | None, output: Path | None) -> None:
-    from vllm_kvcompress.heads.prices import price, prices
-    from vllm_kvcompress.policy import AUTO
-
-    console = Console(highlight=False)
-    if budget is None:
-        shown = prices(profile)
-    else:
-        shown = [price(profile, AUTO if budget == AUTO else _share(budget))]
-    console.print(f"{profile.model or 'an unnamed model'}: preset fitted", markup=False)
-    table = Table("budget", "predicted loss", "MiB a picture", "smaller", "pictures in a GiB")
-    for column in table.columns:
-        column.justify = "right"
-    for one in shown:
-        table.add_row(
-            f"{one.budget:.3g}",
-            f"{one.assignment.loss:.2g}",
-            f"{one.resident / 2**20:.2f}",
-            f"{one.full / one.resident:.1f}x",
-            f"{one.in_a_gib}",
-        )
-    console.print(table)
-    drawn = shown[0] if budget is not None else min(shown, key=lambda one: abs(one.budget - 0.2))
-    console.print(f"at {drawn.budget:.3g}: {drawn.types}", markup=False, soft_wrap=True)
-    if budget is not None:
-        _print_heads(drawn, profile.kv_heads, console)
-    if output is not None:
-        curve = shown if budget is None else prices(profile)
-        _draw(lambda: _plot().draw_fit(profile, drawn, curve, output), output)
-
-
-def _print_heads(shown: "Price", kv_heads: int, console: Console) -> None:
-    """Layers and heads, a letter for each type."""
-    letters = "abcdef"
-    table = Table("layer", "conditional", "unconditional")
-    for layer, row in enumerate(shown.assignment.types):
-        text = "".join(letters[kind] for kind in row)
-        table.add_row(str(layer), text[:kv_heads], text[kv_heads:])
-    console.print(table)
-    rules = zip(letters, shown.assignment.rules, strict=False)
-    console.print("; ".join(f"{letter} {rule.name}" for letter, rule in rules), markup=False)
-
-
-def _share(text: str) -> float:
-    """``"0.15"`` or ``"1/6"``. Raises ValueError, one line."""
-    try:
-        return float(Fraction(text.strip()))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"budget: {text!r} is neither a share such as 0.15 or 1/6, nor auto") from None
-
-
-def _plot() -> Any:
-    from vllm_kvcompress.heads import plot
-
-    return plot
-
-
-def _print(profile: HeadProfile, threshold: float) -> None:
-    import numpy as np
-
-    spatial, scores = profile.head_types(threshold), np.array(profile.scores)
-    table = Table("layer", "spatial", "semantic", "mean score", "heads: █ semantic, · spatial")
-    for column in table.columns[:4]:
-        column.justify = "right"
-    table.columns[4].no_wrap = True
-    for layer, row in enumerate(spatial):
-        table.add_row(
-            str(layer),
-            *_counts(row),
-            f"{scores[layer].mean():.3f}",
-            "".join("█·"[s] for s in row.astype(int)),
-        )
-    table.add_section()
-    table.add_row("all", *_counts(spatial), f"{scores.mean():.3f}", "")
-    console = Console(highlight=False)
-    for line in (
-        f"{profile.model or 'an unnamed model'}: {profile.metric}",
-        f"neighbourhood: the {profile.neighbourhood} image tokens before",
-        f"threshold: {threshold:.3f}, semantic above; scores {scores.min():.3f} to {scores.max():.3f}",
-    ):
-        console.print(line, markup=False)
-    console.print(table)
-
-
-def _counts(spatial: "np.ndarray") -> tuple[str, str]:
-    return str(int(spatial.sum())), str(int((~spatial).sum()))
-
-
-def _draw(draw: Callable[[], None], path: Path) -> None:
-    try:
-        draw()
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        raise ImportError("a picture needs matplotlib: pip install 'vllm-kvcompress[plot]'") from None
-    typer.echo(f"picture: {path}")
 
 
 @wraps(evaluate)

@@ -1,5 +1,6 @@
 """Worker methods that the front end calls with ``collective_rpc(name)``."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvcompress.log import logger_for
@@ -56,19 +57,25 @@ def kvcompress_decoder_weights(self: Any) -> bytes | None:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
 
 
-def kvcompress_head_profile(self: Any) -> str | None:
+def kvcompress_head_profile(self: Any, budgets: Sequence[float | str] = ()) -> str | None:
     """The head profile that the cache was planned with, as JSON; None if the preset needs none.
 
-    It is read where start-up took it from, or left it.
+    It is read where start-up took it from, or left it. Fits are tried for ``budgets``: shares
+    of the picture, or ``auto``.
     """
     from vllm_kvcompress.config import parse_config
-    from vllm_kvcompress.models.compression import profile_of
+    from vllm_kvcompress.models.calibration import shape_of
+    from vllm_kvcompress.models.compression import pages_of, profile_of, wanted_of
 
     config = parse_config(self.vllm_config.additional_config)
     if config.policy.types not in ("profile", "fitted"):
         return None
     config = config.model_copy(update={"recalibrate": False})
-    return profile_of(config, self.vllm_config, self.model_runner.get_model()).model_dump_json()
+    model = self.model_runner.get_model()
+    served = [config.model_copy(update={"preset": "fitted", "budget": budget}) for budget in budgets]
+    pages = pages_of(shape_of(model), model.dtype)
+    wanted = [wanted_of(one, model.image.raster, pages) for one in served]
+    return profile_of(config, self.vllm_config, model, wanted).model_dump_json()
 
 
 def kvcompress_kept(

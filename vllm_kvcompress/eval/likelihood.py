@@ -17,14 +17,13 @@ from vllm.forward_context import set_forward_context
 from vllm_kvcompress.attention.kernels import Kernels
 from vllm_kvcompress.cache.layout import CacheLayout
 from vllm_kvcompress.config import KEY, parse_config
-from vllm_kvcompress.eval.dense import DenseReplay
-from vllm_kvcompress.eval.replay import FullReplay, Layered, PagedReplay, Replay, Rows
+from vllm_kvcompress.eval.replay import PagedReplay, Replay
 from vllm_kvcompress.eval.scores import SCORES
-from vllm_kvcompress.guidance import pack_scale
+from vllm_kvcompress.heads.dense import DenseReplay
+from vllm_kvcompress.heads.replay import FullReplay, Layered, Rows
+from vllm_kvcompress.heads.trials import divergence
 from vllm_kvcompress.models.compression import plan_cache
-from vllm_kvcompress.models.replayed import place, replaying
-
-AT_ONCE = 512  # tokens whose logits of all ids are held
+from vllm_kvcompress.models.replayed import log_probabilities, place, replaying
 
 
 @dataclass(frozen=True)
@@ -154,8 +153,8 @@ class _Worker:
         plain, guided = self.forward(replay)
         found = Likelihood(
             nll=(-plain.gather(2, self.codes[..., None])[..., 0].mean(1)).tolist(),
-            kl=_divergence(self.full[0], plain).tolist(),
-            kl_guided=_divergence(self.full[1], guided).tolist(),
+            kl=divergence(self.full[0], plain).tolist(),
+            kl_guided=divergence(self.full[1], guided).tolist(),
             error=replay.relative.tolist(),
             spatial=[
                 [head for head in range(layout.kv_heads) if layout.rules[row[head]].ring]
@@ -169,7 +168,8 @@ class _Worker:
     def _method(self, trial: Trial, layout: CacheLayout, kernels: Kernels) -> Layered:
         if trial.score is None and not trial.per_layer:
             return PagedReplay(self.rows, layout, kernels)
-        return DenseReplay(self.rows, layout, SCORES[trial.score or "sum"], trial.per_layer)
+        score = SCORES[trial.score or "sum"]
+        return DenseReplay(self.rows, layout.rules, layout.types, score, trial.per_layer)
 
     def replay(self, method: Layered) -> Replay:
         text = self.model.config.get_text_config()
@@ -186,27 +186,10 @@ class _Worker:
         ):
             place(self.model, rows * steps)
             hidden = self.model(self.ids.flatten(), positions)
-        # The token at position p is foretold at p - 1.
-        token = positions.view(rows, steps) - self.rows.prefix[:, None]
-        foretells = (self.rows.drawn() & ~self.model.image.ends(token)).roll(-1, 1).flatten()
-        branches = hidden[foretells, :-2]
-        plain, guided = (self._code_log_probabilities(branches, scale) for scale in (1.0, self.guidance))
-        return plain.unflatten(0, (rows, -1)), guided.unflatten(0, (rows, -1))
-
-    def _code_log_probabilities(self, branches: Tensor, guidance: float) -> Tensor:
-        """``[n, 2 * hidden]`` -> ``[n, codes]``; logits of all ids are of a few tokens at a time."""
-        found, image = [], self.model.image
-        for some in branches.split(AT_ONCE):
-            column = torch.full((len(some),), guidance, device=some.device)
-            logits = self.model.compute_logits(torch.cat([some, pack_scale(column, some.dtype)], -1))
-            codes = logits[:, image.first_code : image.first_code + image.codes]
-            found.append(codes.float().log_softmax(-1))
-        return torch.cat(found)
-
-
-def _divergence(full: Tensor, other: Tensor) -> Tensor:
-    """KL(full || other) of log probabilities ``[rows, image, codes]``, mean over tokens: ``[rows]``."""
-    return (full.exp() * (full - other)).sum(-1).mean(-1).clamp(min=0)
+        plain, guided = (
+            log_probabilities(self.model, hidden, self.rows, scale) for scale in (1.0, self.guidance)
+        )
+        return plain, guided
 
 
 def replay_batches(

@@ -2,59 +2,21 @@
 
 A replay takes the place of the engine's cache for one forward pass of whole rows (prompt and picture).
 `PagedReplay` takes a layer's tokens one by one through the kernels that serve, on scratch pages of that
-layer alone. `vllm_kvcompress.eval.dense` has another, for rules that no server has.
+layer alone. `vllm_kvcompress.heads.dense` has another, for rules that no server has.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_kvcompress.attention.kernels import Kernels
 from vllm_kvcompress.attention.pages import BRANCHES, HeadType, Plan, locate, page_bytes, pages_from_bytes
 from vllm_kvcompress.cache.layout import CacheLayout
+from vllm_kvcompress.heads.replay import FullReplay, Layered, Rows
 
 PAGE = 16
-
-
-@dataclass
-class Rows:
-    """The rows that are replayed, padded on the right to one length.
-
-    Parameters
-    ----------
-    prefix : Tensor
-        ``[rows]`` int32 prompt tokens.
-    image : int
-        Image tokens of every row.
-    steps : int
-        Tokens of the longest row.
-    begins : Tensor, optional
-        ``[rows, 2]`` int64 where the branches' prompts begin, if of unlike length; as in `Plan`.
-    """
-
-    prefix: Tensor
-    image: int
-    steps: int
-    begins: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.prefix)
-
-    def drawn(self) -> Tensor:
-        """``[rows, steps]`` bool: image tokens."""
-        at = torch.arange(self.steps, device=self.prefix.device)
-        return (at >= self.prefix[:, None]) & (at < self.prefix[:, None] + self.image)
-
-
-class Layered(Protocol):
-    """One layer's attention under a rule, of all tokens of all rows."""
-
-    def layer(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
-        """``q [rows, steps, 2 * Hq, D]``, k and v alike -> like q."""
 
 
 @dataclass
@@ -93,33 +55,6 @@ class Replay:
         """``[layers, Hkv]`` relative error of the outputs, both branches together."""
         per_head = [x.unflatten(1, (BRANCHES, -1)).sum(1) for x in (self.error, self.norm)]
         return (per_head[0] / per_head[1].clamp(min=1e-30)).sqrt()
-
-
-class FullReplay:
-    """Causal attention to everything: the full cache.
-
-    Parameters
-    ----------
-    begins : Tensor, optional
-        As in `Rows`: nobody sees what lies before a branch's prompt, but that itself.
-    """
-
-    def __init__(self, begins: Tensor | None = None) -> None:
-        self.begins = begins
-
-    def layer(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if self.begins is None:
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-            return out.transpose(1, 2)
-        at = torch.arange(q.shape[2], device=q.device)
-        causal, itself = at[:, None] >= at, at[:, None] == at
-        parts = []
-        branches = zip(*(x.chunk(BRANCHES, 1) for x in (q, k, v)), strict=True)
-        for begin, (q, k, v) in zip(self.begins.T, branches, strict=True):
-            seen = (causal & (at >= begin[:, None, None]) | itself)[:, None]
-            parts.append(scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True))
-        return torch.cat(parts, 1).transpose(1, 2).contiguous()  # a single row is not copied on its way
 
 
 class PagedReplay:

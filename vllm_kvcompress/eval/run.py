@@ -224,7 +224,7 @@ class Profiles:
 
 def kvcompress_calibrate(self: Any, lines: int) -> str:
     """A head profile measured with a neighbourhood of ``lines`` lines, as JSON (a worker method)."""
-    from vllm_kvcompress.models.compression import calibrate
+    from vllm_kvcompress.models.calibration import calibrate
 
     return calibrate(self.vllm_config, self.model_runner.get_model(), lines).model_dump_json()
 

@@ -8,7 +8,7 @@ its decay and the refinements of `HeadRule`; the others are here to be measured
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.eval.dense import Choice, Line, summed
+from vllm_kvcompress.heads.dense import Choice, Line, summed
 
 
 def largest(line: Line) -> Tensor:

@@ -10,7 +10,6 @@ can be told how much memory a picture takes. Nothing here knows what model it is
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +17,14 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.attention.pages import BRANCHES
-from vllm_kvcompress.attention.recorder import Recorder
 from vllm_kvcompress.heads import memory
 from vllm_kvcompress.heads.full import FullCache, scores_of
+from vllm_kvcompress.heads.known import Picture, agreed, feeding, in_batches
 from vllm_kvcompress.heads.losses import LossMeter
-from vllm_kvcompress.policy import HeadRule, Raster
+from vllm_kvcompress.heads.subject import Progress, Subject
+from vllm_kvcompress.policy import HeadRule
 
 DRAWN_TOGETHER = 8  # whose noise is one generator's, at once or not
-REPLAYED_AT_ONCE = 4
 LOCALITY_PROMPTS = (
     "a red apple on a wooden table, soft morning light",
     "two green birds above a lake, mountains behind them",
@@ -45,51 +44,6 @@ MORE_PROMPTS = (
 )
 """Loss curves are measured on these as well, simple and rich ones."""
 PROMPTS = LOCALITY_PROMPTS + MORE_PROMPTS
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all)."""
-
-
-@dataclass
-class Subject:
-    """What calibration asks of a loaded model whose cache has not been allocated.
-
-    Parameters
-    ----------
-    layers, kv_heads, head_size : int
-        KV heads of one branch on this rank.
-    raster : Raster
-    dtype, device
-        Of its activations.
-    step : callable
-        ``(ids [n], positions [n]) -> logits [n, vocab]`` of one token a row.
-    forward : callable
-        ``(ids [n], positions [n]) -> None``: any number of tokens, for what the recorder sees.
-    recording : callable
-        A context in which a `Recorder` does the attention, and, where it is one that `SeesResidual`, sees the
-        stream after each.
-    output_weight : callable
-        layer -> ``[hidden, query heads * head_size]``.
-    agree : callable
-        Drawn ids ``[n]`` -> those of the first rank: all ranks draw the same picture.
-    rows : callable
-        A context in which the rows that are fed are those of these prompts, in their order. It gives the
-        slots that the branches of each begin at, ``[rows, 2]`` int64, or None where they begin together.
-    """
-
-    layers: int
-    kv_heads: int
-    head_size: int
-    raster: Raster
-    dtype: torch.dtype
-    device: torch.device
-    step: Callable[[Tensor, Tensor], Tensor]
-    forward: Callable[[Tensor, Tensor], None]
-    recording: Callable[[Recorder], AbstractContextManager]
-    output_weight: Callable[[int], Tensor]
-    agree: Callable[[Tensor], Tensor] = lambda ids: ids
-    rows: Callable[[Sequence[Sequence[int]]], AbstractContextManager[Tensor | None]] = lambda prompts: (
-        nullcontext(None)
-    )
 
 
 @dataclass
@@ -180,16 +134,11 @@ def _draw_pass(
 @torch.inference_mode()
 def measure_losses(
     subject: Subject,
-    pictures: Sequence[tuple[int, Sequence[int]]],
+    pictures: Sequence[Picture],
     candidates: Sequence[HeadRule],
     progress: Progress | None = None,
 ) -> Tensor:
     """Loss curves from known pictures, replayed a few at a time.
-
-    Parameters
-    ----------
-    pictures : sequence of (int, ids)
-        Prompt tokens, and the prompt's and the picture's ids.
 
     Returns
     -------
@@ -210,41 +159,20 @@ def measure_losses(
             out = meter.attend(*arguments)
             done += 1
             if progress is not None:
-                progress(done, len(batches) * subject.layers)
+                progress(done, len(parts) * subject.layers)
             return out
 
-    batches = list(memory.passes(len(pictures), _replayed_at_once(subject, pictures)))
-    for batch in batches:
-        part = pictures[batch]
-        steps = max(len(ids) for _, ids in part)
-        rows = torch.tensor(
-            [[*ids, *[ids[0]] * (steps - len(ids))] for _, ids in part], device=subject.device
-        )
-        prefix = torch.tensor([prefix for prefix, _ in part], device=subject.device)
-        prompts = [ids[:prefix] for prefix, ids in part]
-        with subject.rows(prompts) as begins, subject.recording(Counted):
-            meter.begin(prefix, begins)
-            subject.forward(rows.flatten(), torch.arange(steps, device=subject.device).repeat(len(part)))
+    parts = in_batches(subject, pictures)
+    for part in parts:
+        with feeding(subject, part) as fed, subject.recording(Counted):
+            meter.begin(fed.rows.prefix, fed.rows.begins)
+            subject.forward(fed.ids, fed.positions)
     return meter.curves
 
 
 def _drawn_at_once(subject: Subject, steps: int) -> int:
     row = memory.drawing_bytes(subject.layers, subject.kv_heads, subject.head_size, steps, subject.dtype)
-    return _agreed(subject, memory.rows_at_once(row, subject.device, "draw"))
-
-
-def _replayed_at_once(subject: Subject, pictures: Sequence[tuple[int, Sequence[int]]]) -> int:
-    hidden, columns = subject.output_weight(0).shape
-    row = memory.replaying_bytes(
-        hidden, columns // subject.head_size, subject.kv_heads, subject.head_size,
-        max(len(ids) for _, ids in pictures), subject.raster.width, subject.dtype,
-    )  # fmt: skip
-    return min(REPLAYED_AT_ONCE, _agreed(subject, memory.rows_at_once(row, subject.device, "measure")))
-
-
-def _agreed(subject: Subject, rows: int) -> int:
-    """The first rank's number: all ranks step together."""
-    return int(subject.agree(torch.tensor([rows], device=subject.device)))
+    return agreed(subject, memory.rows_at_once(row, subject.device, "draw"))
 
 
 def measure(
@@ -253,7 +181,7 @@ def measure(
     lines: int,
     candidates: Sequence[HeadRule],
     progress: Callable[[str, int, int], None],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Picture]]:
     """Draw the prompts, then measure the heads on what was drawn.
 
     Parameters
@@ -267,8 +195,9 @@ def measure(
 
     Returns
     -------
-    Tensor, Tensor
-        ``[layers, kv_heads]`` locality scores; ``[layers, 2 * kv_heads, candidates]`` losses. float64.
+    Tensor, Tensor, list of Picture
+        ``[layers, kv_heads]`` locality scores; ``[layers, 2 * kv_heads, candidates]`` losses, both float64;
+        what was drawn, in the prompts' order.
     """
     first = len(LOCALITY_PROMPTS)
     rest = [prompts[n : n + DRAWN_TOGETHER] for n in range(first, len(prompts), DRAWN_TOGETHER)]
@@ -289,11 +218,11 @@ def measure(
         )
         before += steps
     pictures = [
-        (len(prompt), ids)
+        Picture(len(prompt), ids)
         for batch, drawn in zip(batches, found, strict=True)
         for prompt, ids in zip(batch, drawn.ids, strict=True)
     ]
     losses = measure_losses(
         subject, pictures, candidates, lambda done, total: progress("measuring", done, total)
     )
-    return found[0].scores, losses
+    return found[0].scores, losses, pictures

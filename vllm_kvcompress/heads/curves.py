@@ -9,8 +9,28 @@ from numpy.typing import NDArray
 
 from vllm_kvcompress.policy import HeadRule, Raster
 
-BRANCH_WEIGHTS = (4 / 3, 2 / 3)
-"""A conditional head's loss counts twice an unconditional one's: the guided distribution leans on it."""
+
+@dataclass(frozen=True)
+class Weighing:
+    """How a fit adds losses up: each to the ``power``, a conditional head's ``conditional`` times an other's.
+
+    The guided distribution leans on the conditional branch. A power of a half adds errors up instead of their
+    squares: one head that loses much then counts less beside several that lose some.
+    """
+
+    power: float = 1.0
+    conditional: float = 2.0
+
+    @property
+    def branches(self) -> tuple[float, float]:
+        """Factors of the conditional and the unconditional branch, 1 on average."""
+        return 2 * self.conditional / (1 + self.conditional), 2 / (1 + self.conditional)
+
+
+SQUARES = Weighing()
+"""Predicted losses are by this one, whichever a fit was made with."""
+WEIGHINGS = tuple(Weighing(power, conditional) for power in (1.0, 0.75, 0.5) for conditional in (2, 4, 8))
+"""That are tried (`vllm_kvcompress.heads.trials`), `SQUARES` first."""
 _RULE_FIELDS = ("capacity", "anchors", "recent", "ring", "decay", "value_norm", "smooth_row")
 
 
@@ -56,12 +76,11 @@ class LossCurves:
                 "auto"
             )
 
-    @property
-    def weighted(self) -> NDArray[np.float64]:
-        """``[layers * 2 * kv_heads, candidates]``: losses by `BRANCH_WEIGHTS`, as the fit adds them up."""
+    def weighted(self, weighing: Weighing = SQUARES) -> NDArray[np.float64]:
+        """``[layers * 2 * kv_heads, candidates]``: losses as a fit adds them up."""
         layers, heads, number = self.losses.shape
-        weights = np.repeat(BRANCH_WEIGHTS, heads // len(BRANCH_WEIGHTS))
-        return (self.losses * weights[:, None]).reshape(layers * heads, number)
+        weights = np.repeat(weighing.branches, heads // len(weighing.branches))
+        return (self.losses**weighing.power * weights[:, None]).reshape(layers * heads, number)
 
     @property
     def slots(self) -> NDArray[np.int64]:

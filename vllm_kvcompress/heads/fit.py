@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_kvcompress.heads.curves import LossCurves
+from vllm_kvcompress.heads.curves import SQUARES, LossCurves, Weighing
 from vllm_kvcompress.heads.paged import Paged, Pages, to_pages
 from vllm_kvcompress.heads.ranks import grouped, least_of_each, own_heads, rank_of_heads, resettled
 from vllm_kvcompress.heads.sets import Sets
@@ -41,6 +41,8 @@ class Assignment:
         Tokens a page of each type, where the fit has settled them.
     moved : int
         Heads of the papers' types that changed type to make the pages fit: positive to semantic.
+    divergence : float, optional
+        Guided, nats per token, where it was tried on pictures.
     """
 
     rules: tuple[HeadRule, ...]
@@ -48,6 +50,7 @@ class Assignment:
     loss: float | None = None
     page_tokens: tuple[int, ...] | None = None
     moved: int = 0
+    divergence: float | None = None
 
     @property
     def counts(self) -> list[int]:
@@ -58,6 +61,14 @@ class Assignment:
     def mean_slots(self) -> float:
         """Image slots per head, mean over the heads."""
         return float(np.dot(self.counts, [rule.capacity for rule in self.rules]) / self.types.size)
+
+    def same_as(self, other: "Assignment") -> bool:
+        """Whether the heads get the same rules on the same pages."""
+        return (
+            self.rules == other.rules
+            and self.page_tokens == other.page_tokens
+            and np.array_equal(self.types, other.types)
+        )
 
     def of_rank(self, rank: int, ranks: int) -> "Assignment":
         """Its own heads of one made for ``ranks`` ranks; every rank has as many of each type."""
@@ -110,9 +121,14 @@ def by_threshold(
 
 
 def fit(
-    curves: LossCurves, budget: float, types: int = MAX_TYPES, pages: Pages | None = None, ranks: int = 1
+    curves: LossCurves,
+    budget: float,
+    types: int = MAX_TYPES,
+    pages: Pages | None = None,
+    ranks: int = 1,
+    weighing: Weighing = SQUARES,
 ) -> Assignment:
-    """The assignment of least predicted loss.
+    """The assignment of least loss by a weighing; its ``loss`` is by `SQUARES`.
 
     Parameters
     ----------
@@ -126,13 +142,15 @@ def fit(
         smaller budget makes room for what pages waste; a model of few heads may end with fewer types.
     ranks : int
         Of tensor parallelism: each gets as many heads of every type, and the pages fit one rank's.
+    weighing : Weighing
+        How losses are added up.
 
     Raises
     ------
     ValueError
         One line: no candidate is small enough for the budget.
     """
-    slots, losses = curves.slots, curves.weighted
+    slots, losses = curves.slots, curves.weighted(weighing)
     if slots.min() > budget:
         share = np.ceil(slots.min() / curves.candidates[0].image * 1e4) / 1e4
         raise ValueError(
@@ -149,7 +167,7 @@ def fit(
         chosen, choice = _best_set(together, slots, budget, number)
         found = _paged(curves.candidates, together, chosen, choice, budget, pages)
         if found is not None:
-            return _assignment(curves, groups, *found)
+            return _assignment(curves, groups, losses, *found)
     raise AssertionError("pages of a single type always fit")
 
 
@@ -167,7 +185,7 @@ def _best_set(losses: Floats, slots: Ints, budget: float, types: int) -> tuple[I
 
 def predict(curves: LossCurves, budget: float, types: int = MAX_TYPES) -> float:
     """The loss that a fit of a budget comes to, by a good set of types, without pages: quick."""
-    slots, losses = curves.slots, curves.weighted
+    slots, losses = curves.slots, curves.weighted()
     if slots.min() > budget:
         return np.inf
     chosen = Sets(losses, slots, budget, min(types, len(slots))).climb()
@@ -195,11 +213,10 @@ def smallest_budget(
     return found
 
 
-def _assignment(curves: LossCurves, groups: Ints, columns: Ints, found: Paged) -> Assignment:
+def _assignment(curves: LossCurves, groups: Ints, losses: Floats, columns: Ints, found: Paged) -> Assignment:
     """Types of all heads from those of ``groups [groups, ranks]``; ``columns``: the types' candidates."""
-    losses = curves.weighted[:, columns]
-    settled = found.choice if groups.shape[1] == 1 else resettled(losses, found.choice, groups)
-    loss = float(losses[np.arange(len(losses)), settled].mean())
+    settled = found.choice if groups.shape[1] == 1 else resettled(losses[:, columns], found.choice, groups)
+    loss = float(curves.weighted()[np.arange(len(losses)), columns[settled]].mean())
     types = settled.reshape(curves.losses.shape[:2])
     return Assignment(found.rules, types, loss, page_tokens=found.tokens or None)
 

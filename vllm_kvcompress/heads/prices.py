@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm_kvcompress.heads.fit import Assignment, fit, smallest_budget
+from vllm_kvcompress.heads.fit import Assignment
 from vllm_kvcompress.heads.paged import TYPICAL_PREFIX, Pages, picture_bytes
 from vllm_kvcompress.heads.profile import HeadProfile
-from vllm_kvcompress.policy import AUTO, MAX_TYPES, TOLERANCE, Policy
+from vllm_kvcompress.heads.tried import Trial, Wanted
+from vllm_kvcompress.policy import AUTO, MAX_TYPES, Policy
 from vllm_kvcompress.policy.rule import SIDE_BYTES
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -23,12 +24,15 @@ class Price:
         A share of the picture.
     assignment : Assignment
         What the preset `fitted` would serve.
+    trial : Trial or None
+        What was tried for it.
     resident, full : int
         KV bytes of a picture with a 20-token prompt, and with the full cache.
     """
 
     budget: float
     assignment: Assignment
+    trial: Trial | None
     resident: int
     full: int
 
@@ -52,17 +56,20 @@ def price(profile: HeadProfile, budget: float | str, types: int = MAX_TYPES) -> 
     slot = 2 * profile.head_size * ITEM_BYTES.get(profile.dtype or "", 2)
     pages = Pages(slot, SIDE_BYTES)
     if budget == AUTO:
-        assignment = smallest_budget(curves, TOLERANCE, types, pages)
-        share = assignment.mean_slots / raster.tokens
+        wanted = Wanted(AUTO, types, pages)
     else:
         policy = Policy("fitted", float(budget))
         policy.check(raster)
-        share, assignment = float(budget), fit(curves, policy.slots(raster), types, pages)
+        wanted = Wanted(policy.slots(raster), types, pages)
+    trial = profile.trial(wanted)
+    assignment = wanted.served(curves, trial)
+    share = assignment.mean_slots / raster.tokens if budget == AUTO else float(budget)
     assert assignment.page_tokens is not None
     slots = [rule.capacity for rule in assignment.rules]
     weights = pages.weights(assignment.rules).tolist()
     resident = picture_bytes(assignment.counts, slots, assignment.page_tokens, weights, TYPICAL_PREFIX)
-    return Price(share, assignment, resident, (TYPICAL_PREFIX + raster.tokens) * assignment.types.size * slot)
+    full = (TYPICAL_PREFIX + raster.tokens) * assignment.types.size * slot
+    return Price(share, assignment, trial, resident, full)
 
 
 def prices(profile: HeadProfile, budgets: Iterable[float] = BUDGETS) -> list[Price]:

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_kvcompress.heads.curves import LossCurves
+from vllm_kvcompress.heads.tried import Trial, Wanted
 
 
 class HeadProfile(BaseModel):
@@ -46,6 +47,10 @@ class HeadProfile(BaseModel):
         Of K and V, torch's name.
     curves : dict, optional
         `LossCurves.dump`.
+    pictures : list of list of int, optional
+        [prompts][image tokens] ids that calibration drew: fits are tried on them.
+    trials : list of Trial
+        What was tried already.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -63,6 +68,8 @@ class HeadProfile(BaseModel):
     head_size: int | None = Field(default=None, ge=1)
     dtype: str | None = None
     curves: dict[str, Any] | None = None
+    pictures: list[list[int]] | None = None
+    trials: list[Trial] = []
 
     @field_validator("scores")
     @classmethod
@@ -90,6 +97,12 @@ class HeadProfile(BaseModel):
                     f"curves: of {shape[0]} layers with {shape[1]} cache heads, but layers is {self.layers} "
                     f"and kv_heads is {self.kv_heads} in two branches"
                 )
+        if self.pictures is not None:
+            lengths = {len(one) for one in self.pictures}
+            if self.format == 1 or lengths != {self.loss_curves.raster.tokens}:
+                raise ValueError(
+                    f"pictures: of {sorted(lengths)[:3]} tokens, not whole ones of the curves' grid"
+                )
         return self
 
     @cached_property
@@ -101,6 +114,10 @@ class HeadProfile(BaseModel):
                 "calibrate again, or set preset to decoupled"
             )
         return LossCurves.load(self.curves)
+
+    def trial(self, wanted: Wanted) -> Trial | None:
+        """What was tried for it, if it was."""
+        return next((one for one in self.trials if one.of(wanted)), None)
 
     def head_types(self, threshold: float | None = None) -> np.ndarray:
         """[layers, kv_heads] bool, True for spatial: score <= threshold (None: the profile's own)."""

@@ -26,6 +26,11 @@ class ModelMark:
     layers: int
     kv_heads: int
 
+    @property
+    def path(self) -> Path:
+        """Where its profile is kept."""
+        return cache_directory() / f"{self.name}-{self.fingerprint}.json"
+
     def check(self, profile: HeadProfile) -> None:
         """Raise ValueError, one line, unless the profile is this model's."""
         profile.check_model("", self.fingerprint, self.layers, self.kv_heads)
@@ -75,7 +80,7 @@ def provide_profile(
         if isinstance(named, ValueError):
             raise named
         return named
-    path = cache_directory() / f"{mark.name}-{mark.fingerprint}.json"
+    path = mark.path
     cached = _cached(path, mark) if first and not again else None
     cached = agree(cached if cached is not None and usable(cached) else None)
     if cached is not None:
@@ -84,20 +89,21 @@ def provide_profile(
         return cached
     profile = measure()
     if first:
-        _keep(profile, path)
+        keep(profile, mark)
     return profile
 
 
-def _keep(profile: HeadProfile, path: Path) -> None:
-    """Leave it for the next start, if that can be."""
+def keep(profile: HeadProfile, mark: ModelMark, now: str = "calibrated") -> None:
+    """Leave it for the next start, if that can be; ``now``: what has become of it, for the log."""
+    path = mark.path
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _check_private(path.parent)
         profile.save(path)
     except (OSError, ValueError) as error:
-        logger.warning("Head profile calibrated; not kept for the next start: %s", error)
+        logger.warning("Head profile %s; not kept for the next start: %s", now, error)
     else:
-        logger.info("Head profile calibrated, kept in %s", path)
+        logger.info("Head profile %s, kept in %s", now, path)
 
 
 def _named(source: str, mark: ModelMark) -> HeadProfile | ValueError:

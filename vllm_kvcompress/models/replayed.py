@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.guidance import pack_scale
+from vllm_kvcompress.heads.replay import Rows
 from vllm_kvcompress.rows import GuidanceParams, RequestFacts, RequestRows
 
 if TYPE_CHECKING:
     from vllm_kvcompress.models.branched import BranchedImageModel
+
+AT_ONCE = 512  # tokens whose logits of all ids are held
 
 
 @contextmanager
@@ -57,3 +61,32 @@ def place(model: "BranchedImageModel", tokens: int) -> None:
     if rows.replays:
         each = torch.arange(len(rows.scale), device=rows.scale.device)
         rows.token_rows = each.repeat_interleave(tokens // len(each))
+
+
+def log_probabilities(model: "BranchedImageModel", hidden: Tensor, rows: Rows, guidance: float) -> Tensor:
+    """What the full model foretells of whole pictures.
+
+    Parameters
+    ----------
+    hidden : Tensor
+        ``[rows * steps, 2 * hidden + 2]``: what the model's forward gives for them.
+    rows : Rows
+    guidance : float
+        1 is the conditional branch alone.
+
+    Returns
+    -------
+    Tensor
+        ``[rows, drawn tokens, codes]`` float32; ends of lines are not drawn.
+    """
+    image, steps = model.image, rows.steps
+    # The token at position p is foretold at p - 1.
+    token = torch.arange(steps, device=hidden.device) - rows.prefix[:, None]
+    foretells = (rows.drawn() & ~image.ends(token)).roll(-1, 1).flatten()
+    found = []
+    for some in hidden[foretells, :-2].split(AT_ONCE):
+        column = torch.full((len(some),), guidance, device=some.device)
+        logits = model.compute_logits(torch.cat([some, pack_scale(column, some.dtype)], -1))
+        codes = logits[:, image.first_code : image.first_code + image.codes]
+        found.append(codes.float().log_softmax(-1))
+    return torch.cat(found).unflatten(0, (len(rows), -1))

@@ -1,0 +1,128 @@
+"""Which of several fits is served: what trials said of them, kept in the head profile. No torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_kvcompress.heads.curves import SQUARES, WEIGHINGS, LossCurves, Weighing
+from vllm_kvcompress.heads.fit import Assignment, fit, smallest_budget
+from vllm_kvcompress.heads.paged import Pages
+from vllm_kvcompress.policy import AUTO, MAX_TYPES, TOLERANCE
+
+BETTER = 0.98  # of the best so far, to be taken instead: sums in another order change no choice
+
+Tried = Callable[[Sequence[Assignment]], NDArray[np.float64]]
+"""Whole fits -> what each costs on known pictures: `vllm_kvcompress.heads.trials.divergences`."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be fitted: parameters as `vllm_kvcompress.heads.fit.fit`'s; budget may be ``auto``."""
+
+    budget: float | Literal["auto"]
+    types: int = MAX_TYPES
+    pages: Pages | None = None
+    ranks: int = 1
+    tolerance: float = TOLERANCE
+
+    def fits(self, curves: LossCurves) -> dict[Weighing, Assignment]:
+        """The fits of all `WEIGHINGS` that differ, `SQUARES`' first.
+
+        With ``auto`` it says the budget, and the others keep within the tolerance as well.
+        """
+        first = self._fit(curves, SQUARES)
+        found = {SQUARES: first}
+        for weighing in WEIGHINGS:
+            one = self._fit(curves, weighing, first)
+            assert one.loss is not None
+            if self.budget == AUTO and one.loss > self.tolerance:
+                continue
+            if not any(one.same_as(other) for other in found.values()):
+                found[weighing] = one
+        return found
+
+    def served(self, curves: LossCurves, trial: "Trial | None") -> Assignment:
+        """The fit that a trial has chosen, without one that of `SQUARES`."""
+        if trial is None:
+            return self._fit(curves, SQUARES)
+        first = self._fit(curves, SQUARES) if self.budget == AUTO else None
+        return replace(self._fit(curves, trial.weighing, first), divergence=trial.divergence)
+
+    def _fit(self, curves: LossCurves, weighing: Weighing, first: Assignment | None = None) -> Assignment:
+        if weighing == SQUARES and first is not None:
+            return first
+        if self.budget != AUTO:
+            return fit(curves, self.budget, self.types, self.pages, self.ranks, weighing)
+        if first is None:
+            return smallest_budget(curves, self.tolerance, self.types, self.pages, self.ranks)
+        return fit(curves, first.mean_slots, self.types, self.pages, self.ranks, weighing)
+
+
+class Trial(BaseModel):
+    """What was tried for one wish, and what came of it.
+
+    Parameters
+    ----------
+    budget, types, slot, side, ranks, tolerance
+        The `Wanted` in plain numbers; slot and side 0 without pages.
+    power, conditional : float
+        The `Weighing` whose fit strayed least.
+    divergence, squares : float
+        Of that fit and of `SQUARES`', nats per token.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budget: float | Literal["auto"]
+    types: int
+    slot: int
+    side: int
+    ranks: int
+    tolerance: float
+    power: float = Field(gt=0, le=4, allow_inf_nan=False)
+    conditional: float = Field(gt=0, le=1e6, allow_inf_nan=False)
+    divergence: float = Field(ge=0, allow_inf_nan=False)
+    squares: float = Field(ge=0, allow_inf_nan=False)
+
+    @property
+    def weighing(self) -> Weighing:
+        """As a fit takes it."""
+        return Weighing(self.power, self.conditional)
+
+    def of(self, wanted: Wanted) -> bool:
+        """Whether this is what was tried for it."""
+        return all(getattr(self, name) == value for name, value in _plain(wanted).items())
+
+
+def _plain(wanted: Wanted) -> dict[str, Any]:
+    pages = wanted.pages or Pages(0, 0)
+    return {
+        "budget": wanted.budget, "types": wanted.types, "slot": pages.slot, "side": pages.side,
+        "ranks": wanted.ranks, "tolerance": wanted.tolerance if wanted.budget == AUTO else TOLERANCE,
+    }  # fmt: skip
+
+
+def try_fits(curves: LossCurves, wanted: Wanted, tried: Tried) -> Trial | None:
+    """Try what differs and say what strays least; None where all weighings give one fit.
+
+    Raises ValueError, one line, as `vllm_kvcompress.heads.fit.fit`.
+    """
+    fits = wanted.fits(curves)
+    if len(fits) == 1:
+        return None
+    costs = dict(zip(fits, tried(list(fits.values())).tolist(), strict=True))
+    best = SQUARES
+    for weighing, cost in costs.items():
+        if cost < BETTER * costs[best]:
+            best = weighing
+    return Trial(
+        **_plain(wanted),
+        power=best.power,
+        conditional=best.conditional,
+        divergence=float(f"{costs[best]:.4g}"),
+        squares=float(f"{costs[SQUARES]:.4g}"),
+    )
