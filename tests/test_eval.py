@@ -155,7 +155,8 @@ def test_an_older_judges_verdicts_are_judged_again(drawn: run.Evaluation) -> Non
 def arguments(model: Path, folder: Path, *more: str) -> list[str]:
     return [
         "eval", str(model), "-o", str(folder), "--presets", "full,line_ar,ssd", "--budgets", "1,0.5",
-        "--categories", "colors,position", "--scenes", "2", "--dtype", "float32", *more,
+        "--categories", "colors,position", "--scenes", "2", "--dtype", "float32",
+        "--baselines", "headkv_ar:early=2", *more,
     ]  # fmt: skip
 
 
@@ -180,8 +181,9 @@ def folder(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.timeout(900)
 def test_one_command_measures_and_reports(folder: Path) -> None:
     records = {r["name"]: r for r in json.loads((folder / "results.json").read_text())}
-    assert list(records) == ["full", "line_ar-1", "line_ar-0.5", "ssd-1", "ssd-0.5"]
-    for name in ("line_ar-1", "ssd-1"):
+    online = ["headkv_ar_early_2-1", "headkv_ar_early_2-0.5"]
+    assert list(records) == ["full", "line_ar-1", "line_ar-0.5", "ssd-1", "ssd-0.5", *online]
+    for name in ("line_ar-1", "ssd-1", online[0]):
         assert records[name]["same_as"] == "full"
         assert abs(records[name]["nll_over_full"][0]) < 1e-5
     assert records["line_ar-0.5"]["kl"][0] > 1e-6
@@ -191,12 +193,16 @@ def test_one_command_measures_and_reports(folder: Path) -> None:
         assert record["present"][0] >= record["correct"][0]  # the milder rule
     report = (folder / "report.md").read_text()
     assert "| line_ar | 0.5 |" in report
+    assert "| headkv_ar:early=2 | 0.5 |" in report
+    assert records[online[1]]["kl"][0] > 1e-6
+    assert records[online[1]]["resident"] == pytest.approx(32, abs=1)
     assert re.search(r"Made by `vllm-kvcompress eval ", report)
     for name in ("quality.png", "sheet.png"):
         assert (folder / name).stat().st_size > 10_000
     drawn = {path.stem: np.load(path)["pictures"] for path in (folder / "pictures").glob("*.npz")}
-    assert set(drawn) == {"full", "line_ar-0.5", "ssd-0.5"}
-    assert (drawn["full"] != drawn["line_ar-0.5"]).any()
+    assert set(drawn) == {"full", "line_ar-0.5", "ssd-0.5", online[1]}
+    for name in ("line_ar-0.5", online[1]):
+        assert (drawn["full"] != drawn[name]).any()
 
 
 @pytest.mark.timeout(900)
@@ -219,6 +225,7 @@ def test_it_goes_on_where_it_stopped_and_keeps_settings_apart(
 def test_unknown_names_are_refused(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     for more, complaint in (
         (("--presets", "quest"), "preset: unknown 'quest'"),
+        (("--baselines", "quest"), "baseline: unknown 'quest'"),
         (("--budgets", "7"), "budget: 7 is not in (0, 1]"),
         (("--categories", "poems"), "categories: unknown 'poems'"),
     ):

@@ -79,13 +79,17 @@ class DenseReplay:
             out[row, at] = picture
         return out
 
+    def kept(self, rule: HeadRule, rows: int, heads: int, device: torch.device) -> Kept:
+        """What a layer's heads of one type hold, of nothing drawn yet."""
+        return Kept(rule, rows, heads, device)
+
     def _heads(
         self, q: Tensor, k: Tensor, v: Tensor, prompt: list[Tensor], is_word: Tensor, rule: HeadRule
     ) -> Tensor:
         """``q [rows, heads, group, image, D]`` -> like q; ``is_word`` ``[rows, heads or 1, words]``."""
         rows, heads, size, W = len(q), q.shape[1], q.shape[3], rule.line
         out = torch.empty_like(q)
-        kept = Kept(rule, rows, heads, q.device)
+        kept = self.kept(rule, rows, heads, q.device)
         score = kept.score
         for first in range(0, size, W):
             last = first + W

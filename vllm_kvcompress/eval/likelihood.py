@@ -6,7 +6,7 @@ that engine once and asks for any number of policies, which need not be the one 
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,17 @@ from torch import Tensor
 from vllm.forward_context import set_forward_context
 
 from vllm_kvcompress.attention.kernels import Kernels
+from vllm_kvcompress.attention.recorder import Recorder
 from vllm_kvcompress.cache.layout import CacheLayout
 from vllm_kvcompress.config import KEY, parse_config
 from vllm_kvcompress.eval.dense import DenseReplay
+from vllm_kvcompress.eval.online import Budgets, EarlyLines, OnlineReplay, OnlineRule, budgets
 from vllm_kvcompress.eval.replay import FullReplay, Layered, PagedReplay, Replay, Rows
 from vllm_kvcompress.eval.scores import SCORES
 from vllm_kvcompress.guidance import pack_scale
 from vllm_kvcompress.models.compression import plan_cache
 from vllm_kvcompress.models.replayed import place, replaying
+from vllm_kvcompress.policy import HeadRule
 
 AT_ONCE = 512  # tokens whose logits of all ids are held
 
@@ -39,11 +42,14 @@ class Trial:
         A name in `SCORES`: replayed densely under another score than the section's.
     per_layer : bool
         Victims chosen per layer and head type instead of per head; densely too.
+    online : OnlineRule, optional
+        Heads get their budgets in each picture's first lines, with the section's as their mean; densely too.
     """
 
     section: Mapping[str, Any]
     score: str | None = None
     per_layer: bool = False
+    online: OnlineRule | None = None
 
 
 @dataclass
@@ -150,9 +156,10 @@ class _Worker:
             layout, kernels = layout_for(self.vllm_config, self.model, trial.section)
         except ValueError as error:
             return Likelihood(refused=str(error))
-        replay = self.replay(self._method(trial, layout, kernels))
+        found = None if trial.online is None else self._early_stage(trial.online, layout.rules[0])
+        replay = self.replay(self._method(trial, layout, kernels, found))
         plain, guided = self.forward(replay)
-        found = Likelihood(
+        return Likelihood(
             nll=(-plain.gather(2, self.codes[..., None])[..., 0].mean(1)).tolist(),
             kl=_divergence(self.full[0], plain).tolist(),
             kl_guided=_divergence(self.full[1], guided).tolist(),
@@ -161,37 +168,56 @@ class _Worker:
                 [head for head in range(layout.kv_heads) if layout.rules[row[head]].ring]
                 for row in layout.types
             ],
-            resident=layout.mean_slots,
+            resident=layout.mean_slots if found is None else float(found.slots.double().mean()),
             types=[[rule.name, layout.total(kind)] for kind, rule in enumerate(layout.rules)],
         )
-        return found
 
-    def _method(self, trial: Trial, layout: CacheLayout, kernels: Kernels) -> Layered:
+    def _early_stage(self, online: OnlineRule, rule: HeadRule) -> Budgets:
+        """What the pictures' first lines, and nothing after them, make of their heads."""
+        rows = replace(self.rows, image=online.early_tokens(rule))
+        rows.steps -= self.rows.image - rows.image
+        seen = EarlyLines(rows, online.near_tokens(rule), online.prompt, *self._heads)
+        self._hidden(seen, rows.steps)
+        return budgets(seen.outside, online, rule)
+
+    def _method(self, trial: Trial, layout: CacheLayout, kernels: Kernels, found: Budgets | None) -> Layered:
+        if trial.online is not None and found is not None:
+            return OnlineReplay(self.rows, layout, found, trial.online.strata)
         if trial.score is None and not trial.per_layer:
             return PagedReplay(self.rows, layout, kernels)
         return DenseReplay(self.rows, layout, SCORES[trial.score or "sum"], trial.per_layer)
 
-    def replay(self, method: Layered) -> Replay:
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """Layers, and cache heads of a layer."""
         text = self.model.config.get_text_config()
-        return Replay(self.rows, method, text.num_hidden_layers, 2 * text.num_key_value_heads)
+        return text.num_hidden_layers, 2 * text.num_key_value_heads
+
+    def replay(self, method: Layered) -> Replay:
+        return Replay(self.rows, method, *self._heads)
 
     def forward(self, replay: Replay) -> tuple[Tensor, Tensor]:
         """Log probabilities of the image codes ``[rows, image, codes]``, without and with guidance."""
         rows, steps = self.ids.shape
-        positions = torch.arange(steps, device=self.ids.device).repeat(rows)
-        with (
-            self.model.compressed.recording(replay),
-            replaying(self.model, self.prompts),
-            set_forward_context(None, self.vllm_config, num_tokens=rows * steps),
-        ):
-            place(self.model, rows * steps)
-            hidden = self.model(self.ids.flatten(), positions)
+        hidden = self._hidden(replay, steps)
         # The token at position p is foretold at p - 1.
-        token = positions.view(rows, steps) - self.rows.prefix[:, None]
+        token = torch.arange(steps, device=hidden.device) - self.rows.prefix[:, None]
         foretells = (self.rows.drawn() & ~self.model.image.ends(token)).roll(-1, 1).flatten()
         branches = hidden[foretells, :-2]
         plain, guided = (self._code_log_probabilities(branches, scale) for scale in (1.0, self.guidance))
         return plain.unflatten(0, (rows, -1)), guided.unflatten(0, (rows, -1))
+
+    def _hidden(self, recorder: Recorder, steps: int) -> Tensor:
+        """What the model makes of each row's first ``steps`` tokens: ``[rows * steps, 2 * hidden + 2]``."""
+        ids = self.ids[:, :steps]
+        positions = torch.arange(steps, device=ids.device).repeat(len(ids))
+        with (
+            self.model.compressed.recording(recorder),
+            replaying(self.model, self.prompts),
+            set_forward_context(None, self.vllm_config, num_tokens=ids.numel()),
+        ):
+            place(self.model, ids.numel())
+            return self.model(ids.flatten(), positions)
 
     def _code_log_probabilities(self, branches: Tensor, guidance: float) -> Tensor:
         """``[n, 2 * hidden]`` -> ``[n, codes]``; logits of all ids are of a few tokens at a time."""

@@ -19,6 +19,7 @@ from vllm_kvcompress.eval.engine import asking, in_process, start
 from vllm_kvcompress.eval.judge import Verdict
 from vllm_kvcompress.eval.kept import draw_kept, kvcompress_kept
 from vllm_kvcompress.eval.likelihood import Likelihood, Trial, replay_batches
+from vllm_kvcompress.eval.online_drawing import draw_online
 from vllm_kvcompress.eval.pictures import Asked, draw, judge_all, true_scenes
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.models.registry import image_model_of
@@ -103,7 +104,7 @@ class Evaluation:
                 raw = self.raw(cell)
                 if not raw.exists():
                     try:
-                        pixels = in_process(draw, self.model, cell.section, self.asked)
+                        pixels = in_process(*self._drawing(cell))
                     except ValueError as error:
                         _write(judged, {"refused": str(error).splitlines()[0], "verdicts": []})
                         continue
@@ -117,6 +118,12 @@ class Evaluation:
             if cell.keeps_all and same is not None and cell is not same:
                 found[cell.name] = found[same.name] | {"same_as": same.name}
         return found
+
+    def _drawing(self, cell: Cell) -> tuple[Any, ...]:
+        """What draws a cell, and what it is called with."""
+        if cell.online is None:
+            return draw, self.model, cell.section, self.asked
+        return draw_online, self.model, Trial(cell.section, online=cell.online), self.asked
 
     def kept(self, cells: Sequence[Cell], path: Path) -> None:
         """Draw which image tokens these cells' heads hold, as a picture."""
@@ -151,7 +158,7 @@ def _replay(evaluation: Evaluation, cells: Sequence[Cell], path: Path) -> None:
         bar = tqdm(total=len(cells) * len(scenes), desc="replay", unit="picture")
         for first in range(0, len(cells), GROUP):
             group = cells[first : first + GROUP]
-            trials = {c.name: Trial(resolve(c.section), c.score, c.per_layer) for c in group}
+            trials = {c.name: Trial(resolve(c.section), c.score, c.per_layer, c.online) for c in group}
             found = {name: Likelihood() for name in trials}
             batches = replay_batches(llm, scenes, trials, evaluation.asked.guidance, evaluation.replay_batch)
             before = 0
