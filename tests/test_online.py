@@ -11,15 +11,9 @@ from hypothesis import strategies as st
 from oracle import one_thread
 
 from vllm_kvcompress.eval.dense import DenseReplay
-from vllm_kvcompress.eval.online import (
-    BASELINES,
-    EarlyLines,
-    OnlineReplay,
-    OnlineRule,
-    budgets,
-    parse_baseline,
-)
+from vllm_kvcompress.eval.online import BASELINES, OnlineRule, budgets, parse_baseline
 from vllm_kvcompress.eval.online_drawing import OnlineCache
+from vllm_kvcompress.eval.online_replay import EarlyLines, OnlineReplay
 from vllm_kvcompress.eval.replay import Rows
 from vllm_kvcompress.policy import Policy, Raster
 

@@ -19,7 +19,8 @@ from vllm_kvcompress.attention.recorder import Recorder
 from vllm_kvcompress.cache.layout import CacheLayout
 from vllm_kvcompress.config import KEY, parse_config
 from vllm_kvcompress.eval.dense import DenseReplay
-from vllm_kvcompress.eval.online import Budgets, EarlyLines, OnlineReplay, OnlineRule, budgets
+from vllm_kvcompress.eval.online import Budgets, OnlineRule, budgets
+from vllm_kvcompress.eval.online_replay import EarlyLines, OnlineReplay
 from vllm_kvcompress.eval.replay import FullReplay, Layered, PagedReplay, Replay, Rows
 from vllm_kvcompress.eval.scores import SCORES
 from vllm_kvcompress.guidance import pack_scale

@@ -16,7 +16,8 @@ from vllm.forward_context import set_forward_context
 from vllm_kvcompress.attention.pages import BRANCHES
 from vllm_kvcompress.eval.engine import asking, start
 from vllm_kvcompress.eval.likelihood import Trial, layout_for
-from vllm_kvcompress.eval.online import OnlineKept, OnlineRule, budgets, outside_of
+from vllm_kvcompress.eval.online import OnlineRule, budgets, outside_of
+from vllm_kvcompress.eval.online_replay import OnlineKept
 from vllm_kvcompress.eval.pictures import Asked, decoded
 from vllm_kvcompress.guidance import LINE_END, pack_scale
 from vllm_kvcompress.models.replayed import place
