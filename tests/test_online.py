@@ -244,6 +244,8 @@ def test_the_mean_over_a_pictures_heads_is_the_budget(data: st.DataObject) -> No
     mean = sizes.double().mean(-1)
     assert (mean <= rule.capacity).all()
     assert (mean > rule.capacity - 1).all()
+    assert sum(heads for _, heads in found.types) == pytest.approx(shape[1] * shape[2])
+    assert {int(name.split()[1]) for name, _ in found.types} == set(found.slots.flatten().tolist())
     assert found.slots.min() >= W
     assert found.slots.max() <= IMAGE
     assert online.ring or not found.ring.any()

@@ -60,8 +60,8 @@ class Likelihood:
     ``nll``: nats per image token, conditional branch. ``kl``, ``kl_guided``: Kullback-Leibler divergence
     from the full cache's next-token distribution, without and with guidance, nats per token.
     ``error``: relative error of the attention output, root mean square. ``spatial``: KV heads whose
-    conditional branch has a ring, per layer. ``types``: name and cache heads of each head type.
-    ``resident``: mean image slots per head.
+    conditional branch has a ring, per layer. ``types``: name and cache heads of each head type. ``resident``:
+    mean image slots per head. Of an online rule ``spatial`` is empty, the others are means over a batch.
     """
 
     nll: list[float] = field(default_factory=list)
@@ -170,7 +170,9 @@ class _Worker:
                 for row in layout.types
             ],
             resident=layout.mean_slots if found is None else float(found.slots.double().mean()),
-            types=[[rule.name, layout.total(kind)] for kind, rule in enumerate(layout.rules)],
+            types=[[rule.name, layout.total(kind)] for kind, rule in enumerate(layout.rules)]
+            if found is None
+            else found.types,
         )
 
     def _early_stage(self, online: OnlineRule, rule: HeadRule) -> Budgets:

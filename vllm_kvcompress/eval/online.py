@@ -113,6 +113,14 @@ class Budgets:
     ring: Tensor
     early: int
 
+    @property
+    def types(self) -> list[list[Any]]:
+        """What heads are, as `HeadRule.name` has it, and how many of each, mean over the pictures."""
+        heads = torch.stack([self.ring.long(), self.slots], -1).flatten(0, 2)
+        found, counts = heads.unique(dim=0, return_counts=True)
+        names = [f"{'ring' if ring else 'scored'} {slots}" for ring, slots in found.tolist()]
+        return [[name, count / len(self.slots)] for name, count in zip(names, counts.tolist(), strict=True)]
+
 
 def budgets(outside: Tensor, online: OnlineRule, rule: HeadRule) -> Budgets:
     """Budgets whose mean over the heads of a picture is at most ``rule.capacity`` slots.
