@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from vllm_kvcompress.cli import app
 from vllm_kvcompress.eval import held_out, run, stats
-from vllm_kvcompress.eval.cells import BUDGETS, ablation, grid, parse_budget
+from vllm_kvcompress.eval.cells import BUDGETS, Cell, ablation, baselines, grid, parse_budget
 from vllm_kvcompress.eval.features import Frechet
 from vllm_kvcompress.eval.pictures import Asked, true_scenes
 from vllm_kvcompress.eval.report import markdown, summarise
@@ -65,6 +65,16 @@ def test_the_grid_has_every_preset_at_every_budget() -> None:
             parse_budget(text)
     with pytest.raises(ValueError, match="preset: unknown"):
         grid(["quest"], BUDGETS)
+
+
+def test_baselines_are_cells_of_their_own() -> None:
+    cells = baselines(["headkv_ar", "headkv_ar:early=2:halved=1"], ["1", "1/6"])
+    assert [cell.name for cell in cells] == [
+        "headkv_ar-1", "headkv_ar-1_6", "headkv_ar_early_2_halved_1-1", "headkv_ar_early_2_halved_1-1_6"
+    ]  # fmt: skip
+    assert [cell.preset for cell in cells[1:3]] == ["headkv_ar", "headkv_ar:early=2:halved=1"]
+    assert [cell.keeps_all for cell in cells] == [True, False, True, False]
+    assert cells[3].section == {"preset": "line_ar", "score": "averaged", "budget": 1 / 6}
 
 
 def test_every_variation_is_a_policy_of_its_own() -> None:
@@ -150,6 +160,35 @@ def test_an_older_judges_verdicts_are_judged_again(drawn: run.Evaluation) -> Non
         judged.write_text(json.dumps(older))
         assert drawn.pictures() == found
         assert json.loads(judged.read_text()) == before
+
+
+def test_a_folder_is_of_one_scenes_file(tmp_path: Path) -> None:
+    asked = Asked(categories=("colors",), number=1)
+
+    def evaluation(scenes: str | None) -> run.Evaluation:
+        file = None if scenes is None else tmp_path / scenes
+        return run.Evaluation("model", tmp_path / "out", grid([], []), asked, 2, file)
+
+    evaluation("a.npz").check_folder()
+    evaluation("a.npz").check_folder()
+    for other in ("b.npz", None):
+        with pytest.raises(ValueError, match=r"results with scenes_file '.*a\.npz', not "):
+            evaluation(other).check_folder()
+
+
+def test_kept_tokens_are_of_the_cells_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[list[str]] = []
+
+    def look(task: object, evaluation: run.Evaluation, cells: list[Cell], path: Path) -> None:
+        looked.append([cell.name for cell in cells])
+        path.touch()
+
+    monkeypatch.setattr(run, "in_process", look)
+    cells = grid(["line_ar", "ssd"], ["0.2"])[1:]
+    evaluation = run.Evaluation("model", tmp_path, cells, Asked(categories=("colors",), number=1))
+    for shown in (cells[:1], cells[:1], cells, cells, []):
+        evaluation.kept(shown, tmp_path / "kept.png")
+    assert looked == [["line_ar-0.2"], ["line_ar-0.2", "ssd-0.2"]]
 
 
 def arguments(model: Path, folder: Path, *more: str) -> list[str]:

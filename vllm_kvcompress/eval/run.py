@@ -61,6 +61,7 @@ class Evaluation:
         """Create the folder, or refuse one whose results have other settings: ValueError, one line."""
         mine = {"model": Path(self.model).name, **asdict(self.asked), "scenes": self.scenes}
         mine["categories"] = list(self.asked.categories)
+        mine["scenes_file"] = self.scenes_file and str(self.scenes_file.resolve())
         for unimportant in ("batch", "room"):
             mine.pop(unimportant)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -126,9 +127,12 @@ class Evaluation:
         return draw_online, self.model, Trial(cell.section, online=cell.online), self.asked
 
     def kept(self, cells: Sequence[Cell], path: Path) -> None:
-        """Draw which image tokens these cells' heads hold, as a picture."""
-        if cells and not path.exists():
-            in_process(_look, self, cells, path)
+        """Draw which image tokens these cells' heads hold, as a picture; again where it is of other cells."""
+        names, drawn = [cell.name for cell in cells], path.with_suffix(".json")
+        if not cells or (path.exists() and drawn.exists() and json.loads(drawn.read_text()) == names):
+            return
+        in_process(_look, self, cells, path)
+        _write(drawn, names)
 
     def raw(self, cell: Cell) -> Path:
         """Where a cell's pictures are."""
