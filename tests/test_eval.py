@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from vllm_kvcompress.cli import app
 from vllm_kvcompress.eval import held_out, run, stats
-from vllm_kvcompress.eval.cells import BUDGETS, ablation, grid, parse_budget
+from vllm_kvcompress.eval.cells import BUDGETS, Cell, ablation, baselines, grid, parse_budget
 from vllm_kvcompress.eval.features import Frechet
 from vllm_kvcompress.eval.pictures import Asked, true_scenes
 from vllm_kvcompress.eval.report import markdown, summarise
@@ -65,6 +65,16 @@ def test_the_grid_has_every_preset_at_every_budget() -> None:
             parse_budget(text)
     with pytest.raises(ValueError, match="preset: unknown"):
         grid(["quest"], BUDGETS)
+
+
+def test_baselines_are_cells_of_their_own() -> None:
+    cells = baselines(["headkv_ar", "headkv_ar:early=2:halved=1"], ["1", "1/6"])
+    assert [cell.name for cell in cells] == [
+        "headkv_ar-1", "headkv_ar-1_6", "headkv_ar_early_2_halved_1-1", "headkv_ar_early_2_halved_1-1_6"
+    ]  # fmt: skip
+    assert [cell.preset for cell in cells[1:3]] == ["headkv_ar", "headkv_ar:early=2:halved=1"]
+    assert [cell.keeps_all for cell in cells] == [True, False, True, False]
+    assert cells[3].section == {"preset": "line_ar", "score": "averaged", "budget": 1 / 6}
 
 
 def test_every_variation_is_a_policy_of_its_own() -> None:
@@ -152,10 +162,40 @@ def test_an_older_judges_verdicts_are_judged_again(drawn: run.Evaluation) -> Non
         assert json.loads(judged.read_text()) == before
 
 
+def test_a_folder_is_of_one_scenes_file(tmp_path: Path) -> None:
+    asked = Asked(categories=("colors",), number=1)
+
+    def evaluation(scenes: str | None) -> run.Evaluation:
+        file = None if scenes is None else tmp_path / scenes
+        return run.Evaluation("model", tmp_path / "out", grid([], []), asked, 2, file)
+
+    evaluation("a.npz").check_folder()
+    evaluation("a.npz").check_folder()
+    for other in ("b.npz", None):
+        with pytest.raises(ValueError, match=r"results with scenes_file '.*a\.npz', not "):
+            evaluation(other).check_folder()
+
+
+def test_kept_tokens_are_of_the_cells_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[list[str]] = []
+
+    def look(task: object, evaluation: run.Evaluation, cells: list[Cell], path: Path) -> None:
+        looked.append([cell.name for cell in cells])
+        path.touch()
+
+    monkeypatch.setattr(run, "in_process", look)
+    cells = grid(["line_ar", "ssd"], ["0.2"])[1:]
+    evaluation = run.Evaluation("model", tmp_path, cells, Asked(categories=("colors",), number=1))
+    for shown in (cells[:1], cells[:1], cells, cells, []):
+        evaluation.kept(shown, tmp_path / "kept.png")
+    assert looked == [["line_ar-0.2"], ["line_ar-0.2", "ssd-0.2"]]
+
+
 def arguments(model: Path, folder: Path, *more: str) -> list[str]:
     return [
         "eval", str(model), "-o", str(folder), "--presets", "full,line_ar,ssd", "--budgets", "1,0.5",
-        "--categories", "colors,position", "--scenes", "2", "--dtype", "float32", *more,
+        "--categories", "colors,position", "--scenes", "2", "--dtype", "float32",
+        "--baselines", "headkv_ar:early=2", *more,
     ]  # fmt: skip
 
 
@@ -180,8 +220,9 @@ def folder(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.timeout(900)
 def test_one_command_measures_and_reports(folder: Path) -> None:
     records = {r["name"]: r for r in json.loads((folder / "results.json").read_text())}
-    assert list(records) == ["full", "line_ar-1", "line_ar-0.5", "ssd-1", "ssd-0.5"]
-    for name in ("line_ar-1", "ssd-1"):
+    online = ["headkv_ar_early_2-1", "headkv_ar_early_2-0.5"]
+    assert list(records) == ["full", "line_ar-1", "line_ar-0.5", "ssd-1", "ssd-0.5", *online]
+    for name in ("line_ar-1", "ssd-1", online[0]):
         assert records[name]["same_as"] == "full"
         assert abs(records[name]["nll_over_full"][0]) < 1e-5
     assert records["line_ar-0.5"]["kl"][0] > 1e-6
@@ -191,12 +232,16 @@ def test_one_command_measures_and_reports(folder: Path) -> None:
         assert record["present"][0] >= record["correct"][0]  # the milder rule
     report = (folder / "report.md").read_text()
     assert "| line_ar | 0.5 |" in report
+    assert "| headkv_ar:early=2 | 0.5 |" in report
+    assert records[online[1]]["kl"][0] > 1e-6
+    assert records[online[1]]["resident"] == pytest.approx(32, abs=1)
     assert re.search(r"Made by `vllm-kvcompress eval ", report)
     for name in ("quality.png", "sheet.png"):
         assert (folder / name).stat().st_size > 10_000
     drawn = {path.stem: np.load(path)["pictures"] for path in (folder / "pictures").glob("*.npz")}
-    assert set(drawn) == {"full", "line_ar-0.5", "ssd-0.5"}
-    assert (drawn["full"] != drawn["line_ar-0.5"]).any()
+    assert set(drawn) == {"full", "line_ar-0.5", "ssd-0.5", online[1]}
+    for name in ("line_ar-0.5", online[1]):
+        assert (drawn["full"] != drawn[name]).any()
 
 
 @pytest.mark.timeout(900)
@@ -219,6 +264,7 @@ def test_it_goes_on_where_it_stopped_and_keeps_settings_apart(
 def test_unknown_names_are_refused(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     for more, complaint in (
         (("--presets", "quest"), "preset: unknown 'quest'"),
+        (("--baselines", "quest"), "baseline: unknown 'quest'"),
         (("--budgets", "7"), "budget: 7 is not in (0, 1]"),
         (("--categories", "poems"), "categories: unknown 'poems'"),
     ):

@@ -9,6 +9,8 @@ from inprocess import Engine, in_process  # noqa: F401
 from vllm import SamplingParams
 
 from vllm_kvcompress.eval.likelihood import Likelihood, Trial, replay_batches
+from vllm_kvcompress.eval.online import OnlineRule
+from vllm_kvcompress.eval.online_drawing import kvcompress_draw_online
 from vllm_kvcompress.eval.scores import SCORES
 from vllm_kvcompress.policy import PRESETS
 
@@ -80,3 +82,59 @@ def test_impossible_policies_are_refused_by_name(checkpoints: dict[str, Path]) -
     assert found["small"].refused.startswith("budget:")
     assert not found["small"].nll
     assert len(found["fits"].nll) == len(nll)
+
+
+EQUAL = OnlineRule(lines=9, ring=False)
+"""Everybody has the mean."""
+
+
+@pytest.mark.parametrize("preset", ["full", "line_ar"])
+@pytest.mark.parametrize(("guidance", "temperature"), [(5.0, 1.0), (1.0, 0.7)])
+def test_the_dense_loop_draws_what_is_served(
+    checkpoints: dict[str, Path], preset: str, guidance: float, temperature: float
+) -> None:
+    """Ids and all: the same noise at the same places, prompts of unlike length beside one another."""
+    section = {"preset": preset, "budget": 0.5}
+    engine = Engine.get(checkpoints["gqa-hf"], kvcompress=section, **SMALL)
+    seeds = [7, 8, 9]
+    params = [
+        SamplingParams(temperature=temperature, seed=seed, extra_args={"guidance_scale": guidance})
+        for seed in seeds
+    ]
+    prompts = [engine.prompt(text) for text in TEXTS]
+    assert len({len(prompt) for prompt in prompts}) > 1
+    served = engine.draw(prompts, params)
+    trial = Trial(section, online=EQUAL if preset == "line_ar" else None)
+    [drawn] = engine.llm.collective_rpc(
+        kvcompress_draw_online, args=(prompts, trial, seeds, guidance, temperature)
+    )
+    assert drawn == served
+    if preset == "line_ar":
+        other = Trial(section, online=OnlineRule(early=2, near=1, lines=1))
+        [apart] = engine.llm.collective_rpc(
+            kvcompress_draw_online, args=(prompts, other, seeds, guidance, temperature)
+        )
+        early = 2 * engine.image.raster.width
+        assert [ids[:early] for ids in apart] == [ids[:early] for ids in served]
+        assert apart != served
+
+
+def test_budgets_of_the_first_lines(checkpoints: dict[str, Path]) -> None:
+    section = {"preset": "line_ar", "budget": 0.5}
+    engine = Engine.get(checkpoints["gqa-hf"], kvcompress=section, **SMALL)
+    scenes, nll = drawn(engine)
+    online = OnlineRule(early=2, near=1, lines=1)
+    trials = {
+        "line_ar": Trial(section, score="sum"),
+        "equal": Trial(section, online=EQUAL),
+        "unequal": Trial(section, online=online),
+        "whole": Trial({"preset": "line_ar", "budget": 1.0}, online=online),
+        "small": Trial({"preset": "line_ar", "budget": 0.01}, online=online),
+    }
+    found = replayed(engine, scenes, trials, batch=2)
+    np.testing.assert_allclose(found["equal"].nll, nll, atol=2e-5)
+    np.testing.assert_allclose(found["equal"].kl_guided, found["line_ar"].kl_guided, atol=1e-7)
+    assert found["unequal"].resident == pytest.approx(found["line_ar"].resident, abs=1)
+    assert np.abs(np.subtract(found["unequal"].nll, nll)).max() > 1e-4
+    assert max(found["whole"].kl) < 1e-6
+    assert found["small"].refused.startswith("budget:")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from vllm_kvcompress.eval.online import OnlineRule, parse_baseline
 from vllm_kvcompress.policy import PRESETS
 
 BUDGETS = ("1", "0.5", "0.25", "0.2", "1/6", "1/8")
@@ -25,6 +26,9 @@ class Cell:
         A score of `vllm_kvcompress.eval.scores` that serving does not have; likelihood only.
     per_layer : bool
         Victims per layer instead of per head; likelihood only.
+    baseline : str
+        What a rule is called that no server has, and which decides in the picture itself; ``online`` is that
+        rule, and ``section`` has the budget that it shares out.
     factor : str
         In an ablation: what is varied, the heading under which the cell stands.
     """
@@ -34,10 +38,12 @@ class Cell:
     score: str | None = None
     per_layer: bool = False
     factor: str = ""
+    baseline: str = ""
+    online: OnlineRule | None = None
 
     @property
     def preset(self) -> str:
-        return str(self.section.get("preset", ""))
+        return self.baseline or str(self.section.get("preset", ""))
 
     @property
     def budget(self) -> float:
@@ -71,6 +77,18 @@ def grid(presets: Iterable[str], budgets: Iterable[str]) -> list[Cell]:
                 Cell(f"{preset}-{text.replace('/', '_')}", {"preset": preset, "budget": parse_budget(text)})
                 for text in budgets
             ]
+    return cells
+
+
+def baselines(names: Iterable[str], budgets: Iterable[str]) -> list[Cell]:
+    """Every baseline (`online.parse_baseline`) at every budget."""
+    cells = []
+    for name in names:
+        online = parse_baseline(name)
+        for text in budgets:
+            file = f"{name}-{text}".translate(str.maketrans("/:=", "___"))
+            section = online.section | {"budget": parse_budget(text)}
+            cells.append(Cell(file, section, baseline=name, online=online))
     return cells
 
 

@@ -26,6 +26,9 @@ def evaluate(
     budgets: Annotated[
         str, typer.Option(help="Budgets, with commas; 1/6 is one.")
     ] = "1,0.5,0.25,0.2,1/6,1/8",
+    baselines: Annotated[
+        str, typer.Option(help="Rules that no server has, with commas: headkv_ar, headkv_ar:early=2.")
+    ] = "",
     pictures: Annotated[int, typer.Option(min=0, help="Pictures a category and cell; 0 draws none.")] = 40,
     categories: Annotated[str, typer.Option(help="Categories of prompts, with commas.")] = "all",
     scenes: Annotated[int, typer.Option(min=0, help="Known pictures that are replayed; 0 for none.")] = 64,
@@ -54,6 +57,7 @@ def evaluate(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_kvcompress.eval import report
     from vllm_kvcompress.eval.cells import ablation as ablation_cells
+    from vllm_kvcompress.eval.cells import baselines as baseline_cells
     from vllm_kvcompress.eval.cells import grid
     from vllm_kvcompress.eval.engine import Room
     from vllm_kvcompress.eval.pictures import Asked
@@ -67,6 +71,7 @@ def evaluate(
         raise ValueError(f"categories: unknown {unknown[0]!r}; one of {', '.join(CATEGORIES)}")
     sizes = [text.strip() for text in budgets.split(",")]
     cells = grid([name.strip() for name in presets.split(",")], sizes)
+    cells += baseline_cells([name.strip() for name in baselines.split(",") if name.strip()], sizes)
     if ablation:
         small = [text for text in sizes if text not in ("1", "1.0")]
         cells += ablation_cells(image.raster.width, small)
@@ -141,7 +146,9 @@ def _draw(evaluation: "Evaluation", records: list[dict[str, Any]], judged: dict[
                 rows[name] = file["pictures"][at]
         draw_sheet(rows, [prompts[n].text for n in at], folder / "sheet.png")
         written.append("sheet.png")
-    shown = [c for c in evaluation.cells if not c.factor and not c.keeps_all and c.budget == KEPT_BUDGET]
+    shown = [
+        c for c in evaluation.cells if not (c.factor or c.baseline or c.keeps_all) and c.budget == KEPT_BUDGET
+    ]
     refused = {r["name"] for r in records if "refused" in r}
     shown = [cell for cell in shown if cell.name not in refused]
     if evaluation.scenes and shown:

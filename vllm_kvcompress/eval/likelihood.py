@@ -6,7 +6,7 @@ that engine once and asks for any number of policies, which need not be the one 
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,11 @@ from torch import Tensor
 from vllm.forward_context import set_forward_context
 
 from vllm_kvcompress.attention.kernels import Kernels
+from vllm_kvcompress.attention.recorder import Recorder
 from vllm_kvcompress.cache.layout import CacheLayout
 from vllm_kvcompress.config import KEY, parse_config
+from vllm_kvcompress.eval.online import Budgets, OnlineRule, budgets
+from vllm_kvcompress.eval.online_replay import EarlyLines, OnlineReplay
 from vllm_kvcompress.eval.replay import PagedReplay, Replay
 from vllm_kvcompress.eval.scores import SCORES
 from vllm_kvcompress.heads.dense import DenseReplay
@@ -24,6 +27,7 @@ from vllm_kvcompress.heads.replay import FullReplay, Layered, Rows
 from vllm_kvcompress.heads.trials import divergence
 from vllm_kvcompress.models.compression import plan_cache
 from vllm_kvcompress.models.replayed import log_probabilities, place, replaying
+from vllm_kvcompress.policy import HeadRule
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,14 @@ class Trial:
         A name in `SCORES`: replayed densely under another score than the section's.
     per_layer : bool
         Victims chosen per layer and head type instead of per head; densely too.
+    online : OnlineRule, optional
+        Heads get their budgets in each picture's first lines, with the section's as their mean; densely too.
     """
 
     section: Mapping[str, Any]
     score: str | None = None
     per_layer: bool = False
+    online: OnlineRule | None = None
 
 
 @dataclass
@@ -52,8 +59,8 @@ class Likelihood:
     ``nll``: nats per image token, conditional branch. ``kl``, ``kl_guided``: Kullback-Leibler divergence
     from the full cache's next-token distribution, without and with guidance, nats per token.
     ``error``: relative error of the attention output, root mean square. ``spatial``: KV heads whose
-    conditional branch has a ring, per layer. ``types``: name and cache heads of each head type.
-    ``resident``: mean image slots per head.
+    conditional branch has a ring, per layer. ``types``: name and cache heads of each head type. ``resident``:
+    mean image slots per head. Of an online rule ``spatial`` is empty, the others are means over a batch.
     """
 
     nll: list[float] = field(default_factory=list)
@@ -149,9 +156,10 @@ class _Worker:
             layout, kernels = layout_for(self.vllm_config, self.model, trial.section)
         except ValueError as error:
             return Likelihood(refused=str(error))
-        replay = self.replay(self._method(trial, layout, kernels))
+        found = None if trial.online is None else self._early_stage(trial.online, layout.rules[0])
+        replay = self.replay(self._method(trial, layout, kernels, found))
         plain, guided = self.forward(replay)
-        found = Likelihood(
+        return Likelihood(
             nll=(-plain.gather(2, self.codes[..., None])[..., 0].mean(1)).tolist(),
             kl=divergence(self.full[0], plain).tolist(),
             kl_guided=divergence(self.full[1], guided).tolist(),
@@ -160,36 +168,56 @@ class _Worker:
                 [head for head in range(layout.kv_heads) if layout.rules[row[head]].ring]
                 for row in layout.types
             ],
-            resident=layout.mean_slots,
-            types=[[rule.name, layout.total(kind)] for kind, rule in enumerate(layout.rules)],
+            resident=layout.mean_slots if found is None else float(found.slots.double().mean()),
+            types=[[rule.name, layout.total(kind)] for kind, rule in enumerate(layout.rules)]
+            if found is None
+            else found.types,
         )
-        return found
 
-    def _method(self, trial: Trial, layout: CacheLayout, kernels: Kernels) -> Layered:
+    def _early_stage(self, online: OnlineRule, rule: HeadRule) -> Budgets:
+        """What the pictures' first lines, and nothing after them, make of their heads."""
+        rows = replace(self.rows, image=online.early_tokens(rule))
+        rows.steps -= self.rows.image - rows.image
+        seen = EarlyLines(rows, online.near_tokens(rule), online.prompt, *self._heads)
+        self._hidden(seen, rows.steps)
+        return budgets(seen.outside, online, rule)
+
+    def _method(self, trial: Trial, layout: CacheLayout, kernels: Kernels, found: Budgets | None) -> Layered:
+        if trial.online is not None and found is not None:
+            return OnlineReplay(self.rows, layout, found, trial.online.strata)
         if trial.score is None and not trial.per_layer:
             return PagedReplay(self.rows, layout, kernels)
         score = SCORES[trial.score or "sum"]
         return DenseReplay(self.rows, layout.rules, layout.types, score, trial.per_layer)
 
-    def replay(self, method: Layered) -> Replay:
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """Layers, and cache heads of a layer."""
         text = self.model.config.get_text_config()
-        return Replay(self.rows, method, text.num_hidden_layers, 2 * text.num_key_value_heads)
+        return text.num_hidden_layers, 2 * text.num_key_value_heads
+
+    def replay(self, method: Layered) -> Replay:
+        return Replay(self.rows, method, *self._heads)
 
     def forward(self, replay: Replay) -> tuple[Tensor, Tensor]:
         """Log probabilities of the image codes ``[rows, image, codes]``, without and with guidance."""
-        rows, steps = self.ids.shape
-        positions = torch.arange(steps, device=self.ids.device).repeat(rows)
-        with (
-            self.model.compressed.recording(replay),
-            replaying(self.model, self.prompts),
-            set_forward_context(None, self.vllm_config, num_tokens=rows * steps),
-        ):
-            place(self.model, rows * steps)
-            hidden = self.model(self.ids.flatten(), positions)
+        hidden = self._hidden(replay, self.ids.shape[1])
         plain, guided = (
             log_probabilities(self.model, hidden, self.rows, scale) for scale in (1.0, self.guidance)
         )
         return plain, guided
+
+    def _hidden(self, recorder: Recorder, steps: int) -> Tensor:
+        """What the model makes of each row's first ``steps`` tokens: ``[rows * steps, 2 * hidden + 2]``."""
+        ids = self.ids[:, :steps]
+        positions = torch.arange(steps, device=ids.device).repeat(len(ids))
+        with (
+            self.model.compressed.recording(recorder),
+            replaying(self.model, self.prompts),
+            set_forward_context(None, self.vllm_config, num_tokens=ids.numel()),
+        ):
+            place(self.model, ids.numel())
+            return self.model(ids.flatten(), positions)
 
 
 def replay_batches(

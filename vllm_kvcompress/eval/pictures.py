@@ -1,5 +1,6 @@
 """Draw the evaluation's prompts under one policy, and judge the pictures."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -59,11 +60,8 @@ def draw(model: str, section: dict[str, Any], asked: Asked) -> NDArray[np.uint8]
     """All pictures of a cell, ``[N, H, W, 3]`` uint8; a progress bar on stderr. Run it `in_process`."""
     from vllm import SamplingParams
 
-    from vllm_kvcompress.models.registry import image_model
-
     llm = start(model, section, asked.batch, asked.dtype, asked.room, asked.size)
     try:
-        image = image_model(llm.model_config)
         prompts = asked.prompts()
         ids = asking(llm, [prompt.text for prompt in prompts])
         params = [
@@ -75,14 +73,19 @@ def draw(model: str, section: dict[str, Any], asked: Asked) -> NDArray[np.uint8]
             for n in range(len(prompts))
         ]
         outs = llm.generate([{"prompt_token_ids": one} for one in ids], params, use_tqdm=True)
-        pictures = []
-        for out in outs:
-            codes = [image.code(token) for token in image.raster.cells(out.outputs[0].token_ids)]
-            width, height, raw = llm.collective_rpc("kvcompress_decode_image", args=(codes,))[0]
-            pictures.append(np.frombuffer(raw, np.uint8).reshape(height, width, 3))
-        return np.stack(pictures)
+        return np.stack([decoded(llm, out.outputs[0].token_ids) for out in outs])
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def decoded(llm: Any, tokens: Sequence[int]) -> NDArray[np.uint8]:
+    """The picture of these image tokens, ``[H, W, 3]`` uint8."""
+    from vllm_kvcompress.models.registry import image_model
+
+    image = image_model(llm.model_config)
+    codes = [image.code(token) for token in image.raster.cells(tokens)]
+    width, height, raw = llm.collective_rpc("kvcompress_decode_image", args=(codes,))[0]
+    return np.frombuffer(raw, np.uint8).reshape(height, width, 3)
 
 
 def true_scenes(number: int = TRUE_SCENES) -> list[NDArray[np.uint8]]:

@@ -35,6 +35,8 @@ def summarise(
     for cell in cells:
         record: dict[str, Any] = {"name": cell.name, "preset": cell.preset, "budget": cell.budget}
         record |= {"factor": cell.factor, "section": cell.section}
+        if cell.online is not None:
+            record["online"] = asdict(cell.online)
         one, verdicts = likelihoods.get(cell.name), judged.get(cell.name)
         refused = (one and one.refused) or (verdicts or {}).get("refused")
         if refused:

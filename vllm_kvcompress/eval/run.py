@@ -19,6 +19,7 @@ from vllm_kvcompress.eval.engine import asking, in_process, start
 from vllm_kvcompress.eval.judge import Verdict
 from vllm_kvcompress.eval.kept import draw_kept, kvcompress_kept
 from vllm_kvcompress.eval.likelihood import Likelihood, Trial, replay_batches
+from vllm_kvcompress.eval.online_drawing import draw_online
 from vllm_kvcompress.eval.pictures import Asked, draw, judge_all, true_scenes
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.models.registry import image_model_of
@@ -60,6 +61,7 @@ class Evaluation:
         """Create the folder, or refuse one whose results have other settings: ValueError, one line."""
         mine = {"model": Path(self.model).name, **asdict(self.asked), "scenes": self.scenes}
         mine["categories"] = list(self.asked.categories)
+        mine["scenes_file"] = self.scenes_file and str(self.scenes_file.resolve())
         for unimportant in ("batch", "room"):
             mine.pop(unimportant)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,7 @@ class Evaluation:
                 raw = self.raw(cell)
                 if not raw.exists():
                     try:
-                        pixels = in_process(draw, self.model, cell.section, self.asked)
+                        pixels = in_process(*self._drawing(cell))
                     except ValueError as error:
                         _write(judged, {"refused": str(error).splitlines()[0], "verdicts": []})
                         continue
@@ -118,10 +120,19 @@ class Evaluation:
                 found[cell.name] = found[same.name] | {"same_as": same.name}
         return found
 
+    def _drawing(self, cell: Cell) -> tuple[Any, ...]:
+        """What draws a cell, and what it is called with."""
+        if cell.online is None:
+            return draw, self.model, cell.section, self.asked
+        return draw_online, self.model, Trial(cell.section, online=cell.online), self.asked
+
     def kept(self, cells: Sequence[Cell], path: Path) -> None:
-        """Draw which image tokens these cells' heads hold, as a picture."""
-        if cells and not path.exists():
-            in_process(_look, self, cells, path)
+        """Draw which image tokens these cells' heads hold, as a picture; again where it is of other cells."""
+        names, drawn = [cell.name for cell in cells], path.with_suffix(".json")
+        if not cells or (path.exists() and drawn.exists() and json.loads(drawn.read_text()) == names):
+            return
+        in_process(_look, self, cells, path)
+        _write(drawn, names)
 
     def raw(self, cell: Cell) -> Path:
         """Where a cell's pictures are."""
@@ -151,7 +162,7 @@ def _replay(evaluation: Evaluation, cells: Sequence[Cell], path: Path) -> None:
         bar = tqdm(total=len(cells) * len(scenes), desc="replay", unit="picture")
         for first in range(0, len(cells), GROUP):
             group = cells[first : first + GROUP]
-            trials = {c.name: Trial(resolve(c.section), c.score, c.per_layer) for c in group}
+            trials = {c.name: Trial(resolve(c.section), c.score, c.per_layer, c.online) for c in group}
             found = {name: Likelihood() for name in trials}
             batches = replay_batches(llm, scenes, trials, evaluation.asked.guidance, evaluation.replay_batch)
             before = 0

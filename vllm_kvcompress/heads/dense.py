@@ -156,6 +156,10 @@ class DenseReplay:
                 if index and rule.evicts:
                     yield index, rule
 
+    def kept(self, rule: HeadRule, rows: int, heads: int, device: torch.device) -> Kept:
+        """What a layer's heads of one type hold, of nothing drawn yet."""
+        return Kept(rule, rows, heads, device)
+
     @staticmethod
     def _ring(
         q: Tensor, k: Tensor, v: Tensor, prompt: list[Tensor], is_word: Tensor, rule: HeadRule
@@ -174,7 +178,7 @@ class DenseReplay:
         """``q [rows, heads, group, image, D]`` -> like q; ``is_word`` ``[rows, heads or 1, words]``."""
         rows, heads, size, W = len(q), q.shape[1], q.shape[3], rule.line
         out = torch.empty_like(q)
-        kept = Kept(rule, rows, heads, q.device)
+        kept = self.kept(rule, rows, heads, q.device)
         score = kept.score
         for first in range(0, size, W):
             last = first + W
