@@ -109,9 +109,24 @@ def test_a_server_that_is_stopped_leaves_nobody_hanging(start: Callable[..., Ser
         assert exit_status(server) == 0
 
 
-def told_in_time(crowd: Crowd, before: list[Told], since: float) -> None:
+@pytest.mark.parametrize("name", ["EngineCore", "APIServer_0"])
+def test_a_crash_among_several_api_servers(start: Callable[..., Server], name: str) -> None:
+    """All are told to end, as for a drain, but have five seconds: nobody waits for what is gone."""
+    server = start(f"several-{name}", "--api-server-count", "2", "--shutdown-timeout", "60")
+    with crowded(server) as (crowd, before, process):
+        child(process, f"VLLM::{name}").kill()
+        killed = time.monotonic()
+        told_in_time(crowd, before, killed, may_break=name != "EngineCore")  # the clients of what was killed
+        assert any(one.clean for one in crowd.told if one.ended > killed)
+        assert exit_status(server) == 1
+        assert time.monotonic() - killed < 15
+    log = server.log.read_text()
+    assert "A process of this server has died: its requests are not waited for" in log
+
+
+def told_in_time(crowd: Crowd, before: list[Told], since: float, may_break: bool = False) -> None:
     for one, peaceful in zip(crowd.wait(), before, strict=True):
-        assert one.clean, one
+        assert one.clean or (may_break and one.broke), one
         assert one.ended - since < CLEAN_S, one
         if one.whole:
             assert one.pictures == peaceful.pictures
