@@ -25,9 +25,14 @@ CLOSE = (b"connection", b"close")
 LOOK_S = 0.1  # between two looks whether somebody is still answered
 GONE_S = 1.0  # after an engine's end: what it said last is still on its way
 LEAVE_S = 0.5  # for requests of connections that this process has just accepted
-MARGIN_S = 3.0  # before the parent kills this process: answers leave, who waits for the engine is told
+MARGIN_S = 5.0  # before the parent kills this process, at most half the timeout: who waits is told, answers leave
 
 logger = logger_for(__name__)
+
+
+def is_draining(engine: "EngineClient") -> bool:
+    """Whether a server that drains was told to end."""
+    return getattr(engine, "check_admission", None) is Drain._refuse
 
 
 class Drain:
@@ -67,7 +72,7 @@ class Drain:
         if siblings.anybody_is_gone:  # those that drain have only just heard of it
             logger.error("A process of this server has died: its requests are not waited for")
             return
-        deadline = time.monotonic() + max(timeout - MARGIN_S, 0)
+        deadline = time.monotonic() + max(timeout - MARGIN_S, timeout / 2)
         while (busy := self._busy) and time.monotonic() < deadline:
             time.sleep(LOOK_S)
             if siblings.engine_is_gone:
@@ -85,7 +90,7 @@ class Drain:
 
     def _leave(self) -> None:
         """Leave new connections to the others; answer those that were accepted."""
-        for task in getattr(getattr(self._state, "server", None), "_accept_tasks", ()):
+        for task in tuple(getattr(getattr(self._state, "server", None), "_accept_tasks", ())):
             task.get_loop().call_soon_threadsafe(task.cancel)
         time.sleep(LEAVE_S)
 
