@@ -15,6 +15,7 @@ import psutil
 import pytest
 from crowd import MIXED, WORDS, Crowd, Told, Writer, ask
 
+from vllm_kvcompress.serving.drain import SHUTTING_DOWN
 from vllm_kvcompress.testing.server import Server
 
 ARGS = (
@@ -87,6 +88,27 @@ def test_a_drain_finishes_and_answers_every_picture(start: Callable[..., Server]
     log = server.log.read_text()
     assert log.count("this process does") == 1
     assert "could not be decoded" not in log
+
+
+@pytest.mark.parametrize("servers", ["1", "2"])
+def test_a_drain_that_is_over_before_its_pictures(start: Callable[..., Server], servers: str) -> None:
+    """3,456 steps, one picture at a time, and four seconds: who is not answered is told to ask again."""
+    limit = 4
+    slow = ("--max-num-seqs", "1", "--additional-config", '{"kvcompress": {"window": 1}}')
+    with start(
+        f"late-{servers}", *slow, "--api-server-count", servers, "--shutdown-timeout", f"{limit}"
+    ) as server:
+        crowd = Crowd(server.url, MIXED * 2)
+        crowd.wait_sent()
+        time.sleep(0.3)
+        assert server.process is not None
+        os.kill(server.process.pid, signal.SIGTERM)
+        asked = time.monotonic()
+        for one in crowd.wait():
+            assert one.clean, one
+            assert one.ended - asked < limit + CLEAN_S, one
+        assert sum(one.error == SHUTTING_DOWN for one in crowd.told) > 2
+        assert exit_status(server) == 0
 
 
 @pytest.mark.parametrize("name", ["EngineCore", "Worker"])

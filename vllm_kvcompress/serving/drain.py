@@ -25,7 +25,7 @@ CLOSE = (b"connection", b"close")
 LOOK_S = 0.1  # between two looks whether somebody is still answered
 GONE_S = 1.0  # after an engine's end: what it said last is still on its way
 LEAVE_S = 0.5  # for requests of connections that this process has just accepted
-MARGIN_S = 5.0  # before the parent kills this process, at most half the timeout: who waits is told, answers leave
+MARGIN_S = 5.0  # before the parent kills this process, at most half the timeout: who waits is told
 
 logger = logger_for(__name__)
 
@@ -60,8 +60,11 @@ class Drain:
             engine.shutdown = self._drained  # type: ignore[method-assign]
 
     def _drained(self, timeout: float | None = None) -> None:
-        """In place of the engine client's ``shutdown``; the launcher calls it off the event loop."""
-        if timeout:
+        """In place of the engine client's ``shutdown``.
+
+        The launcher calls it off the event loop, then the engine's context manager on it: that must not wait.
+        """
+        if timeout and not is_draining(self._engine):
             self._engine.check_admission = self._refuse  # type: ignore[method-assign]
             self._close_connections()
             if self._siblings is not None:
