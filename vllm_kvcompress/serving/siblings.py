@@ -20,8 +20,11 @@ class Siblings:
     """
 
     def __init__(self, parent: psutil.Process | None = None) -> None:
-        parent = parent or psutil.Process().parent()
-        found = [] if parent is None else parent.children()
+        try:
+            parent = parent or psutil.Process().parent()
+            found = [] if parent is None else parent.children()
+        except psutil.Error:  # the parent has gone
+            found = []
         self._engines = [one for one in found if _is_titled(one, _ENGINE)]
         self._servers = [one for one in found if _is_titled(one, _SERVER) and one.pid != os.getpid()]
 
