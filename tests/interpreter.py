@@ -13,6 +13,7 @@ def settle() -> None:
     """
     gc.collect = lambda *_: 0
     inspect_here()
+    fork_if_asked()
     if os.environ.get("TRITON_INTERPRET") == "1":
         patch_once()
 
@@ -22,6 +23,17 @@ def inspect_here() -> None:
     from vllm.model_executor.models import registry
 
     registry._run_in_subprocess = lambda function: function()
+
+
+def fork_if_asked() -> None:
+    """Let engines and workers of this process be forked, as vLLM does on GPUs, where the environment says so.
+
+    On CPUs vLLM spawns them whatever it says: each would import everything again.
+    """
+    if os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == "fork":
+        from vllm.utils import system_utils
+
+        system_utils._maybe_force_spawn = lambda: os.environ.update(VLLM_WORKER_MULTIPROC_METHOD="fork")
 
 
 def patch_once() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import setproctitle
-from interpreter import inspect_here
+from interpreter import fork_if_asked, inspect_here
 
 _COMMANDS = {
     str(Path(sys.executable).with_name(name)): main
@@ -109,8 +109,7 @@ def _become(
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
     _start_alike(address)
     inspect_here()
-    if os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == "fork":
-        _fork_always()
+    fork_if_asked()
     from vllm.logger import _configure_vllm_root_logger
 
     _configure_vllm_root_logger()  # the environment may want another level
@@ -154,16 +153,6 @@ class _Placed:
         gc.freeze()
         _move(*self.place)
         return self.target(*args, **more)
-
-
-def _fork_always() -> None:
-    """Let engines and workers of this process be forked, as vLLM does on GPUs.
-
-    On CPUs vLLM spawns them, whatever the environment says: each would import everything again.
-    """
-    from vllm.utils import system_utils
-
-    system_utils._maybe_force_spawn = lambda: os.environ.update(VLLM_WORKER_MULTIPROC_METHOD="fork")
 
 
 def _run(command: list[str]) -> Any:

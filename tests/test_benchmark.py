@@ -8,15 +8,24 @@ from pathlib import Path
 
 import preloaded
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from side_by_side import bars, plan, report, results  # noqa: E402
-from side_by_side.contenders import CONTENDERS, OURS, STOCK, TRANSFORMERS  # noqa: E402
+from side_by_side import bars, plan, report, results, workloads  # noqa: E402
+from side_by_side.contenders import CONTENDERS, OURS, OURS_INT8, STOCK, TRANSFORMERS  # noqa: E402
 from side_by_side.floor import Copy, step_bytes, weight_bytes  # noqa: E402
 from side_by_side.stopwatch import Stopwatch  # noqa: E402
-from side_by_side.summary import Figure, Samples, drawing_seconds, growth, tokens_per_second  # noqa: E402
+from side_by_side.summary import (  # noqa: E402
+    Figure,
+    Samples,
+    drawing_seconds,
+    growth,
+    over_floor,
+    tokens_per_second,
+)
 from side_by_side.workloads import BLOCK, janus, tiny  # noqa: E402
 
 DOCUMENTS = ("README.md", "benchmarks/README.md", "docs/performance.md")
@@ -153,6 +162,38 @@ def test_bytes_that_must_move():
     assert sixth == pytest.approx(16 * 126 * model.token_bytes)
     assert janus("x", 24, (0,), 8).fixed_memory(24) == (8 * 19 + 1) * BLOCK * model.token_bytes
     assert Copy(1 << 20).gb_s() > 0
+
+
+def test_int8_weights_are_the_same_numbers_in_fewer_bytes(tmp_path, monkeypatch):
+    """The checkpoint is written once, after bfloat16's; its floor is that of its bytes."""
+    monkeypatch.setattr(workloads, "OUT", tmp_path)
+    workload = tiny("tiny")
+    packed = workload.checkpoint("int8")
+    plain = workload.checkpoint()
+    assert packed.parent == plain.parent
+    assert packed != plain
+    written = (packed / "model.safetensors").stat().st_mtime_ns
+    assert workload.checkpoint("int8") == packed
+    assert (packed / "model.safetensors").stat().st_mtime_ns == written
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (packed, plain))
+    assert {name for name in ours if name not in theirs} == {
+        name.replace(".weight", ".weight_scale") for name in ours if ours[name].dtype == torch.int8
+    }
+    assert sum(tensor.dtype == torch.int8 for tensor in ours.values()) == 7 * workload.layers
+    for name, tensor in theirs.items():
+        if ours[name].dtype == torch.int8:
+            scale = ours[name.replace(".weight", ".weight_scale")]
+            apart = (ours[name] * scale - tensor.float()).abs()
+            assert bool((apart <= 0.51 * scale).all())
+        else:
+            assert torch.equal(ours[name], tensor)
+    g = workload.geometry
+    layers = g.layers * (4 * g.hidden**2 + 3 * g.hidden * g.intermediate)
+    assert weight_bytes(workload) - weight_bytes(workload, "int8") == layers
+    floors = [over_floor(cell(name, 0, {23: 1.0}), workload) for name in (OURS_INT8, OURS)]
+    assert floors[0] > floors[1]
+    with pytest.raises(ValueError, match="no int8 weights"):
+        workloads.shapes("shapes", (0,)).checkpoint("int8")
 
 
 def test_the_stopwatch_counts_each_moment_once():

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import JanusConfig
+
+from vllm_kvcompress.models.janus_config import MultiModalityConfig
 
 LAYOUTS = ("small-hf", "small-deepseek")
 HUGE = 10**12
@@ -100,20 +103,39 @@ def test_sections_that_are_none(broken: Path, layout: str, name: str, value: Any
     assert f"config.json: {name} must be an object, got {value!r}" in refusal(broken)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("section", "name", "value", "said"),
     [
-        ("gen_vision_config.params.n_embed", "x", "config.json: 'embed_dim'.*expected int, got str"),
-        ("gen_vision_config.params.ch", None, "config.json: 'base_channels'.*expected int, got NoneType"),
-        ("language_config.hidden_size", [5], "config.json: 'hidden_size'.*expected int, got list"),
-        ("language_config.hidden_size", -5, "config.json: .*hidden size .-5. is not a multiple"),
-        ("torch_dtype", "x", "config.json: module 'torch' has no attribute 'x'"),
+        (VQ, "embed_dim", "x", "'embed_dim'.*expected int, got str"),
+        (VQ, "base_channels", None, "'base_channels'.*expected int, got NoneType"),
+        (TEXT, "hidden_size", [5], "'hidden_size'.*expected int, got list"),
+        (TEXT, "hidden_size", -5, ".*hidden size .-5. is not a multiple"),
+        (TEXT, "num_hidden_layers", None, "'num_hidden_layers'.*expected int, got NoneType"),
     ],
 )
-def test_values_that_are_no_sizes(broken: Path, layout: str, name: str, value: Any, said: str) -> None:
+def test_values_that_are_no_sizes(
+    broken: Path, layout: str, section: dict[str, str], name: str, value: Any, said: str
+) -> None:
+    own = NAMES.get(name, name) if layout == "small-deepseek" else name
+    spoil(broken, {f"{section[layout]}.{own}": value})
+    assert re.search(f"config.json: {said}.*; correct it, or download the file again", refusal(broken))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_type_that_is_none(broken: Path, layout: str) -> None:
+    spoil(broken, {"torch_dtype" if layout == "small-deepseek" else "dtype": "x"})
+    assert "config.json: module 'torch' has no attribute 'x'" in refusal(broken)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:1])
+@pytest.mark.parametrize("value", [[1], "x", 5], ids=repr)
+@pytest.mark.parametrize("name", ["text_config", "vq_config", "vision_config"])
+def test_sections_that_are_none_in_transformers_layout(
+    broken: Path, layout: str, name: str, value: Any
+) -> None:
     spoil(broken, {name: value})
-    assert re.search(said, refusal(broken))
+    assert f"config.json: '{name}'" in refusal(broken)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -270,7 +292,9 @@ def test_pickled_weights_are_too_few(broken: Path, layout: str) -> None:
 def test_sound_ones_pass(broken: Path, layout: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    EngineArgs(str(broken), dtype="float32", max_model_len=700).create_engine_config()
+    made = EngineArgs(str(broken), dtype="float32", max_model_len=700).create_engine_config()
+    # transformers' tables know it by its class.
+    assert type(made.model_config.hf_config) is (JanusConfig if layout == "small-hf" else MultiModalityConfig)
 
 
 def test_the_demo_model_passes() -> None:

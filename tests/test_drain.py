@@ -1,15 +1,25 @@
 """An API process drains: it refuses who comes late; one that shares its engine waits, but not for ever."""
 
+import asyncio
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
+import psutil
 import pytest
+import uvicorn
 from starlette.datastructures import State
+from vllm.entrypoints.launchers.launcher import NoSignalServer
 from vllm.exceptions import RetryableRequestError
 
 from vllm_kvcompress.serving import drain
+from vllm_kvcompress.serving.siblings import Siblings
 
 
 class Shared:
@@ -21,7 +31,11 @@ class Shared:
         self.vllm_config = SimpleNamespace(shutdown_timeout=timeout)
         self.ended: list[float | None] = []
         self.state, self.answered = State(), {"one", "two"}
-        self.state.server = SimpleNamespace(server_state=SimpleNamespace(tasks=self.answered))
+        self.headers: list[Any] = []
+        self.state.server = SimpleNamespace(
+            server_state=SimpleNamespace(tasks=self.answered, default_headers=self.headers),
+            config=SimpleNamespace(encoded_headers=[]),
+        )
         drain.Drain(self, self.state)  # type: ignore[arg-type]
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -36,8 +50,18 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Warnings."""
     lines: list[str] = []
     monkeypatch.setattr(drain, "LOOK_S", 0.005)
-    monkeypatch.setattr(drain.logger, "warning", lambda text, *args: lines.append(text % args))
+    monkeypatch.setattr(drain, "LEAVE_S", 0.01)
+    for level in ("warning", "error"):
+        monkeypatch.setattr(drain.logger, level, lambda text, *args: lines.append(text % args))
     return lines
+
+
+@pytest.fixture(autouse=True)
+def siblings(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The other processes of the server: all there."""
+    found = SimpleNamespace(engine_is_gone=False, anybody_is_gone=False)
+    monkeypatch.setattr(drain, "Siblings", lambda: found)
+    return found
 
 
 def test_answers_that_come_in_time(told: list[str]) -> None:
@@ -46,17 +70,104 @@ def test_answers_that_come_in_time(told: list[str]) -> None:
     engine.shutdown(timeout=60)
     assert engine.ended == [60]
     assert not told
+    assert engine.headers == [(b"connection", b"close")]
     with pytest.raises(RetryableRequestError, match=drain.SHUTTING_DOWN):
         engine.check_admission()
 
 
-def test_a_drain_that_outlasts_its_timeout(monkeypatch: pytest.MonkeyPatch, told: list[str]) -> None:
+async def test_an_idle_process_leaves_new_connections_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's server of one process of several: what it has accepted is answered, and closed."""
+    monkeypatch.setattr(drain, "LEAVE_S", 0.4)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 503, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    engine, listening = Shared(), socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, lifespan="off", log_level="critical")
+    engine.state.server = server = NoSignalServer(config, peer_loads=([0, 0], 0))
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    async with httpx.AsyncClient(base_url=url, timeout=0.5) as client:
+        assert "connection" not in (await client.get("/")).headers
+        ended = asyncio.create_task(asyncio.to_thread(engine.shutdown, 60))
+        await asyncio.sleep(0.1)
+        assert (await client.get("/")).headers["connection"] == "close"  # on the first one's
+        await ended
+        with pytest.raises(httpx.ReadTimeout):  # it waits for another process to accept it
+            await client.get("/")
+    server.should_exit = True
+    await serving
+
+
+def test_a_crash_is_not_waited_for(siblings: SimpleNamespace, told: list[str]) -> None:
+    """The parent's signal leaves five seconds."""
+    siblings.anybody_is_gone = True
+    engine, began = Shared(), time.monotonic()
+    engine.shutdown(timeout=60)
+    assert time.monotonic() - began < 1
+    assert engine.ended == [60]
+    assert told == ["A process of this server has died: its requests are not waited for"]
+
+
+def test_an_engine_that_dies_while_it_drains(
+    siblings: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, told: list[str]
+) -> None:
+    """What it said last may be on its way."""
+    monkeypatch.setattr(drain, "GONE_S", 0.2)
+    engine, began = Shared(), time.monotonic()
+    threading.Timer(0.05, setattr, (siblings, "engine_is_gone", True)).start()
+    engine.shutdown(timeout=60)
+    assert 0.2 <= time.monotonic() - began < 2
+    assert engine.ended == [60]
+    assert told == ["2 requests were not finished in the 60 s of shutdown_timeout"]
+
+
+TITLED = "import setproctitle, time; setproctitle.setproctitle('VLLM::{}'); print(flush=True); time.sleep(60)"
+
+
+def test_siblings_are_processes_of_one_parent() -> None:
+    """Of which some have ended, known to their parent or not yet."""
+    children = []
+    for title in ("EngineCore_DP0", "APIServer_1", "DPCoordinator"):
+        command = [sys.executable, "-c", TITLED.format(title)]
+        children.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+    try:
+        for child in children:
+            assert child.stdout is not None
+            child.stdout.readline()  # it has its title
+        engine, server, coordinator = children
+        found = Siblings(psutil.Process())
+        coordinator.kill()
+        coordinator.wait()
+        assert (found.engine_is_gone, found.anybody_is_gone) == (False, False)
+        server.kill()
+        os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+        assert (found.engine_is_gone, found.anybody_is_gone) == (False, True)
+        engine.kill()
+        engine.wait()
+        assert (found.engine_is_gone, found.anybody_is_gone) == (True, True)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+@pytest.mark.parametrize(("margin", "waits"), [(0.3, 0.7), (0.9, 0.5)])
+def test_a_drain_that_outlasts_its_timeout(
+    margin: float, waits: float, monkeypatch: pytest.MonkeyPatch, told: list[str]
+) -> None:
     """What is left is given up before the parent kills the process, and the log says how much that was."""
-    monkeypatch.setattr(drain, "MARGIN_S", 0.9)
+    monkeypatch.setattr(drain, "MARGIN_S", margin)
     engine, began = Shared(), time.monotonic()
     engine.shutdown(timeout=1)
-    assert 0.1 <= time.monotonic() - began < 0.9
-    assert engine.ended == [1]
+    assert waits <= time.monotonic() - began < 0.95
+    again = time.monotonic()
+    engine.shutdown(timeout=1)  # on the event loop, which has answers to send
+    assert time.monotonic() - again < 0.2
+    assert engine.ended == [1, 1]
     assert told == ["2 requests were not finished in the 1 s of shutdown_timeout"]
 
 

@@ -1,5 +1,7 @@
 """Emu3's files: what they must hold, ids by string, and codes to pixels."""
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,16 @@ from vllm_kvcompress.testing.emu3 import make_emu3
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_emu3(tmp_path_factory.mktemp("emu3"))
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers"])
+def test_a_size_of_another_type_is_named(folder: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"][name] = "x"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json: '{name}': .* expected int, got str .*; correct it"):
+        EngineArgs(str(tmp_path), dtype="float32").create_engine_config()
 
 
 @pytest.mark.parametrize(

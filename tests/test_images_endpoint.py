@@ -33,7 +33,7 @@ from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_kvcompress.config import Limits
-from vllm_kvcompress.serving import alive
+from vllm_kvcompress.serving import alive, drain
 from vllm_kvcompress.serving.decoder import MOST
 from vllm_kvcompress.serving.images import ImagesEndpoint
 from vllm_kvcompress.serving.protocol import MAX_PROMPT_CHARACTERS
@@ -494,6 +494,19 @@ async def test_an_engine_that_dies_while_it_draws(client, engine, monkeypatch):
     assert not engine.running
     engine.errored, engine.step = False, lambda position: asyncio.sleep(0)
     await still_serves(client)
+
+
+async def test_a_drain_that_is_over_before_the_picture(client, engine, monkeypatch):
+    """The engine was told to end: not an error of the server's, and worth another try elsewhere."""
+    monkeypatch.setattr(alive, "LOOK_S", 0.01)
+    engine.step = lambda position: asyncio.Event().wait()
+    asked = asyncio.create_task(draw(client, 503))
+    streamed = asyncio.create_task(client.post(PATH, json={"prompt": "a cat", "stream": True}))
+    await until(lambda: len(engine.running) == 2)
+    monkeypatch.setattr(engine, "check_admission", drain.Drain._refuse)
+    engine.errored = True
+    assert (await asyncio.wait_for(asked, 5))["error"]["message"] == drain.SHUTTING_DOWN
+    assert drain.SHUTTING_DOWN in (await asyncio.wait_for(streamed, 5)).text
 
 
 async def test_one_picture_that_fails_stops_the_others(client, engine):

@@ -1,19 +1,15 @@
 """Checkpoints with fewer bytes a weight, as llm-compressor writes them: 8-bit (W8A8) and 4-bit (W4A16)."""
 
 import importlib
-import json
-import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from inprocess import Engine, in_process  # noqa: F401
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig
 from vllm import SamplingParams
 
@@ -22,89 +18,15 @@ from vllm_kvcompress.models.registry import ARCHITECTURES, FAMILIES
 from vllm_kvcompress.models.weights import CheckpointError, Ledger, quantised_tensors
 from vllm_kvcompress.testing.checkpoints import GQA, make_checkpoint
 from vllm_kvcompress.testing.emu3 import make_emu3
+from vllm_kvcompress.testing.quantised import FORMS, quantise
 
-GROUP = 32
 GREEDY = SamplingParams(temperature=0.0, logprobs=0)
-Tensors = dict[str, Tensor]
 
 
-def int8(name: str, weight: Tensor) -> tuple[Tensors, Tensor]:
-    """A scale an output channel, whole numbers up to 127; and the weight that they stand for."""
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    whole = (weight / scale).round()
-    return {f"{name}.weight": whole.to(torch.int8), f"{name}.weight_scale": scale}, whole * scale
-
-
-def int4(name: str, weight: Tensor) -> tuple[Tensors, Tensor]:
-    """A scale per 32 inputs, -8 to 7, eight of them in an int32, the first lowest."""
-    rows, columns = weight.shape
-    parts = weight.view(rows, -1, GROUP)
-    scale = (parts.abs().amax(-1, keepdim=True) / 7.5).bfloat16().float()
-    whole = (parts / scale).round().clamp(-8, 7)
-    held = (whole.view(rows, -1, 8).to(torch.int64) + 8) << torch.arange(0, 32, 4)
-    packed = held.sum(-1)
-    packed = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
-    tensors = {
-        f"{name}.weight_packed": packed,
-        f"{name}.weight_scale": scale[..., 0].bfloat16(),
-        f"{name}.weight_shape": torch.tensor([rows, columns]),
-    }
-    return tensors, (whole * scale).view(rows, columns)
-
-
-def arguments(bits: int, **more: Any) -> dict[str, Any]:
-    return {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **more}
-
-
-FORMS: dict[str, tuple[Callable[[str, Tensor], tuple[Tensors, Tensor]], str, dict[str, Any]]] = {
-    "int8": (
-        int8,
-        "int-quantized",
-        {
-            "weights": arguments(8, strategy="channel"),
-            "input_activations": arguments(8, strategy="token") | {"dynamic": True},
-        },
-    ),
-    "int4": (int4, "pack-quantized", {"weights": arguments(4, strategy="group", group_size=GROUP)}),
-}
-
-
-DECODER = r"(?:model\.)?(?:language_model|text_model)\.(?:model\.)?layers\."
-PARTS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
-
-
-def quantise(source: Path, target: Path, form: str, plain_layer: int | None = None) -> tuple[Path, Path]:
-    """(the quantised checkpoint, one in bfloat16 of the weights that it stands for).
-
-    One layer may be left as it is, and named as llm-compressor names modules: as the published model does.
-    """
-    convert, file_format, scheme = FORMS[form]
+def both(source: Path, target: Path, form: str, plain_layer: int | None = None) -> tuple[Path, Path]:
+    """(the quantised checkpoint, a plain one of the weights that it stands for)."""
     plain = target / "plain"
-    shutil.copytree(source, target / "packed")
-    shutil.copytree(source, plain)
-    packed: Tensors = {}
-    meant: Tensors = {}
-    ignored = ["lm_head"]
-    for name, tensor in load_file(source / "model.safetensors").items():
-        module = name.removesuffix(".weight")
-        if (found := re.match(DECODER + r"(\d+)\.(.+)", module)) is None or found[2] not in PARTS:
-            packed[name] = meant[name] = tensor
-        elif int(found[1]) == plain_layer:
-            packed[name] = meant[name] = tensor
-            ignored.append(module)
-        else:
-            tensors, meant[name] = convert(module, tensor.float())
-            packed |= tensors
-    assert len(packed) > len(meant)
-    for folder, tensors in ((target / "packed", packed), (plain, meant)):
-        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
-    config = json.loads((target / "packed" / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": file_format, "quantization_status": "compressed",
-        "ignore": ignored, "config_groups": {"group_0": {"targets": ["Linear"], **scheme}},
-    }  # fmt: skip
-    (target / "packed" / "config.json").write_text(json.dumps(config))
-    return target / "packed", plain
+    return quantise(source, target / "packed", form, plain_layer=plain_layer, meant=plain), plain
 
 
 def drawn(model: Path, backend: str | None, **section: Any) -> tuple[list[int], list[float]]:
@@ -151,14 +73,14 @@ def test_quantised_layers_draw_what_their_weights_say(
     published: dict[str, Path], tmp_path: Path, layout: str, form: str, plain_layer: int | None
 ) -> None:
     """With and without a layer that was left as it was."""
-    packed, plain = quantise(published[layout], tmp_path, form, plain_layer)
+    packed, plain = both(published[layout], tmp_path, form, plain_layer)
     check_the_same(packed, plain, None)
     kinds = [linear_of(started(packed, None), layer) for layer in range(2)]
     assert [("CompressedTensors" in kind) for kind in kinds] == [plain_layer != 0, True]
 
 
 def test_an_emu3_may_be_quantised_in_part(published: dict[str, Path], tmp_path: Path) -> None:
-    packed, plain = quantise(published["emu3"], tmp_path, "int8", 1)
+    packed, plain = both(published["emu3"], tmp_path, "int8", 1)
     """Its first tokens: weights this large soon draw other pictures from rounded activations."""
     section = {"preset": "full", "size": "28x16", "window": 1}
     engines = [started(folder, "kvcompress", **section) for folder in (packed, plain)]
@@ -229,14 +151,14 @@ def test_modes_that_quantise_while_loading_take_plain_checkpoints(checkpoints: d
 @pytest.mark.parametrize("form", FORMS)
 def test_the_compressed_cache_serves_them(checkpoints: dict[str, Path], tmp_path: Path, form: str) -> None:
     """Heads are measured through the quantised layers, too."""
-    packed, _ = quantise(checkpoints["gqa-hf"], tmp_path, form)
+    packed, _ = both(checkpoints["gqa-hf"], tmp_path, form)
     ids, _ = drawn(packed, "kvcompress")
     assert len(ids) == 64
     assert len(set(ids)) > 5
 
 
 def test_a_missing_scale_is_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    packed, _ = quantise(checkpoints["gqa-hf"], tmp_path, "int8")
+    packed, _ = both(checkpoints["gqa-hf"], tmp_path, "int8")
     tensors = load_file(packed / "model.safetensors")
     gone = next(name for name in tensors if name.endswith("o_proj.weight_scale"))
     del tensors[gone]
@@ -250,7 +172,7 @@ def test_a_missing_scale_is_named(checkpoints: dict[str, Path], tmp_path: Path) 
 def test_scales_without_a_word_in_the_config_are_unknown(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    packed, plain = quantise(checkpoints["gqa-hf"], tmp_path, "int8")
+    packed, plain = both(checkpoints["gqa-hf"], tmp_path, "int8")
     shutil.copy(plain / "config.json", packed / "config.json")
     with pytest.raises(ValueError, match=r"unknown tensor .*weight_scale"):  # before an engine starts
         drawn(packed, None)

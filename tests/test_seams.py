@@ -287,7 +287,8 @@ def test_model_tables() -> None:
     for architecture in ("MultiModalityCausalLM", "JanusForConditionalGeneration"):
         assert architecture in ModelRegistry.get_supported_archs()
         assert MODELS_CONFIG_MAP[architecture] is JanusConfigCheck
-    assert _CONFIG_REGISTRY["multi_modality"].model_type == "multi_modality"
+    for kind in ("multi_modality", "janus", "emu3", "llamagen", "lumina_mgpt"):
+        assert _CONFIG_REGISTRY[kind].model_type == kind
 
 
 def test_a_vocabulary_that_is_widened_stays_so() -> None:

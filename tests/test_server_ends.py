@@ -15,6 +15,7 @@ import psutil
 import pytest
 from crowd import MIXED, WORDS, Crowd, Told, Writer, ask
 
+from vllm_kvcompress.serving.drain import SHUTTING_DOWN
 from vllm_kvcompress.testing.server import Server
 
 ARGS = (
@@ -91,6 +92,27 @@ def test_a_drain_finishes_and_answers_every_picture(start: Callable[..., Server]
     assert "could not be decoded" not in log
 
 
+@pytest.mark.parametrize("servers", ["1", "2"])
+def test_a_drain_that_is_over_before_its_pictures(start: Callable[..., Server], servers: str) -> None:
+    """3,456 steps, one picture at a time, and four seconds: who is not answered is told to ask again."""
+    limit = 4
+    slow = ("--max-num-seqs", "1", "--additional-config", '{"kvcompress": {"window": 1}}')
+    with start(
+        f"late-{servers}", *slow, "--api-server-count", servers, "--shutdown-timeout", f"{limit}"
+    ) as server:
+        crowd = Crowd(server.url, MIXED * 2)
+        crowd.wait_sent()
+        time.sleep(0.3)
+        assert server.process is not None
+        os.kill(server.process.pid, signal.SIGTERM)
+        asked = time.monotonic()
+        for one in crowd.wait():
+            assert one.clean, one
+            assert one.ended - asked < limit + CLEAN_S, one
+        assert sum(one.error == SHUTTING_DOWN for one in crowd.told) > 2
+        assert exit_status(server) == 0
+
+
 @pytest.mark.parametrize("name", ["EngineCore", "Worker"])
 def test_a_crash_is_told_to_everybody(start: Callable[..., Server], name: str) -> None:
     server = start(name, *COMPRESSED)
@@ -111,9 +133,24 @@ def test_a_server_that_is_stopped_leaves_nobody_hanging(start: Callable[..., Ser
         assert exit_status(server) == 0
 
 
-def told_in_time(crowd: Crowd, before: list[Told], since: float) -> None:
+@pytest.mark.parametrize("name", ["EngineCore", "APIServer_0"])
+def test_a_crash_among_several_api_servers(start: Callable[..., Server], name: str) -> None:
+    """All are told to end, as for a drain, but have five seconds: nobody waits for what is gone."""
+    server = start(f"several-{name}", "--api-server-count", "2", "--shutdown-timeout", "60")
+    with crowded(server) as (crowd, before, process):
+        child(process, f"VLLM::{name}").kill()
+        killed = time.monotonic()
+        told_in_time(crowd, before, killed, may_break=name != "EngineCore")  # the clients of what was killed
+        assert any(one.clean for one in crowd.told if one.ended > killed)
+        assert exit_status(server) == 1
+        assert time.monotonic() - killed < 15
+    log = server.log.read_text()
+    assert "A process of this server has died: its requests are not waited for" in log
+
+
+def told_in_time(crowd: Crowd, before: list[Told], since: float, may_break: bool = False) -> None:
     for one, peaceful in zip(crowd.wait(), before, strict=True):
-        assert one.clean, one
+        assert one.clean or (may_break and one.broke), one
         assert one.ended - since < CLEAN_S, one
         if one.whole:
             assert one.pictures == peaceful.pictures

@@ -73,6 +73,7 @@ def _changes() -> list[Change]:
 
 
 def _models() -> list[Change]:
+    from transformers import Emu3Config, JanusConfig
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.chat_templates.registry import register_chat_template_fallback_path
@@ -84,10 +85,17 @@ def _models() -> list[Change]:
     from vllm_kvcompress.models.lumina import unconverted
     from vllm_kvcompress.models.lumina.config import LuminaConfig
     from vllm_kvcompress.models.registry import ARCHITECTURES, CHAT_TEMPLATES
+    from vllm_kvcompress.models.sections import heard_class
     from vllm_kvcompress.models.vllm_config import JanusConfigCheck
 
     set_item = operator.setitem
-    own = (MultiModalityConfig, LlamaGenConfig, LuminaConfig)
+    kinds = (
+        MultiModalityConfig,
+        LlamaGenConfig,
+        LuminaConfig,
+        heard_class(JanusConfig),
+        heard_class(Emu3Config),
+    )
     # vLLM warns of a name that is taken, in servers of other models too.
     taken = [name for name in ARCHITECTURES if name in ModelRegistry.models]
     return [
@@ -96,7 +104,7 @@ def _models() -> list[Change]:
         *(partial(ModelRegistry.models.pop, name) for name in taken),
         *(partial(ModelRegistry.register_model, name, path) for name, path in ARCHITECTURES.items()),
         *(partial(set_item, MODELS_CONFIG_MAP, name, JanusConfigCheck) for name in ARCHITECTURES),
-        *(partial(set_item, _CONFIG_REGISTRY, kind.model_type, kind) for kind in own),
+        *(partial(set_item, _CONFIG_REGISTRY, kind.model_type, kind) for kind in kinds),
         partial(
             MODEL_ARCH_CONFIG_CONVERTORS.setdefault,
             unconverted.MODEL_TYPE,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from side_by_side.child import FIT
-from side_by_side.contenders import EARLIER, LONG, OURS, STOCK, TRANSFORMERS
+from side_by_side.contenders import EARLIER, LONG, OURS, OURS_INT8, STOCK, STOCK_INT8, TRANSFORMERS
 from side_by_side.summary import (
     Figure,
     Samples,
@@ -59,6 +59,15 @@ BARS = (
         "bars", "16", growth, None, 1.05, at_least=False,
     ),
     Bar("the same for the stock full cache (grows)", "bars", "16", growth, None, 1.05, contender=STOCK),
+    # Both forms in one run: what fewer bytes of weights give, and what they make of the first bar.
+    Bar("int8 weights: image tokens/s over transformers' bfloat16, 16 images",
+        "weights", "16", tokens_per_second, TRANSFORMERS, 2.5, contender=OURS_INT8),
+    Bar("bfloat16 weights, in the same run: image tokens/s over transformers', 16 images",
+        "weights", "16", tokens_per_second, TRANSFORMERS, 2.5),
+    Bar("int8 over bfloat16 weights, compressed cache, 16 images",
+        "weights", "16", tokens_per_second, OURS, 1.0, contender=OURS_INT8),
+    Bar("int8 over bfloat16 weights, stock full cache, 16 images",
+        "weights", "16", tokens_per_second, STOCK, 1.0, contender=STOCK_INT8),
     *(
         Bar(f"image tokens/s over the stock full cache's, {batch} {of}, budget 1/8",
             group, batch, tokens_per_second, STOCK, aim, contender=LONG)

@@ -45,6 +45,7 @@ def run(
         "VLLM_NO_USAGE_STATS": "1",
     }
     from side_by_side import plan
+    from side_by_side.contenders import CONTENDERS
     from side_by_side.results import Results
     from side_by_side.runner import Run
 
@@ -63,7 +64,8 @@ def run(
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("checkpoints", total=None)
         for group in chosen:
-            group.workload.checkpoint()
+            for weights in {CONTENDERS[name].weights for name in group.contenders}:
+                group.workload.checkpoint(weights)
         measuring = Run(results, deadline, progress.console.print)
         progress.update(bar, total=sum(measuring.missing(group) for group in chosen))
         for group in chosen:

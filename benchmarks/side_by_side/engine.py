@@ -41,7 +41,7 @@ class Engine:
             extra["block_size"] = BLOCK
         length = 64 + workload.tokens
         self.llm = LLM(
-            str(workload.checkpoint()),
+            str(workload.checkpoint(contender.weights)),
             dtype="bfloat16",
             seed=0,
             enforce_eager=True,

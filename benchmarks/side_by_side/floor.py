@@ -6,6 +6,7 @@ import torch
 
 from side_by_side.workloads import BYTES, Workload
 
+_BYTES = {None: BYTES, "int8": 1, "int4": 0.5}  # of a weight of a linear layer, by form
 _COPIED = 1 << 29  # bytes, twice: source and target together are larger than any cache
 
 
@@ -26,20 +27,23 @@ class Copy:
         return 2 * self._source.numel() / sorted(taken)[1] / 1e9
 
 
-def weight_bytes(workload: Workload) -> int:
+def weight_bytes(workload: Workload, weights: str | None = None) -> int:
     """Weights that a decode step reads: decoder layers and image head, each once whatever the batch.
 
-    0 for the demo model, whose weights fit a cache.
+    ``weights`` is the form of the decoder's linear layers; None is bfloat16. Scales are left out. 0 for the
+    demo model, whose weights fit a cache.
     """
     g = workload.geometry
     if g is None:
         return 0
     kv = g.hidden // g.heads * g.kv_heads
     layer = 2 * g.hidden * g.hidden + 2 * g.hidden * kv + 3 * g.hidden * g.intermediate
-    return BYTES * (g.layers * layer + g.hidden * g.hidden + g.hidden * g.codebook)
+    return round(_BYTES[weights] * g.layers * layer) + BYTES * (g.hidden * g.hidden + g.hidden * g.codebook)
 
 
-def step_bytes(workload: Workload, batch: int, prefix: int, drawn: float, budget: float) -> float:
+def step_bytes(
+    workload: Workload, batch: int, prefix: int, drawn: float, budget: float, weights: str | None = None
+) -> float:
     """Bytes that one step of ``batch`` pictures must move: weights, and K and V of what is resident.
 
     Parameters
@@ -50,6 +54,8 @@ def step_bytes(workload: Workload, batch: int, prefix: int, drawn: float, budget
         Image tokens that the step sees, before eviction.
     budget : float
         Share of a picture's tokens that stays resident.
+    weights : str or None
+        Form of the linear layers' weights.
     """
     resident = prefix + min(drawn, budget * workload.tokens)
-    return weight_bytes(workload) + batch * resident * workload.token_bytes
+    return weight_bytes(workload, weights) + batch * resident * workload.token_bytes

@@ -32,7 +32,7 @@ class Transformers:
 
     def __init__(self, contender: Contender, workload: Workload, batch: int) -> None:
         self.contender, self.workload, self.limit = contender, workload, batch
-        folder = workload.checkpoint()
+        folder = workload.checkpoint(contender.weights)
         self.model = JanusForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
         generation = self.model.generation_config
         tokenizer = AutoTokenizer.from_pretrained(folder)

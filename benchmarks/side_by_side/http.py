@@ -43,7 +43,7 @@ def serve(group: HttpGroup, contender: Contender) -> Server:
     log = OUT / "logs" / f"{workload.name}-{re.sub(r'[^a-z0-9]+', '_', contender.name)}-server.log"
     # Both cores for the model: by default vLLM leaves one of two to the front end.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    return Server(workload.checkpoint(), log, arguments, env=environment)
+    return Server(workload.checkpoint(contender.weights), log, arguments, env=environment)
 
 
 def ask(server: Server, group: HttpGroup, rate: float, repeat: int) -> dict[str, Any]:

@@ -4,7 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from side_by_side.child import FIT
-from side_by_side.contenders import CONTENDERS, LONG, OURS, PRESETS, STOCK, TRANSFORMERS
+from side_by_side.contenders import (
+    CONTENDERS,
+    LONG,
+    OURS,
+    OURS_INT8,
+    PRESETS,
+    STOCK,
+    STOCK_INT8,
+    TRANSFORMERS,
+)
 from side_by_side.workloads import Workload, emu3, janus, long_image, lumina_1024, shapes, tiny
 
 MODES = ("quick", "full", "tiny", "tiny-more")
@@ -87,10 +96,11 @@ class HttpGroup:
     loads: tuple[float, ...] = (0.7,)
 
 
-_ALL = tuple(name for name in CONTENDERS if name != LONG)
+_ALL = tuple(name for name, one in CONTENDERS.items() if name != LONG and one.weights is None)
 _SIXTHS = tuple(f"{preset} 1/6" for preset in PRESETS)
 _MAIN = (TRANSFORMERS, STOCK, OURS)
 _TYPES = tuple(f"{preset} {budget}" for budget in ("1/5", "1/6") for preset in ("decoupled", "fitted"))
+_WEIGHTS = (TRANSFORMERS, STOCK, STOCK_INT8, OURS, OURS_INT8)
 _OTHERS = tuple(name for name in _ALL if name not in _MAIN)
 
 
@@ -118,6 +128,7 @@ def groups(mode: str) -> list[Group | HttpGroup]:
             Group("lumina", lumina_1024("lumina", 4, (0, 6, 11, 24, 36, 48, 63)), (STOCK, LONG), (1, 4), 3),
             Group("emu3", emu3("emu3", 4, (0, 8, 15, 34, 51, 68, 89)), (STOCK, LONG), (1, 4), 3),
             Group("types", janus("janus-1b-types", 24, (0, 4, 12, 23)), _TYPES, (16,), 5),
+            Group("weights", janus("janus-1b-weights", 24, (0, 4, 12, 23)), _WEIGHTS, (16,), 5),
             Group("presets", janus("janus-1b", 24, (0, 4, 12, 23)), _OTHERS, (1, 4, 16), 3),
             Group("presets-64", janus("janus-1b-64", 12, (0, 4, 23)), _OTHERS, (64,), 3),
             Group("whole", janus("janus-1b-whole", 24, (0, 4, 12, 23)), _MAIN, (4,), 3, whole=True),
@@ -140,6 +151,7 @@ def groups(mode: str) -> list[Group | HttpGroup]:
                 3,
                 lines=((16, (4, 12, 23)), (64, (12, 23))),
             ),
+            Group("weights", janus("janus-1b-weights", 6, (0, 4, 12, 23)), _WEIGHTS, (16,), 3),
             Group("presets", model, _OTHERS, (16,), 2),
             Group("whole", janus("janus-1b-whole", 6, (0, 4, 23)), _MAIN, (4,), 1, whole=True),
             Group("shapes", shapes("shapes", (0, 4, 23)), (TRANSFORMERS, STOCK, *_SIXTHS), (1, 16), 2),
@@ -150,6 +162,7 @@ def groups(mode: str) -> list[Group | HttpGroup]:
         return [
             HttpGroup("http", tiny("tiny-http"), (STOCK,), 1, 3, 2),
             Group("memory", tiny("tiny-memory", 2), (STOCK, OURS), (FIT,), 1, 12),
+            Group("weights", tiny("tiny-weights"), _WEIGHTS, (2,), 1),
             Group("whole", replace(tiny("tiny-wide"), width=25), (STOCK, OURS), (2,), 1, whole=True),
         ]
     raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")

@@ -78,9 +78,11 @@ def growth(cell: Cell, workload: Workload) -> float:
 def over_floor(cell: Cell, workload: Workload) -> float:
     """A late step's time over the time to move its bytes at the speed of a copy."""
     line, seconds = max(line_seconds(cell).items())
-    budget = CONTENDERS[cell["contender"]].budget
+    contender = CONTENDERS[cell["contender"]]
     drawn = (line + 0.5) * workload.width
-    moved = step_bytes(workload, cell["drawn_at_once"], cell["prefix"], drawn, budget)
+    moved = step_bytes(
+        workload, cell["drawn_at_once"], cell["prefix"], drawn, contender.budget, contender.weights
+    )
     return seconds / (moved / (cell["copy_gb_s"] * 1e9))
 
 

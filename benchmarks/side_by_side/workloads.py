@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from vllm_kvcompress.heads.curves import LossCurves, candidate_types
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.testing.checkpoints import SMALL_24, CheckpointGeometry, janus_pro_1b, make_checkpoint
+from vllm_kvcompress.testing.quantised import quantise
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ROOT / "examples" / "shapes" / "model"
@@ -90,12 +92,25 @@ class Workload:
         mark = hashlib.sha256(json.dumps(asdict(self.geometry)).encode()).hexdigest()[:12]
         return OUT / "models" / f"janus-{mark}"
 
-    def checkpoint(self) -> Path:
-        """The checkpoint's folder, written first if it isn't there."""
-        if self.geometry is not None and not (self.folder / "complete").exists():
-            make_checkpoint(self.folder, geometry=self.geometry, dtype="bfloat16")
-            (self.folder / "complete").touch()
-        return self.folder
+    def checkpoint(self, weights: str | None = None) -> Path:
+        """The checkpoint's folder, written first if it isn't there.
+
+        ``weights`` is the form of the decoder's linear layers, one of the quantised forms, made of the same
+        numbers; None leaves them in bfloat16. ValueError for a form of the demo model's.
+        """
+        if self.geometry is None:
+            if weights is not None:
+                raise ValueError(f"the {self.title} has no {weights} weights")
+            return self.folder
+        folder = self.folder if weights is None else self.folder.with_name(f"{self.folder.name}-{weights}")
+        if not (folder / "complete").exists():
+            if weights is None:
+                make_checkpoint(folder, geometry=self.geometry, dtype="bfloat16")
+            else:
+                shutil.rmtree(folder, ignore_errors=True)  # a copy that was interrupted
+                quantise(self.checkpoint(), folder, weights)
+            (folder / "complete").touch()
+        return folder
 
     def settings(self, section: dict[str, Any]) -> dict[str, Any]:
         """A contender's ``kvcompress`` settings, with a head profile for random weights.

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
 
 from vllm_kvcompress import last_word
 
@@ -17,7 +18,22 @@ def reading() -> Iterator[None]:
             yield
         except (StrictDataclassError, AttributeError, LookupError, TypeError) as error:
             found = " ".join(str(error).removeprefix("Validation error for field").split())
-            raise ValueError(f"config.json: {found:.200}") from None
+            raise ValueError(f"config.json: {found:.200}; correct it, or download the file again") from None
+
+
+def heard_class(kind: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """For tables of configuration classes: makes ``kind``'s own objects of files, in `reading`.
+
+    Of a class that is transformers' own, whose tables know its objects by their class.
+    """
+
+    class Heard(kind):  # type: ignore[misc, valid-type]
+        @classmethod
+        @reading()
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            return kind.from_dict(config_dict, **kwargs)
+
+    return Heard
 
 
 def section(value: Any, name: str) -> dict[str, Any]:

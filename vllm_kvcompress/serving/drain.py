@@ -4,7 +4,8 @@ With one API process, vLLM stops the engine, which finishes its pictures while t
 HTTP server goes on for a moment after the engine has ended, and would tell who comes then of a dead engine.
 With several (``--api-server-count``), the engine belongs to their parent: on SIGTERM each API process leaves
 its clients at once, and only then is the engine stopped (``vllm/entrypoints/cli/serve.py``,
-``run_multi_api_server``; ``launchers/launcher.py``, ``handle_shutdown``).
+``run_multi_api_server``; ``launchers/launcher.py``, ``handle_shutdown``). The same signal, and five seconds,
+are what the others get when an engine or an API process has died.
 """
 
 import time
@@ -14,23 +15,32 @@ from starlette.datastructures import State
 from vllm.exceptions import RetryableRequestError
 
 from vllm_kvcompress.log import logger_for
+from vllm_kvcompress.serving.siblings import Siblings
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 SHUTTING_DOWN = "the server is shutting down: ask again, or another server"
+CLOSE = (b"connection", b"close")
 LOOK_S = 0.1  # between two looks whether somebody is still answered
-MARGIN_S = 2.0  # before the parent kills this process: answers leave
+GONE_S = 1.0  # after an engine's end: what it said last is still on its way
+LEAVE_S = 0.5  # for requests of connections that this process has just accepted
+MARGIN_S = 5.0  # before the parent kills this process, at most half the timeout: who waits is told
 
 logger = logger_for(__name__)
+
+
+def is_draining(engine: "EngineClient") -> bool:
+    """Whether a server that drains was told to end."""
+    return getattr(engine, "check_admission", None) is Drain._refuse
 
 
 class Drain:
     """Refuses new requests from the signal on, with a 503; lets those of before be answered, text's too.
 
     The engine sees to that where it is this process's own; one that shares its engine waits for its answers
-    before it ends, until ``--shutdown-timeout`` is nearly over. Nothing is changed where there is no such
-    timeout.
+    before it ends, until ``--shutdown-timeout`` is nearly over, or an engine is gone. It does not wait where
+    the signal comes of a crash. Nothing is changed where there is no such timeout.
 
     Parameters
     ----------
@@ -45,23 +55,47 @@ class Drain:
         resources = getattr(getattr(engine, "engine_core", None), "resources", None)
         self._is_shared = resources is not None and resources.engine_manager is None
         if engine.vllm_config.shutdown_timeout:
+            self._siblings = Siblings() if self._is_shared else None
             self._shutdown = engine.shutdown
             engine.shutdown = self._drained  # type: ignore[method-assign]
 
     def _drained(self, timeout: float | None = None) -> None:
-        """In place of the engine client's ``shutdown``; the launcher calls it off the event loop."""
-        if timeout:
+        """In place of the engine client's ``shutdown``.
+
+        The launcher calls it off the event loop, then the engine's context manager on it: that must not wait.
+        """
+        if timeout and not is_draining(self._engine):
             self._engine.check_admission = self._refuse  # type: ignore[method-assign]
-            if self._is_shared:
-                self._wait(timeout)
+            self._close_connections()
+            if self._siblings is not None:
+                self._wait(timeout, self._siblings)
         self._shutdown(timeout=timeout)
 
-    def _wait(self, timeout: float) -> None:
-        deadline = time.monotonic() + max(timeout - MARGIN_S, 0)
+    def _wait(self, timeout: float, siblings: Siblings) -> None:
+        if siblings.anybody_is_gone:  # those that drain have only just heard of it
+            logger.error("A process of this server has died: its requests are not waited for")
+            return
+        deadline = time.monotonic() + max(timeout - MARGIN_S, timeout / 2)
         while (busy := self._busy) and time.monotonic() < deadline:
             time.sleep(LOOK_S)
+            if siblings.engine_is_gone:
+                deadline = min(deadline, time.monotonic() + GONE_S)
         if busy:
             logger.warning("%d requests were not finished in the %d s of shutdown_timeout", busy, timeout)
+        else:
+            self._leave()
+
+    def _close_connections(self) -> None:
+        """Tell clients with every answer from now on that their connection ends."""
+        if (server := getattr(self._state, "server", None)) is not None:
+            server.server_state.default_headers.append(CLOSE)
+            server.config.encoded_headers.append(CLOSE)  # of which uvicorn makes those anew every second
+
+    def _leave(self) -> None:
+        """Leave new connections to the others; answer those that were accepted."""
+        for task in tuple(getattr(getattr(self._state, "server", None), "_accept_tasks", ())):
+            task.get_loop().call_soon_threadsafe(task.cancel)
+        time.sleep(LEAVE_S)
 
     @property
     def _busy(self) -> int:

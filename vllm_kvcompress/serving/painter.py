@@ -16,13 +16,14 @@ from vllm.exceptions import GenerationError, RetryableRequestError, VLLMError
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils import random_uuid
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.rows import GUIDANCE_SCALE, NEGATIVE_IDS
 from vllm_kvcompress.serving.alive import unless_dead
 from vllm_kvcompress.serving.decoder import Decoder
-from vllm_kvcompress.serving.drain import SHUTTING_DOWN
+from vllm_kvcompress.serving.drain import SHUTTING_DOWN, is_draining
 from vllm_kvcompress.serving.encode import encode_base64
 from vllm_kvcompress.serving.kept import KeptReader
 from vllm_kvcompress.serving.protocol import MAX_SEED, BadParameter, ImageRequest, Kept
@@ -254,10 +255,12 @@ class Painter:
             async with contextlib.aclosing(outputs):
                 while (output := await unless_dead(self.engine, _next(outputs))) is not None:
                     yield output
-        except BaseException:
+        except BaseException as error:
             # vLLM's generator aborts its request when it is closed, except while it is still adding it.
             with contextlib.suppress(Exception):
                 await self.engine.abort(request_id)
+            if isinstance(error, EngineDeadError) and is_draining(self.engine):  # told to end, and not done
+                raise RetryableRequestError(SHUTTING_DOWN) from error
             raise
 
     def _sampling(self, job: Job, index: int, streaming: bool) -> SamplingParams:

@@ -1,0 +1,53 @@
+"""The engines and API servers beside this process, which one parent has started (``--api-server-count``)."""
+
+import os
+
+import psutil
+from vllm import envs
+
+_ENGINE, _SERVER = "EngineCore", "APIServer"  # vLLM's titles of processes
+
+
+class Siblings:
+    """Those there are now: make it once all have started.
+
+    They are known by vLLM's titles; without ``setproctitle``, and of engines elsewhere, nothing is known.
+
+    Parameters
+    ----------
+    parent : psutil.Process, optional
+        By default this process's.
+    """
+
+    def __init__(self, parent: psutil.Process | None = None) -> None:
+        try:
+            parent = parent or psutil.Process().parent()
+            found = [] if parent is None else parent.children()
+        except psutil.Error:  # the parent has gone
+            found = []
+        self._engines = [one for one in found if _is_titled(one, _ENGINE)]
+        self._servers = [one for one in found if _is_titled(one, _SERVER) and one.pid != os.getpid()]
+
+    @property
+    def engine_is_gone(self) -> bool:
+        """Whether one of the engines has ended."""
+        return any(map(_is_gone, self._engines))
+
+    @property
+    def anybody_is_gone(self) -> bool:
+        """Whether an engine or an API server has ended."""
+        return self.engine_is_gone or any(map(_is_gone, self._servers))
+
+
+def _is_titled(process: psutil.Process, title: str) -> bool:
+    try:
+        return " ".join(process.cmdline()).startswith(f"{envs.VLLM_PROCESS_NAME_PREFIX}::{title}")
+    except psutil.Error:
+        return False
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
