@@ -1,4 +1,5 @@
-# make demo   a picture from a served model, on any machine (BOTH=1: full and compressed cache, same seeds)
+# make demo   a picture from a served model, on any machine (BOTH=1: full and compressed cache, same seeds;
+#             WINDOW=1: one token a step, as without docs/windows.md)
 # make test   the tests, two at a time          make test-fast   those without engines, under two minutes
 # make lint   ruff, mypy, docs, Dockerfiles     make soak        the slow ones
 # make docs   the docs as pages, in out/docs
@@ -8,6 +9,7 @@ SEED ?= 0
 N ?= 1
 COMPRESSED ?=
 BOTH ?=
+WINDOW ?= auto
 BENCH ?=
 PY := .venv/bin/python
 # A module's tests share engines, so a module stays whole; the longest come first (tests/conftest.py).
@@ -21,7 +23,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 
 demo: .venv/.ready
-	@$(PY) examples/demo.py --prompt "$(PROMPT)" --seed $(SEED) --n $(N) $(if $(COMPRESSED),--compressed) $(if $(BOTH),--both)
+	@$(PY) examples/demo.py --prompt "$(PROMPT)" --seed $(SEED) --n $(N) $(if $(COMPRESSED),--compressed) $(if $(BOTH),--both) --window $(WINDOW)
 
 test: .venv/.ready
 	@$(PY) -m pytest tests $(PARALLEL)

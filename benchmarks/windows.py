@@ -125,8 +125,10 @@ def turns(cache: str, servers: dict[Any, Any], count: int, repeats: int) -> list
 @app.command()
 def steps(
     output: Annotated[Path, typer.Option("-o", help="folder for steps.json")] = Path("out/windows"),
+    model: Annotated[Path | None, typer.Option(help="another checkpoint")] = None,
     layers: int = 4,
     pictures: str = "1,4,8",
+    warm: Annotated[int, typer.Option(help="steps of one token before")] = 60,
     count: Annotated[int, typer.Option(help="steps timed, in each of three turns")] = 12,
 ) -> None:
     """Seconds of a step with windows, over those of a step without, at Janus-Pro-1B's sizes in bfloat16."""
@@ -142,11 +144,10 @@ def steps(
     from vllm_kvcompress.windows.choice import WindowChoice
 
     output.mkdir(parents=True, exist_ok=True)
-    model = output / f"janus-1b-{layers}-layers"
-    if not (model / "config.json").exists():
+    if model is None and not ((model := output / f"janus-1b-{layers}-layers") / "config.json").exists():
         make_checkpoint(model, layout="hf", geometry=janus_pro_1b(layers), seed=0)
     found, chosen = [], [1]
-    WindowChoice.choose = lambda self, rows: chosen[0]  # type: ignore[method-assign]
+    WindowChoice.choose = lambda self, rows, others=0: chosen[0]  # type: ignore[method-assign]
     for backend in (None, "kvcompress"):
         section = {"window": "auto"} | ({"preset": "decoupled", "budget": 0.2} if backend else {})
         llm = LLM(
@@ -160,7 +161,7 @@ def steps(
             for n, name in enumerate(names):
                 params = SamplingParams(temperature=1.0, seed=n, detokenize=False)
                 engine.add_request(name, {"prompt_token_ids": prompt}, params)
-            for _ in range(60):
+            for _ in range(warm):
                 engine.step()
             taken: dict[int, list[float]] = {window: [] for window in (1, 4, 8, 16)}
             for turn in range(3):
@@ -173,6 +174,8 @@ def steps(
                         engine.step()
                         spent.append(time.perf_counter() - began)
                     taken[window].append(statistics.median(spent))
+            if engine.get_num_unfinished_requests() != rows:
+                raise RuntimeError("pictures ended before their steps were timed: take fewer")
             engine.abort_request(names)
             engine.step()
             for window, spent in taken.items():

@@ -5,6 +5,7 @@ Nothing here is special to the demo: the server is ``vllm serve``, the client is
 
 import base64
 import io
+import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -43,9 +44,13 @@ def stacked(rows: list[Image.Image]) -> Image.Image:
     return sheet
 
 
-def draw(model: Path, log: Path, prompt: str, n: int, seed: int, compressed: bool) -> tuple[Image.Image, str]:
+def draw(
+    model: Path, log: Path, prompt: str, n: int, seed: int, compressed: bool, window: str = "auto"
+) -> tuple[Image.Image, str]:
     """The pictures that a server draws, side by side, and what there is to say of them."""
     args = [*SERVER_ARGS, *(("--attention-backend", "kvcompress") if compressed else ())]
+    if window != "auto":
+        args += ["--additional-config", json.dumps({"kvcompress": {"window": int(window) if window.isdigit() else window}})]
     print(f"Starting vllm serve {model} {' '.join(args[len(SERVER_ARGS) :])} (log: {log})", flush=True)
     try:
         with Server(model, log, args, name="demo") as server:
@@ -79,6 +84,7 @@ def main(
     output: Path = ROOT / "out" / "demo.png",
     compressed: Annotated[bool, typer.Option(help="serve with --attention-backend kvcompress")] = False,
     both: Annotated[bool, typer.Option(help="the full cache's row above the compressed one's")] = False,
+    window: Annotated[str, typer.Option(help="tokens a step, 1 to 16; auto: what pays")] = "auto",
 ) -> None:
     """Draw PROMPT with a server started for the purpose."""
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +97,7 @@ def main(
     rows = []
     for with_backend in (False, True) if both else (compressed,):
         log = output.parent / f"demo-server{'-compressed' if with_backend else ''}.log"
-        row, told = draw(model, log, prompt, n, seed, with_backend)
+        row, told = draw(model, log, prompt, n, seed, with_backend, window)
         print(told)
         rows.append(row)
     sheet = stacked(rows)

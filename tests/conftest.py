@@ -33,7 +33,8 @@ ENGINES = (
     "test_playground", "test_emu3_sizes",
     "test_examples", "test_playground_use",
     "test_cli", "test_plugin", "test_compressed_server", "test_eval_replay", "test_calibrate", "test_whole",
-    "test_fit", "test_judge", "test_narrow_logits", "test_compressed_config", "test_token_rows",
+    "test_fit", "test_judge", "test_acceptance", "test_narrow_logits", "test_compressed_config",
+    "test_token_rows",
     "test_generation_defaults", "test_weights", "test_manager", "test_windows", "test_engine_admission",
     "test_last_word", "test_soaks", "test_checkpoint_bounds", "test_cpu_kernels", "test_prefill_launches",
 )  # fmt: skip

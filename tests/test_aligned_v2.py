@@ -1,4 +1,4 @@
-"""The runner of GPUs, on the CPU, draws what V1 draws with models whose branches are of unlike length."""
+"""The runner of GPUs, on the CPU, draws what V1 draws with the other families."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,11 @@ from typing import Any
 import test_emu3
 import test_lumina
 from engine_process import V2, EngineProcess
-from inprocess import in_process  # noqa: F401
+from inprocess import Engine, in_process  # noqa: F401
+from test_llamagen import guided
 
 from vllm_kvcompress.testing.emu3 import make_emu3
+from vllm_kvcompress.testing.llamagen import LlamaGenGeometry, make_llamagen
 from vllm_kvcompress.testing.lumina import make_lumina
 
 FULL = {"preset": "full"}
@@ -19,39 +21,58 @@ ARGS = {
 }  # fmt: skip
 
 
-def test_the_v2_runner_draws_the_same(tmp_path: Path) -> None:
-    """With a full cache; pictures of two sizes compressed in windows. One process serves all in turn."""
-    emu3, lumina = make_emu3(tmp_path / "emu3"), make_lumina(tmp_path / "lumina")
+CLASSES = ((3, guided(4.0)), (0, guided(1.0)), (9, guided(2.5, negative=7)))
 
-    def drawn(module: Any, folder: Path, section: dict[str, Any], number: int, size: str) -> Any:
-        """A request, as the process takes it, and what a server of its size alone draws for it."""
+
+def test_the_v2_runner_draws_the_same(tmp_path: Path) -> None:
+    """Greedily: with a full cache; compressed in windows, of two sizes where the model has them, all blocks
+    lost once. One process serves all in turn.
+    """
+    emu3, lumina = make_emu3(tmp_path / "emu3"), make_lumina(tmp_path / "lumina")
+    llamagen = make_llamagen(tmp_path / "llamagen", LlamaGenGeometry(heads=4, grid=6), "bare")
+
+    def sized(module: Any, folder: Path, section: dict[str, Any], number: int, size: str) -> Any:
+        """A server of a picture's size alone, its prompt and parameters."""
         engine = module.started(folder, size, **section)
         ids, *rest = (test_emu3.prompts(engine) if module is test_emu3 else own[size])[number]
-        setting = test_emu3.params(*rest)
-        asked = {"ids": ids, "params": {"temperature": 0.0, "extra_args": setting.extra_args}}
-        return asked, engine.draw([ids], setting)[0]
+        return engine, ids, test_emu3.params(*rest)
+
+    def of_class(section: dict[str, Any], wanted: int, setting: Any) -> Any:
+        return Engine.get(llamagen, kvcompress=section), [wanted], setting
 
     own = {size: test_lumina.asked_for("published", size) for size in ("wide", "high")}
+    emu3_sizes, lumina_sizes = ([*module.SIZES.values()] for module in (test_emu3, test_lumina))
     cases = {
-        "Emu3": (test_emu3, emu3, FULL, {"size": test_emu3.SIZES["high"]}, ((0, "high"), (1, "high"))),
-        "Emu3 in windows": (
-            test_emu3, emu3, COMPRESSED, {"sizes": [*test_emu3.SIZES.values()]}, ((0, "high"), (1, "wide")),
-        ),
-        "Lumina-mGPT in windows": (
-            test_lumina, lumina, COMPRESSED, {"sizes": [*test_lumina.SIZES.values()]},
-            ((1, "high"), (2, "wide")),
-        ),
+        "Emu3": (emu3, FULL, {"size": test_emu3.SIZES["high"]}, [
+            sized(test_emu3, emu3, FULL, number, "high") for number in (0, 1)
+        ]),
+        "Emu3 in windows": (emu3, COMPRESSED, {"sizes": emu3_sizes}, [
+            sized(test_emu3, emu3, COMPRESSED, *one) for one in ((0, "high"), (1, "wide"))
+        ]),
+        "Lumina-mGPT in windows": (lumina, COMPRESSED, {"sizes": lumina_sizes}, [
+            sized(test_lumina, lumina, COMPRESSED, *one) for one in ((1, "high"), (2, "wide"))
+        ]),
+        "LlamaGen": (llamagen, FULL, {}, [of_class(FULL, *one) for one in CLASSES]),
+        "LlamaGen in windows": (llamagen, COMPRESSED, {}, [of_class(COMPRESSED, *one) for one in CLASSES]),
     }  # fmt: skip
     jobs, wanted = [], {}
-    for name, (module, folder, section, sizes, requests) in cases.items():
-        found = [drawn(module, folder, section, *request) for request in requests]
-        wave = [{**asked, "at": n} for n, (asked, _) in enumerate(found)]
-        wanted[name] = [tokens for _, tokens in found]
+    for name, (folder, section, sizes, requests) in cases.items():
+        wanted[name] = [engine.draw([ids], setting)[0] for engine, ids, setting in requests]
+        wave = [
+            {"ids": ids, "params": {"temperature": 0.0, "extra_args": setting.extra_args}, "at": n}
+            for n, (_, ids, setting) in enumerate(requests)
+        ]
         config = {"kvcompress": {**section, **sizes, "window": 1 if section is FULL else 4}}
-        args = {**ARGS, "model": str(folder), "additional_config": config}
+        length = 38 if folder is llamagen else ARGS["max_model_len"]  # its class, its picture
+        args = {**ARGS, "model": str(folder), "max_model_len": length, "additional_config": config}
         preempt = [] if section is FULL else [5]
         jobs.append({"name": name, "waves": [wave], "preempt": preempt, "args": args})
     done = EngineProcess(tmp_path, V2, jobs).finish()
     assert {one["runner"] for one in done.values()} == {"vllm.v1.worker.cpu.model_runner"}
     assert {name: one["waves"][0] for name, one in done.items()} == wanted
-    assert all(done[name]["preempted"] for name in [*cases][1:]), "all blocks were lost once"
+    windowed = [name for name in cases if "windows" in name]
+    assert all(done[name]["preempted"] for name in windowed), "all blocks were lost once"
+    for name in windowed:
+        steps = [report["kv_cache"]["steps"] for report in done[name]["held"][0]]
+        assert min(took - len(tokens) for took, tokens in zip(steps, wanted[name], strict=True)) < 0, name
+    assert wanted["LlamaGen"] != wanted["LlamaGen in windows"], "what was evicted mattered"

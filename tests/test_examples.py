@@ -42,10 +42,13 @@ def test_the_demo(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """``make demo COMPRESSED=1``; only vLLM is imported already in the server that it starts."""
+    """``make demo COMPRESSED=1 WINDOW=3``; only vLLM is imported already in the server that it starts."""
     monkeypatch.setattr(f"{Server.__module__}.Server", partial(Server, start=preloaded.Popen))
     output = tmp_path / "out" / "demo.png"
-    words = ["demo.py", "--model", checkpoints["tiny-hf"], "--output", output, "--seed", "3", "--compressed"]
+    words = [
+        "demo.py", "--model", checkpoints["tiny-hf"], "--output", output, "--seed", "3", "--compressed",
+        "--window", "3",
+    ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(EXAMPLES / "demo.py"), run_name="__main__")
@@ -57,6 +60,7 @@ def test_the_demo(
         assert (picture.size, len(picture.getcolors(2**24)) > 100) == ((384, 384), True)
     log = (output.parent / "demo-server-compressed.log").read_text()
     assert "kvcompress: preset fitted, budget 0.2" in log
+    assert "Windows: 3 tokens a step" in log
 
 
 def test_a_picture_without_a_server(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -129,6 +129,19 @@ def test_finds_the_window_that_pays(cost: Callable, tokens: dict[int, float], be
     assert plain / spent > 0.75 * rate[best] / rate[1]
 
 
+def test_what_nearly_all_stands_is_soon_tried_longer() -> None:
+    """The first lines of a picture are its worst: nothing is above them to copy."""
+    choice, tried = WindowChoice(), []
+    for step in range(60):
+        n = choice.choose(1)
+        tried.append(n)
+        choice.learn(1, n, 1.0 + 0.05 * n, {1: 1.0, 4: 4.0, 8: 1.5 if step < 20 else 8.0}.get(n, 16.0))
+    assert tried[:12] == [1] * 4 + [4] * 4 + [8] * 4
+    assert 4 in tried[12:20], "eight were the worse"
+    assert 16 in tried[:45]
+    assert tried[-1] == 16
+
+
 def beside(others: int, cost: Callable[[int], float], steps: int = 2000) -> tuple[float, WindowChoice]:
     """Mean length, in plain steps, of the steps of one picture beside texts; most drafts stand."""
     rng, choice, spent = random.Random(0), WindowChoice(), 0.0

@@ -1,10 +1,12 @@
 """A contender in a process of its own: told what to measure, one cell at a time."""
 
 import contextlib
+import functools
 import os
 import resource
 import sys
 import traceback
+from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +25,7 @@ class ContenderError(RuntimeError):
     """A contender's process failed; the message has its traceback."""
 
 
-def _measure(drawer: Any, asked: dict[str, Any]) -> dict[str, Any]:
+def _measure(drawer: Any, decoding: Callable[[], float], asked: dict[str, Any]) -> dict[str, Any]:
     batch = drawer.fit() if asked["batch"] == FIT else asked["batch"]
     samples = [drawer.line(batch, line) for line in asked["lines"]]
     _reset_peak()
@@ -38,7 +40,7 @@ def _measure(drawer: Any, asked: dict[str, Any]) -> dict[str, Any]:
         cell["split"] = {name: round(s, 6) for name, s in drawer.split(batch, asked["split"]).items()}
     if asked["whole"]:
         cell["whole_s"] = round(drawer.whole(batch), 3)
-    cell["vq_s"] = round(drawer.decode_picture(), 4)
+    cell["vq_s"] = round(decoding(), 4)
     if setting := getattr(drawer, "setting", None):
         cell["setting"] = setting[batch]
     return cell | {"peak_rss": _peak_rss()}
@@ -78,9 +80,11 @@ def _serve(pipe: Connection, contender: Contender, workload: Workload, batch: in
                 from side_by_side.engine import Engine
 
                 drawer = Engine(contender, workload, batch)
+            # Once a process: a large picture takes a minute, and neither cache nor batch has a part in it.
+            decoding = functools.cache(drawer.decode_picture)
             pipe.send({"ready": True})
             while (asked := pipe.recv()) is not None:
-                pipe.send(_measure(drawer, asked))
+                pipe.send(_measure(drawer, decoding, asked))
     except EOFError:
         pass
     except BaseException:

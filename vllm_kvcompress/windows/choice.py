@@ -7,6 +7,7 @@ CANDIDATES = (1, 4, 8, 16)
 TRIAL = 4  # steps with a window never tried at so many pictures, and later with a neighbour of the best
 SOON, EVERY = 32, 256  # steps until a neighbour is tried; the pause doubles from the one to the other
 WORTH = 1.02  # a longer window must win by this much: its time varies more
+FULL, KEEN = 0.75, 4  # of a window that stands: then a longer one is tried in so much less time
 HOPELESS = 0.7  # of the best rate: then a neighbour is not tried again
 BESIDE = 1.1  # of a step without windows: what one may take while it brings others one token
 HOPE, TRUST = 0.5, 3  # before the first steps: the share of a window that stands, and as many steps' weight
@@ -44,20 +45,23 @@ class _Seconds:
 class _Trials:
     """When a neighbour of the best is tried, at one number of pictures."""
 
-    step: int = 0
-    next: int = SOON
+    waited: int = 0
+    left: int = 0
     pause: int = SOON
+    turn: bool = True
     longer: bool = True
 
-    def due(self) -> bool:
-        """Count a step; whether it belongs to a trial."""
-        self.step += 1
-        if self.step < self.next:
+    def due(self, *, full: bool) -> bool:
+        """Count a step; whether it belongs to a trial. ``full``: nearly all of the best's drafts stand."""
+        if self.left:
+            self.left -= 1
+            return True
+        self.waited += 1
+        if self.waited < (self.pause // KEEN if full else self.pause):
             return False
-        if self.step >= self.next + TRIAL:
-            self.pause = min(EVERY, 2 * self.pause)
-            self.next, self.longer = self.step + self.pause, not self.longer
-            return False
+        self.waited, self.left = 0, TRIAL - 1
+        self.longer = full or self.turn
+        self.turn, self.pause = not self.longer, min(EVERY, 2 * self.pause)
         return True
 
 
@@ -96,7 +100,8 @@ class WindowChoice:
                 break  # longer ones are worse still
             best = n
         trials = self._trials.setdefault(group, _Trials())
-        return self._neighbour(group, best, longer=trials.longer) if trials.due() else best
+        full = 1 < best < self.candidates[-1] and self._tokens[best].mean > FULL * best
+        return self._neighbour(group, best, longer=trials.longer) if trials.due(full=full) else best
 
     def learn(self, rows: int, places: int, seconds: float, tokens: float, others: int = 0) -> None:
         """What a step took, and how many tokens stood in the mean of its pictures."""
@@ -111,9 +116,9 @@ class WindowChoice:
         plain, seconds = self._seconds.get((group, 1)), self._seconds[group, places]
         return bool(group[1]) and plain is not None and seconds.usual > most * plain.usual
 
-    def _rate(self, group: Group, places: int) -> float:
+    def _rate(self, group: Group, places: int, least: float = 0.0) -> float:
         seconds = self._seconds.get((group, places))
-        return self._tokens[places].mean / max(seconds.usual, 1e-9) if seconds else 0.0
+        return max(least, self._tokens[places].mean) / max(seconds.usual, 1e-9) if seconds else 0.0
 
     def _neighbour(self, group: Group, best: int, *, longer: bool) -> int:
         at = self.candidates.index(best) + (1 if longer else -1)
@@ -122,5 +127,7 @@ class WindowChoice:
         other = self.candidates[at]
         if (group, other) not in self._seconds:
             return other
-        hopeless = self._rate(group, other) < HOPELESS * self._rate(group, best)
+        # What stands in a window stands in a longer one: its last trial may have met a bad line.
+        least = self._tokens[best].mean if other > best else 0.0
+        hopeless = self._rate(group, other, least) < HOPELESS * self._rate(group, best)
         return best if hopeless or self._delays(group, other, 1 / HOPELESS) else other
