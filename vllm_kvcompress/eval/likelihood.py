@@ -24,9 +24,8 @@ from vllm_kvcompress.eval.replay import PagedReplay, Replay
 from vllm_kvcompress.eval.scores import SCORES
 from vllm_kvcompress.heads.dense import DenseReplay
 from vllm_kvcompress.heads.replay import FullReplay, Layered, Rows
-from vllm_kvcompress.heads.trials import divergence
 from vllm_kvcompress.models.compression import plan_cache
-from vllm_kvcompress.models.replayed import log_probabilities, place, replaying
+from vllm_kvcompress.models.replayed import divergence, log_probabilities, place, replaying
 from vllm_kvcompress.policy import HeadRule
 
 
@@ -161,8 +160,8 @@ class _Worker:
         plain, guided = self.forward(replay)
         return Likelihood(
             nll=(-plain.gather(2, self.codes[..., None])[..., 0].mean(1)).tolist(),
-            kl=divergence(self.full[0], plain).tolist(),
-            kl_guided=divergence(self.full[1], guided).tolist(),
+            kl=_mean(divergence(self.full[0], plain)),
+            kl_guided=_mean(divergence(self.full[1], guided)),
             error=replay.relative.tolist(),
             spatial=[
                 [head for head in range(layout.kv_heads) if layout.rules[row[head]].ring]
@@ -218,6 +217,11 @@ class _Worker:
         ):
             place(self.model, ids.numel())
             return self.model(ids.flatten(), positions)
+
+
+def _mean(divergences: Tensor) -> list[float]:
+    """``[rows, tokens]`` -> of each row; rounding makes none negative."""
+    return divergences.mean(-1).clamp(min=0).tolist()
 
 
 def replay_batches(

@@ -30,9 +30,11 @@ class Subject:
         ``(ids [n], positions [n]) -> logits [n, vocab]`` of one token a row.
     forward : callable
         ``(ids [n], positions [n]) -> None``: any number of tokens, for what the recorder sees.
-    predict : callable
-        ``(ids, positions, rows) -> [rows, drawn tokens, codes]`` log probabilities of the pictures' codes at
-        the model's own guidance, ids and positions as of `vllm_kvcompress.heads.known.Fed`.
+    hidden : callable
+        As ``forward``, but ``-> [n, ...]``, what the model makes of the tokens.
+    apart : callable
+        ``(full, other, rows) -> [rows]`` float64: the divergence of what two such foretell of whole pictures,
+        nats a drawn token, at the model's own guidance.
     recording : callable
         A context in which a `Recorder` does the attention, and, where it is one that `SeesResidual`, sees the
         stream after each.
@@ -53,7 +55,8 @@ class Subject:
     device: torch.device
     step: Callable[[Tensor, Tensor], Tensor]
     forward: Callable[[Tensor, Tensor], None]
-    predict: Callable[[Tensor, Tensor, Rows], Tensor]
+    hidden: Callable[[Tensor, Tensor], Tensor]
+    apart: Callable[[Tensor, Tensor, Rows], Tensor]
     recording: Callable[[Recorder], AbstractContextManager]
     output_weight: Callable[[int], Tensor]
     agree: Callable[[Tensor], Tensor] = lambda ids: ids

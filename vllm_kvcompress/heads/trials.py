@@ -6,7 +6,7 @@ curves are weighed in several ways, each gives a fit, and the pictures that cali
 under every one of them, whole and with all heads compressed at once.
 
 Cost: a forward pass of the pictures for each fit, and one for the full cache; for Janus-Pro-1B and 12
-pictures 37 TFLOP each. Memory: log probabilities of the codes of a pass's pictures, twice.
+pictures 37 TFLOP each. Memory: as of measuring losses, and what the model makes of a pass's tokens, twice.
 """
 
 from collections.abc import Sequence
@@ -51,22 +51,17 @@ def divergences(
     for number, part in enumerate(parts):
         with feeding(subject, part) as fed:
 
-            def likely(method: Layered, fed: Fed = fed) -> Tensor:
+            def under(method: Layered, fed: Fed = fed) -> Tensor:
                 with subject.recording(_Attending(fed.rows, method)):
-                    return subject.predict(fed.ids, fed.positions, fed.rows)
+                    return subject.hidden(fed.ids, fed.positions)
 
-            full = likely(FullReplay(fed.rows.begins))
+            full = under(FullReplay(fed.rows.begins))
             for place, one in enumerate(assignments):
-                other = likely(DenseReplay(fed.rows, one.rules, one.types.tolist()))
-                total[place] += float(divergence(full, other).double().sum())
+                other = under(DenseReplay(fed.rows, one.rules, one.types.tolist()))
+                total[place] += float(subject.apart(full, other, fed.rows).sum())
                 if progress is not None:
                     progress(number * len(assignments) + place + 1, len(parts) * len(assignments))
-    return total / len(pictures)
-
-
-def divergence(full: Tensor, other: Tensor) -> Tensor:
-    """KL(full || other) of log probabilities ``[rows, tokens, codes]``, mean over tokens: ``[rows]``."""
-    return (full.exp() * (full - other)).sum(-1).mean(-1).clamp(min=0)
+    return np.maximum(total, 0) / len(pictures)
 
 
 @dataclass

@@ -20,13 +20,12 @@ from vllm_kvcompress.heads.curves import LossCurves, candidate_types
 from vllm_kvcompress.heads.fit import Assignment
 from vllm_kvcompress.heads.known import Picture
 from vllm_kvcompress.heads.profile import HeadProfile
-from vllm_kvcompress.heads.replay import Rows
 from vllm_kvcompress.heads.subject import Subject
 from vllm_kvcompress.heads.trials import divergences
 from vllm_kvcompress.models.config import cached_head_size
 from vllm_kvcompress.models.ranks import Ranks
 from vllm_kvcompress.models.registry import family_of
-from vllm_kvcompress.models.replayed import log_probabilities, place, replaying
+from vllm_kvcompress.models.replayed import apart, place, replaying
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -190,9 +189,6 @@ def subject_of(vllm_config: "VllmConfig", model: "BranchedImageModel") -> Subjec
     def forward(ids: Tensor, positions: Tensor) -> None:
         run(ids, positions)
 
-    def predict(ids: Tensor, positions: Tensor, rows: Rows) -> Tensor:
-        return log_probabilities(model, run(ids, positions), rows, model.image.guidance_scale)
-
     def run(ids: Tensor, positions: Tensor) -> Tensor:
         place(model, len(ids))
         with set_forward_context(None, vllm_config, num_tokens=len(ids), skip_compiled=True):
@@ -221,7 +217,8 @@ def subject_of(vllm_config: "VllmConfig", model: "BranchedImageModel") -> Subjec
         device=device,
         step=lambda ids, positions: model.compute_logits(run(ids, positions)),
         forward=forward,
-        predict=predict,
+        hidden=run,
+        apart=lambda full, other, rows: apart(model, full, other, rows, model.image.guidance_scale),
         recording=recording,
         output_weight=lambda layer: _output_weight(layers[layer].self_attn, model.dtype, device),
         agree=ranks.agree_on,
