@@ -269,8 +269,8 @@ def test_full_keeps_everything_step_by_step() -> None:
 def test_names_of_baselines() -> None:
     own = BASELINES["headkv_ar"]
     assert parse_baseline("headkv_ar") == own
-    changed = parse_baseline("headkv_ar:early=3:local=0.25:ring=0:halved=1")
-    assert changed == replace(own, early=3, local=0.25, ring=False, halved=True)
+    changed = parse_baseline("headkv_ar:early=3:local=0.5:ring=1:halved=0")
+    assert changed == replace(own, early=3, local=0.5, ring=True, halved=False)
     for text, complaint in (
         ("quest", "unknown 'quest'"),
         ("headkv_ar:size=3", "has no 'size'"),

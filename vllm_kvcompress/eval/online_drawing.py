@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from vllm.forward_context import set_forward_context
+from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
 from vllm_kvcompress.attention.pages import BRANCHES
 from vllm_kvcompress.eval.engine import asking, start
@@ -82,6 +83,7 @@ def kvcompress_draw_online(
     cache = OnlineCache(
         layout.layers, layout.kv_heads, layout.head_size, words, begins, layout.rules[0], trial.online
     )
+    sampler = TopKTopPSampler()
     drawn = torch.empty(len(prompts), 0, dtype=torch.int64, device=device)
     ids = padded[:, 0]
     with model.compressed.recording(cache):
@@ -97,20 +99,19 @@ def kvcompress_draw_online(
             scale = LINE_END if image.raster.is_end(token) else guidance
             column = torch.full((len(ids),), scale, device=device)
             logits = model.compute_logits(torch.cat([hidden[:, :-2], pack_scale(column, hidden.dtype)], -1))
-            ids = image.ids(_sample(image.among(logits), seeds, token, temperature))
+            ids = image.ids(_sample(sampler, image.among(logits), seeds, token, temperature))
             drawn = torch.cat([drawn, ids[:, None]], 1)
     return drawn.tolist()
 
 
-def _sample(logits: Tensor, seeds: Sequence[int], token: int, temperature: float) -> Tensor:
+def _sample(sampler: Any, logits: Tensor, seeds: Sequence[int], token: int, temperature: float) -> Tensor:
     """``[rows, choices]`` -> ``[rows]``, as vLLM's V1 sampler draws with the noise of these places."""
     logits = logits.float()
     if temperature < GREEDY:
         return logits.argmax(-1)
-    noise = torch.empty_like(logits)
-    for row, seed in enumerate(seeds):
-        noise[row].exponential_(generator=position_generator(seed, token, logits.device))
-    return ((logits / temperature).softmax(-1) / noise).argmax(-1)
+    noise = {row: position_generator(seed, token, logits.device) for row, seed in enumerate(seeds)}
+    chosen, _ = sampler(logits / temperature, noise, None, None)
+    return chosen.view(-1).long()
 
 
 class OnlineCache:
