@@ -135,6 +135,7 @@ def steps(
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR"
     )
+    from side_by_side.workloads import janus
     from vllm import LLM, SamplingParams
 
     from vllm_kvcompress.models.prompt import image_prompt_ids
@@ -144,12 +145,16 @@ def steps(
     from vllm_kvcompress.windows.choice import WindowChoice
 
     output.mkdir(parents=True, exist_ok=True)
-    if model is None and not ((model := output / f"janus-1b-{layers}-layers") / "config.json").exists():
+    compressed: dict[str, Any] = {"preset": "fitted", "budget": 0.2}
+    if model is None:  # random weights: a made-up head profile, as the other benchmarks have
+        compressed = janus("steps", layers, ()).settings(compressed)
+        model = output / f"janus-1b-{layers}-layers"
+    if not (model / "config.json").exists():
         make_checkpoint(model, layout="hf", geometry=janus_pro_1b(layers), seed=0)
     found, chosen = [], [1]
     WindowChoice.choose = lambda self, rows, others=0: chosen[0]  # type: ignore[method-assign]
     for backend in (None, "kvcompress"):
-        section = {"window": "auto"} | ({"preset": "decoupled", "budget": 0.2} if backend else {})
+        section = {"window": "auto"} | (compressed if backend else {})
         llm = LLM(
             str(model), dtype="bfloat16", enforce_eager=True, max_model_len=640, max_num_seqs=8,
             kv_cache_memory_bytes=2**30, attention_backend=backend, additional_config={"kvcompress": section},

@@ -50,7 +50,8 @@ def draw(
     """The pictures that a server draws, side by side, and what there is to say of them."""
     args = [*SERVER_ARGS, *(("--attention-backend", "kvcompress") if compressed else ())]
     if window != "auto":
-        args += ["--additional-config", json.dumps({"kvcompress": {"window": int(window) if window.isdigit() else window}})]
+        section = {"window": int(window) if window.isdigit() else window}
+        args += ["--additional-config", json.dumps({"kvcompress": section})]
     print(f"Starting vllm serve {model} {' '.join(args[len(SERVER_ARGS) :])} (log: {log})", flush=True)
     try:
         with Server(model, log, args, name="demo") as server:

@@ -10,11 +10,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from interpreter import settle
+from replaced_drafts import replaced
 
 HERE = Path(__file__).parent
 LIMIT_S = 580
@@ -42,10 +44,11 @@ class EngineProcess:
     engines : sequence of mapping
         Each: ``name``; ``args`` of ``vllm.LLM``; ``waves``, lists of requests, each wave drawn to its end
         before the next; ``preempt``, steps of a wave at which all running requests lose their blocks;
-        ``look``, steps before which is asked what is kept; ``as_ranks``, the number of ranks that one
-        process plans its heads for. A request: ``ids`` (prompt), ``params`` (of ``SamplingParams``), ``at``
-        (step of the wave at which it enters, default 0), ``abort`` (step at which it is given up, default
-        never), ``photos`` (width and height of pictures of noise in the prompt).
+        ``look``, steps before which is asked what is kept; ``drafts``, for each wave what
+        `replaced_drafts.replaced` takes, its truth being what the same prompts drew before; ``as_ranks``, the
+        number of ranks that one process plans its heads for. A request: ``ids`` (prompt), ``params`` (of
+        ``SamplingParams``), ``at`` (step of the wave at which it enters, default 0), ``abort`` (step at which
+        it is given up, default never), ``photos`` (width and height of pictures of noise in the prompt).
     script : str
         What the process runs, beside this file.
     start : callable
@@ -78,7 +81,7 @@ class EngineProcess:
         dict
             By engine: ``waves``, for each a list of token ids per request (None if given up); ``runner``,
             the module of its model runner; ``preempted``, how often a request lost its blocks; ``held``, for
-            each wave what its requests' ends reported; ``seen``, see `draw`.
+            each wave what its requests' ends reported; ``seen``, for each wave, see `draw`.
         """
         try:
             code = self._process.wait(LIMIT_S)
@@ -164,16 +167,26 @@ def run(engines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     answers = {}
     for job in engines:
         held: list[Any] = []
-        seen: list[Any] = []
+        seen: list[list[Any]] = []
         with _planned_for(job.get("as_ranks")):
             engine = LLM(**job["args"]).llm_engine
         scheduler = engine.engine_core.engine_core.scheduler
         preempted = _count(scheduler, "_preempt_request")
+        waves: list[list[list[int] | None]] = []
+        truth: dict[tuple[int, ...], list[int]] = {}
+        for wave, (requests, how) in enumerate(zip_longest(job["waves"], job.get("drafts", ()))):
+            seen.append([])
+            with replaced(how, truth):
+                waves.append(
+                    draw(engine, requests, wave, job.get("preempt", ()), held, job.get("look", ()), seen[-1])
+                )
+            truth |= {
+                tuple(asked["ids"]): tokens
+                for asked, tokens in zip(requests, waves[-1], strict=True)
+                if tokens is not None
+            }
         answers[job["name"]] = {
-            "waves": [
-                draw(engine, requests, wave, job.get("preempt", ()), held, job.get("look", ()), seen)
-                for wave, requests in enumerate(job["waves"])
-            ],
+            "waves": waves,
             "runner": engine.collective_rpc(_runner)[0],
             "preempted": len(preempted),
             "held": held,

@@ -22,7 +22,7 @@ ENGINES = (
     "stock", "tight", "full", "decoupled", "torch kernels", "windows", "compressed windows", "torch windows",
 )  # fmt: skip
 WITHOUT = {"windows": "stock", "compressed windows": "decoupled", "torch windows": "torch kernels"}
-PICTURE, TEXT = 36, 12  # tokens drawn
+PICTURE, LINE, TEXT = 36, 6, 12  # tokens drawn
 TEXT_REQUEST = 6  # comes after the pictures
 # K and V of one token, all layers, both branches, float32.
 TOKEN_BYTES = 2 * TINY.layers * 2 * TINY.kv_heads * (TINY.hidden // TINY.heads) * 4
@@ -78,6 +78,12 @@ def mixed_requests(prompts: Prompts) -> list[dict[str, Any]]:
 
 
 GIVEN_UP = 3
+UNDRAFTED = 4  # waves with the package's own drafts, before those with these in their place
+DRAFTS: tuple[dict[str, Any], ...] = (
+    {"drafts": "wrong", "ids": TINY.text_vocab + TINY.codebook, "places": [5]},
+    *({"drafts": "truth", "places": [window]} for window in (2, 3, 8)),
+    {"places": [1, 2, 5, 8]},
+)
 LOOK = (10, 22, 35)  # steps before which the cache is asked what it keeps
 
 
@@ -96,12 +102,29 @@ def seeded_requests(prompts: Prompts, company: dict[str, Any]) -> list[dict[str,
     ]
 
 
+def drafted_requests(prompts: Prompts) -> list[dict[str, Any]]:
+    """Three pictures that begin in one step, greedy and seeded, each with guidance of its own."""
+    params = [
+        GREEDY,
+        *(
+            {"temperature": 1.0, "seed": seed, "extra_args": {"guidance_scale": scale}}
+            for seed, scale in ((5, 1.0), (6, 3.0))
+        ),
+    ]
+    return [
+        {"ids": prompts.picture(tokens), "params": one, "at": 0}
+        for tokens, one in zip((5, 4, 9), params, strict=True)
+    ]
+
+
 def jobs(model: Path) -> list[dict[str, Any]]:
     """What both runners draw."""
     prompts = Prompts(model)
     mixed = mixed_requests(prompts)
     crowd = seeded_requests(prompts, mixed[4])
     alone = [{**crowd[-1], "at": 0}]
+    three = drafted_requests(prompts)
+    drafted = {"drafts": [*(None for _ in range(UNDRAFTED)), *DRAFTS]}
     text = {"ids": prompts.text(7), "params": {**GREEDY, "max_tokens": TEXT, "ignore_eos": True}, "at": 2}
     chat = {**text, "ids": prompts.looking(7, 2), "at": 4, "photos": [(40, 20), (9, 70)]}
     texts = [text, chat]
@@ -118,18 +141,30 @@ def jobs(model: Path) -> list[dict[str, Any]]:
         return {**made, "look": LOOK}
 
     return [
-        engine("stock", [[*mixed, *texts], crowd, alone]),
+        engine("stock", [[*mixed, *texts], crowd, alone, three]),
         engine("tight", [mixed], **tight),
         compressed("full", [[*mixed, *texts]], preset="full"),
-        compressed("decoupled", [[*mixed, *texts], crowd, alone], preset="decoupled", budget=0.5),
+        compressed("decoupled", [[*mixed, *texts], crowd, alone, three], preset="decoupled", budget=0.5),
         compressed("torch kernels", [mixed], preset="line_ar", budget=0.5, kernels="torch"),
-        engine(
-            "windows",
-            [[*mixed, *texts], crowd, alone],
-            additional_config={"kvcompress": {"window": 5}},
-            max_num_batched_tokens=48,
-        ),
-        compressed("compressed windows", [mixed, crowd], preset="decoupled", budget=0.5, window=8),
+        {
+            **engine(
+                "windows",
+                [[*mixed, *texts], crowd, alone, three, *(three for _ in DRAFTS)],
+                additional_config={"kvcompress": {"window": 8}},
+                max_num_batched_tokens=48,
+            ),
+            **drafted,
+        },
+        {
+            **compressed(
+                "compressed windows",
+                [mixed, crowd, alone, three, *(three for _ in DRAFTS)],
+                preset="decoupled",
+                budget=0.5,
+                window=8,
+            ),
+            **drafted,
+        },
         compressed("torch windows", [mixed], preset="line_ar", budget=0.5, kernels="torch", window=3),
     ]
 
@@ -141,7 +176,9 @@ def drawn(
     """By runner, then by engine; both run at once."""
     engines = jobs(checkpoints["six-hf"])
     v2 = EngineProcess(tmp_path_factory.mktemp("v2"), V2, engines)
-    return {"v1": run_here(engines), "v2": v2.finish()}
+    # On V1 drafts are replaced by tests/test_windows_engine.py.
+    plain = [{**engine, "waves": engine["waves"][:UNDRAFTED], "drafts": []} for engine in engines]
+    return {"v1": run_here(plain), "v2": v2.finish()}
 
 
 Drawn = dict[str, dict[str, dict[str, Any]]]
@@ -170,8 +207,9 @@ def test_greedy_pictures_are_those_of_the_v1_runner(drawn: Drawn, engine: str) -
 
 
 def steps(engine: dict[str, Any]) -> set[int]:
-    """That an engine's finished requests took."""
-    return {report["kv_cache"]["steps"] for wave in engine["held"] for report in wave if report}
+    """That an engine's finished requests took, with the package's drafts."""
+    held = engine["held"][:UNDRAFTED]
+    return {report["kv_cache"]["steps"] for wave in held for report in wave if report}
 
 
 @pytest.mark.parametrize("engine", WITHOUT)
@@ -183,6 +221,26 @@ def test_windows_change_steps_not_pictures(drawn: Drawn, runner: str, engine: st
         assert wave == without[: len(wave)]
     assert steps(plain) <= {PICTURE, TEXT}
     assert min(steps(windowed) - {TEXT}) < PICTURE, "some drafts stood"
+
+
+@pytest.mark.parametrize("engine", ["windows", "compressed windows"])
+def test_whatever_is_drafted(drawn: Drawn, engine: str) -> None:
+    """Random ids among -1, the truth, and windows whose length changes in mid-picture."""
+    windowed = drawn["v2"][engine]
+    wanted = drawn["v2"][WITHOUT[engine]]["waves"][UNDRAFTED - 1]
+    assert len({tuple(tokens) for tokens in wanted}) == len(wanted)
+    waves, held = windowed["waves"][UNDRAFTED:], windowed["held"][UNDRAFTED:]
+    for how, wave, reports in zip(DRAFTS, waves, held, strict=True):
+        assert wave == wanted, how
+        took = [report["kv_cache"]["steps"] for report in reports]
+        if how.get("drafts") == "wrong":
+            assert min(took) > PICTURE - 3  # a random id may be right
+        if how.get("drafts") == "truth":
+            # As in tests/test_windows_engine.py: cut at every line's end, or at the picture's alone.
+            [window] = how["places"]
+            cut = (LINE - 1) * -(-LINE // window) + -(-(LINE - 1) // window)
+            whole = -(-(PICTURE - 1) // window)
+            assert took == [1 + (whole if engine == "windows" else cut)] * 3, how
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
@@ -215,10 +273,13 @@ def test_preempted_pictures_go_on_as_they_began(drawn: Drawn) -> None:
 @pytest.mark.parametrize("engine", ["full", "decoupled", "torch kernels", "compressed windows"])
 def test_what_is_kept(drawn: Drawn, engine: str) -> None:
     """Of every picture all that has come out is counted, but the last token, which the next step writes."""
-    v1, v2 = (drawn[runner][engine]["seen"] for runner in ("v1", "v2"))
+    v1, v2 = (
+        [(wave, one) for wave, looks in enumerate(drawn[runner][engine]["seen"][:2]) for one in looks]
+        for runner in ("v1", "v2")
+    )
     looked = 0
-    for look, (one, other) in enumerate(zip(v1, v2, strict=True)):
-        greedy = look < len(LOOK)  # the first wave: seeds draw other pictures on the other runner
+    for (wave, one), (_, other) in zip(v1, v2, strict=True):
+        greedy = wave == 0  # seeds draw other pictures on the other runner
         for (out, kept), (out_v2, kept_v2) in zip(one, other, strict=True):
             for count, answer in ((out, kept), (out_v2, kept_v2)):
                 if answer is None:  # not begun, its first token not written, or done
@@ -246,7 +307,7 @@ def test_nothing_is_preempted_where_memory_suffices(drawn: Drawn, engine: str) -
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_seed_draws_the_same_picture_alone_and_in_company(drawn: Drawn, runner: str, engine: str) -> None:
     """In company its prompt is read in two steps."""
-    greedy, crowd, [alone] = drawn[runner][engine]["waves"]
+    greedy, crowd, [alone] = drawn[runner][engine]["waves"][:3]
     assert len(alone) == PICTURE
     assert crowd[-1] == alone
     assert crowd[-2] != alone
