@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_kvcompress.attention.pages import begins_of
 from vllm_kvcompress.attention.select import smooth_row
@@ -164,13 +163,27 @@ class DenseReplay:
     def _ring(
         q: Tensor, k: Tensor, v: Tensor, prompt: list[Tensor], is_word: Tensor, rule: HeadRule
     ) -> Tensor:
-        """`_scored` where the rule alone says what is held: in one call."""
-        image = Kept(rule, 1, 1, q.device).visible(0, rule.image)
-        words = is_word[:, :, None].expand(-1, -1, rule.image, -1)
-        seen = torch.cat((words, image.expand(len(q), -1, -1, -1)), -1)
-        keys, values = (torch.cat(pair, 2) for pair in ((prompt[0], k), (prompt[1], v)))
-        out = scaled_dot_product_attention(q.flatten(1, 2), keys, values, seen, scale=1.0, enable_gqa=True)
-        return out.unflatten(1, q.shape[1:3])
+        """`_scored` where the rule alone says what is held: of anchors and window, all heads alike."""
+        out, W = torch.empty_like(q), rule.line
+        unseen = ~is_word[:, :, None, None]
+        for first in range(0, rule.image, W):
+            last = first + W
+            oldest = max(rule.anchors, first + 1 - (rule.capacity - rule.anchors))
+            token = torch.cat(
+                (
+                    torch.arange(min(rule.anchors, last), device=q.device),
+                    torch.arange(oldest, last, device=q.device),
+                )
+            )
+            query = torch.arange(first, last, device=q.device)[:, None]
+            near = (token < rule.anchors) | (token > query - (rule.capacity - rule.anchors))
+            keys, values = (torch.cat((a, b[:, :, token]), 2) for a, b in zip(prompt, (k, v), strict=True))
+            logits = torch.einsum("rhgnd,rhsd->rhgns", q[..., first:last, :], keys)
+            words = is_word.shape[-1]
+            logits[..., :words].masked_fill_(unseen, -torch.inf)
+            logits[..., words:].masked_fill_(~(near & (token <= query)), -torch.inf)
+            out[..., first:last, :] = logits.softmax(-1) @ values[:, :, None]
+        return out
 
     def _scored(
         self, q: Tensor, k: Tensor, v: Tensor, prompt: list[Tensor], is_word: Tensor, rule: HeadRule

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_kvcompress.heads.dense import Kept
+from vllm_kvcompress.heads.replay import causal
 from vllm_kvcompress.policy.rule import HeadRule
 
 
@@ -148,24 +148,6 @@ class LossMeter:
         score.mul_(held.rule.decay).add_((weight @ mass.flatten(2, 3))[:, :, 0])
         if held.rule.victims_due(drawn):
             held.end_line(held.refined(score, values))
-
-
-def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, begins: Tensor | None) -> Tensor:
-    """Full causal attention of rows of one length, ``[rows, heads, steps, D]`` each; zeros before ``begins``.
-
-    ``begins`` is ``[rows, 2]``, of the first and the second half of the heads; None stands for zeros.
-    """
-    if begins is None:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    out = torch.zeros_like(q)
-    for row, both in enumerate(begins.tolist()):
-        for branch, first in enumerate(both):
-            query, key, value = (x[row, None].chunk(2, 1)[branch][:, :, first:] for x in (q, k, v))
-            got = scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scale, enable_gqa=True
-            )
-            out[row, None].chunk(2, 1)[branch][:, :, first:] = got
-    return out
 
 
 class _Line(NamedTuple):

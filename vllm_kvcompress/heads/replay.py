@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vllm_kvcompress.attention.pages import BRANCHES
-
 
 @dataclass
 class Rows:
@@ -58,7 +56,7 @@ class FullReplay:
     Parameters
     ----------
     begins : Tensor, optional
-        As in `Rows`: nobody sees what lies before a branch's prompt, but that itself.
+        As in `Rows`: nobody sees what lies before a branch's prompt, whose own outputs are zeros.
     """
 
     def __init__(self, begins: Tensor | None = None) -> None:
@@ -66,14 +64,22 @@ class FullReplay:
 
     def layer(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if self.begins is None:
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-            return out.transpose(1, 2)
-        at = torch.arange(q.shape[2], device=q.device)
-        causal, itself = at[:, None] >= at, at[:, None] == at
-        parts = []
-        branches = zip(*(x.chunk(BRANCHES, 1) for x in (q, k, v)), strict=True)
-        for begin, (q, k, v) in zip(self.begins.T, branches, strict=True):
-            seen = (causal & (at >= begin[:, None, None]) | itself)[:, None]
-            parts.append(scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True))
-        return torch.cat(parts, 1).transpose(1, 2).contiguous()  # a single row is not copied on its way
+        return causal(q, k, v, scale, self.begins).transpose(1, 2).contiguous()
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, begins: Tensor | None) -> Tensor:
+    """Full causal attention of rows of one length, ``[rows, heads, steps, D]`` each; zeros before ``begins``.
+
+    ``begins`` is ``[rows, 2]``, of the first and the second half of the heads; None stands for zeros.
+    """
+    if begins is None:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    out = torch.zeros_like(q)
+    for row, both in enumerate(begins.tolist()):
+        for branch, first in enumerate(both):
+            query, key, value = (x[row, None].chunk(2, 1)[branch][:, :, first:] for x in (q, k, v))
+            got = scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            )
+            out[row, None].chunk(2, 1)[branch][:, :, first:] = got
+    return out
