@@ -4,6 +4,7 @@ Exit status 1: it could not be done, and one line on stderr says why; 2: the com
 """
 
 import os
+from collections.abc import Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -47,7 +48,7 @@ def calibrate(
         float | None, typer.Option(min=0, max=1, help="As for vllm serve: to run beside a server, less.")
     ] = None,
     kv_cache_memory_bytes: Annotated[
-        int | None, typer.Option(min=1, help="As for vllm serve, instead; on CPUs 1 GiB if neither is given.")
+        int | None, typer.Option(min=1, help="As for vllm serve, instead; 1 GiB if neither is given.")
     ] = None,
     size: Annotated[
         str | None,
@@ -74,8 +75,9 @@ def calibrate(
         wanted = [budget_of(one) for one in budgets.split(",") if one.strip()]
         for one in wanted:
             Policy("fitted", one)  # raises on what is out of range
-        profile = _measure(model, dtype, force, gpu_memory_utilization, kv_cache_memory_bytes, size, wanted)
-        profile.save(output)
+        found = _measure(model, dtype, force, gpu_memory_utilization, kv_cache_memory_bytes, size, wanted)
+        for profile in found:  # what is measured stays, if a budget can't be had
+            profile.save(output)
     except Exception as error:
         _fail(error)
     spatial = int(profile.head_types().sum())
@@ -90,12 +92,11 @@ def calibrate(
 def _measure(
     model: str, dtype: Any, force: bool, utilization: float | None, memory: int | None, size: str | None,
     budgets: list[float | Literal["auto"]],
-) -> HeadProfile:  # fmt: skip
-    """Start an engine as a server would; it calibrates on its way up."""
+) -> Iterator[HeadProfile]:  # fmt: skip
+    """Start an engine as a server would; it calibrates on its way up. Then again, with fits tried."""
     # In this process, so that its errors are exceptions rather than another process's traceback.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    import torch
     from vllm import LLM
 
     from vllm_kvcompress.config import BACKEND, KEY
@@ -104,8 +105,8 @@ def _measure(
     room: dict[str, Any] = {}
     if utilization is not None:
         room["gpu_memory_utilization"] = utilization
-    if memory is not None or (utilization is None and not torch.cuda.is_available()):
-        room["kv_cache_memory_bytes"] = memory or 2**30
+    if memory is not None or utilization is None:
+        room["kv_cache_memory_bytes"] = memory or 2**30  # nothing is served: fits are tried in the rest
     llm = LLM(
         model=model,
         dtype=dtype,
@@ -116,10 +117,11 @@ def _measure(
         **room,
     )
     try:
-        [profile] = llm.collective_rpc("kvcompress_head_profile", args=(budgets,))
+        for asked in [[], budgets] if budgets else [[]]:
+            [profile] = llm.collective_rpc("kvcompress_head_profile", args=(asked,))
+            yield HeadProfile.model_validate_json(profile)
     finally:
         llm.llm_engine.engine_core.shutdown()
-    return HeadProfile.model_validate_json(profile)
 
 
 @app.command()

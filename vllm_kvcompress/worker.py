@@ -1,7 +1,7 @@
 """Worker methods that the front end calls with ``collective_rpc(name)``."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_kvcompress.log import logger_for
 
@@ -57,24 +57,31 @@ def kvcompress_decoder_weights(self: Any) -> bytes | None:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
 
 
-def kvcompress_head_profile(self: Any, budgets: Sequence[float | str] = ()) -> str | None:
+def kvcompress_head_profile(self: Any, budgets: Sequence[float | Literal["auto"]] = ()) -> str | None:
     """The head profile that the cache was planned with, as JSON; None if the preset needs none.
 
-    It is read where start-up took it from, or left it. Fits are tried for ``budgets``: shares
-    of the picture, or ``auto``.
+    It is read where start-up took it from, or left it.
+
+    Parameters
+    ----------
+    budgets : sequence
+        Fits are tried for these: shares of the picture, or ``auto``.
+
+    Raises ValueError, one line, for a budget that no fit meets.
     """
-    from vllm_kvcompress.config import parse_config
+    from vllm_kvcompress.config import CompressionConfig, parse_config
     from vllm_kvcompress.models.calibration import shape_of
     from vllm_kvcompress.models.compression import pages_of, profile_of, wanted_of
+    from vllm_kvcompress.models.ranks import Ranks
 
     config = parse_config(self.vllm_config.additional_config)
     if config.policy.types not in ("profile", "fitted"):
         return None
     config = config.model_copy(update={"recalibrate": False})
     model = self.model_runner.get_model()
-    served = [config.model_copy(update={"preset": "fitted", "budget": budget}) for budget in budgets]
-    pages = pages_of(shape_of(model), model.dtype)
-    wanted = [wanted_of(one, model.image.raster, pages) for one in served]
+    served = [CompressionConfig(budget=budget, max_types=config.max_types) for budget in budgets]
+    pages, ranks = pages_of(shape_of(model), model.dtype), Ranks.of_engine().number
+    wanted = [wanted_of(one, model.image.raster, pages, ranks) for one in served]
     return profile_of(config, self.vllm_config, model, wanted).model_dump_json()
 
 

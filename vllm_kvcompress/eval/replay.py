@@ -2,7 +2,7 @@
 
 A replay takes the place of the engine's cache for one forward pass of whole rows (prompt and picture).
 `PagedReplay` takes a layer's tokens one by one through the kernels that serve, on scratch pages of that
-layer alone. `vllm_kvcompress.heads.dense` has another, for rules that no server has.
+layer alone. `vllm_kvcompress.heads.dense` has another, which masks a full cache.
 """
 
 from collections.abc import Callable

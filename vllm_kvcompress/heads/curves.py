@@ -31,6 +31,7 @@ SQUARES = Weighing()
 """Predicted losses are by this one, whichever a fit was made with."""
 WEIGHINGS = tuple(Weighing(power, conditional) for power in (1.0, 0.75, 0.5) for conditional in (2, 4, 8))
 """That are tried (`vllm_kvcompress.heads.trials`), `SQUARES` first."""
+MOST_LOSS = 1e12  # a share of the residual's square; sums and powers of it are still numbers
 _RULE_FIELDS = ("capacity", "anchors", "recent", "ring", "decay", "value_norm", "smooth_row")
 
 
@@ -57,8 +58,8 @@ class LossCurves:
                 f"curves: losses {list(self.losses.shape)} for {len(self.candidates)} candidates; need "
                 "[layers, 2 * kv_heads, candidates]"
             )
-        if not np.isfinite(self.losses).all() or (self.losses < 0).any():
-            raise ValueError("curves: a loss is negative or not a number")
+        if not ((self.losses >= 0) & (self.losses <= MOST_LOSS)).all():  # nor of what is not a number
+            raise ValueError(f"curves: a loss is not a number from 0 to {MOST_LOSS:g}")
 
     @property
     def raster(self) -> Raster:

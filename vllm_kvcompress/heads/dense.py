@@ -123,6 +123,7 @@ class DenseReplay:
         self.score, self.per_layer = score, per_layer
 
     def layer(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
+        """``q [rows, steps, 2 * Hq, D]``, k and v alike -> like q."""
         group = q.shape[2] // k.shape[2]
         out = FullReplay(self.rows.begins).layer(q, k, v, layer, scale).contiguous()  # right for the prompt
         at = (self.rows.prefix[:, None] + torch.arange(self.rows.image, device=q.device)).long()

@@ -1,6 +1,7 @@
 """Head profile: what was measured of a model's heads (a JSON file), from which any budget is fitted.
 
-Format 2 holds loss curves (`vllm_kvcompress.heads.curves`) and SSD's locality scores
+Format 2 holds loss curves (`vllm_kvcompress.heads.curves`), the pictures that they were measured on, what
+fits cost there (`vllm_kvcompress.heads.tried`), and SSD's locality scores
 (https://arxiv.org/abs/2510.18716; docs/design.md, "The method", point 9). Format 1 had the scores only: it is
 read as what it is, and will do for presets that split heads by locality.
 """
@@ -103,6 +104,8 @@ class HeadProfile(BaseModel):
                 raise ValueError(
                     f"pictures: of {sorted(lengths)[:3]} tokens, not whole ones of the curves' grid"
                 )
+            if any(not 0 <= token < 2**31 for one in self.pictures for token in one):
+                raise ValueError("pictures: a number is no token's id")
         return self
 
     @cached_property

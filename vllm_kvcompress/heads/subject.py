@@ -17,7 +17,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Subject:
-    """What calibration asks of a loaded model whose cache has not been allocated.
+    """What calibration and trials ask of a loaded model, whose cache they leave alone.
 
     Parameters
     ----------

@@ -31,7 +31,7 @@ def divergences(
     assignments: Sequence[Assignment],
     progress: Progress | None = None,
 ) -> NDArray[np.float64]:
-    """What whole fits cost on known pictures.
+    """What whole fits cost on known pictures; all ranks call it together, each with its own heads.
 
     Parameters
     ----------
@@ -72,6 +72,7 @@ class _Attending:
     method: Layered
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
+        """``[rows * steps, heads, D]`` in, the same out."""
         shape = (len(self.rows), self.rows.steps)
         q, k, v = (x.unflatten(0, shape) for x in (q, k, v))
         return self.method.layer(q, k, v, layer, scale).flatten(0, 1)

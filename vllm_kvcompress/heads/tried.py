@@ -15,6 +15,7 @@ from vllm_kvcompress.policy import AUTO, MAX_TYPES, TOLERANCE
 
 BETTER = 0.98  # of the best so far, to be taken instead: sums in another order change no choice
 
+_NOT_A_NUMBER = 1e9  # nats: what overflowed is served last
 Tried = Callable[[Sequence[Assignment]], NDArray[np.float64]]
 """Whole fits -> what each costs on known pictures: `vllm_kvcompress.heads.trials.divergences`."""
 
@@ -36,6 +37,8 @@ class Wanted:
         """
         first = self._fit(curves, SQUARES)
         found = {SQUARES: first}
+        if first.loss == 0:  # nothing better is to be found
+            return found
         for weighing in WEIGHINGS:
             one = self._fit(curves, weighing, first)
             assert one.loss is not None
@@ -63,14 +66,14 @@ class Wanted:
 
 
 class Trial(BaseModel):
-    """What was tried for one wish, and what came of it.
+    """What was tried for one wish, and what came of it; as it stands in a profile.
 
     Parameters
     ----------
     budget, types, slot, side, ranks, tolerance
         The `Wanted` in plain numbers; slot and side 0 without pages.
     power, conditional : float
-        The `Weighing` whose fit strayed least.
+        The `Weighing` whose fit strayed least; one of `WEIGHINGS`, or the trial counts for nothing.
     divergence, squares : float
         Of that fit and of `SQUARES`', nats per token.
     """
@@ -83,8 +86,8 @@ class Trial(BaseModel):
     side: int
     ranks: int
     tolerance: float
-    power: float = Field(gt=0, le=4, allow_inf_nan=False)
-    conditional: float = Field(gt=0, le=1e6, allow_inf_nan=False)
+    power: float
+    conditional: float
     divergence: float = Field(ge=0, allow_inf_nan=False)
     squares: float = Field(ge=0, allow_inf_nan=False)
 
@@ -95,7 +98,9 @@ class Trial(BaseModel):
 
     def of(self, wanted: Wanted) -> bool:
         """Whether this is what was tried for it."""
-        return all(getattr(self, name) == value for name, value in _plain(wanted).items())
+        return self.weighing in WEIGHINGS and all(
+            getattr(self, name) == value for name, value in _plain(wanted).items()
+        )
 
 
 def _plain(wanted: Wanted) -> dict[str, Any]:
@@ -106,15 +111,15 @@ def _plain(wanted: Wanted) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def try_fits(curves: LossCurves, wanted: Wanted, tried: Tried) -> Trial | None:
-    """Try what differs and say what strays least; None where all weighings give one fit.
+def try_fits(curves: LossCurves, wanted: Wanted, tried: Tried) -> Trial:
+    """Try the fits that differ and say what strays least.
 
     Raises ValueError, one line, as `vllm_kvcompress.heads.fit.fit`.
     """
     fits = wanted.fits(curves)
-    if len(fits) == 1:
-        return None
-    costs = dict(zip(fits, tried(list(fits.values())).tolist(), strict=True))
+    found = np.zeros(1) if fits[SQUARES].loss == 0 else tried(list(fits.values()))
+    found = np.nan_to_num(found, nan=_NOT_A_NUMBER, posinf=_NOT_A_NUMBER)
+    costs = dict(zip(fits, found.tolist(), strict=True))
     best = SQUARES
     for weighing, cost in costs.items():
         if cost < BETTER * costs[best]:

@@ -16,12 +16,13 @@ from vllm_kvcompress.attention.pages import BRANCHES
 from vllm_kvcompress.attention.recorder import Recorder, SeesResidual
 from vllm_kvcompress.cache.plan import ModelShape
 from vllm_kvcompress.heads.calibrate import PROMPTS, measure
-from vllm_kvcompress.heads.curves import LossCurves, candidate_types
+from vllm_kvcompress.heads.curves import WEIGHINGS, LossCurves, candidate_types
 from vllm_kvcompress.heads.fit import Assignment
 from vllm_kvcompress.heads.known import Picture
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.heads.subject import Subject
 from vllm_kvcompress.heads.trials import divergences
+from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.config import cached_head_size
 from vllm_kvcompress.models.ranks import Ranks
 from vllm_kvcompress.models.registry import family_of
@@ -31,10 +32,14 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_kvcompress.models.branched import BranchedImageModel
+    from vllm_kvcompress.models.config import ImageModel
+
+logger = logger_for(__name__)
 
 METRIC = "attention mass outside the neighbourhood"
 NEIGHBOURHOOD_LINES = 2  # docs/quality.md: one to four lines cost the same
 MOST_ON_CPU = 1e14  # FLOP of trying fits: minutes on a few cores
+TOO_MUCH_ON_CPU = 1e15  # even with the fewest pictures
 FEWEST = 3  # pictures that fits are tried on
 SPATIAL_SHARE = 1 / 4  # docs/quality.md: with a third or half of the heads spatial, objects are drawn twice
 
@@ -45,15 +50,15 @@ def shape_of(model: "BranchedImageModel") -> ModelShape:
     return ModelShape(text.num_hidden_layers, text.num_key_value_heads, cached_head_size(text))
 
 
-def of_this_version(profile: HeadProfile) -> bool:
+def of_this_version(profile: HeadProfile, image: "ImageModel") -> bool:
     """Whether a cached profile has what this version measures; other settings are the configuration's."""
-    if profile.format < 2:
+    if profile.format < 2 or profile.pictures is None or profile.loss_curves.raster != image.raster:
         return False
     curves = profile.loss_curves
     same_candidates = curves.candidates == candidate_types(curves.raster)
     same_prompts = profile.prompts_hash == _prompts_hash()
     same_threshold = abs(profile.threshold - default_threshold(profile.scores)) < 1e-5
-    return same_candidates and same_prompts and same_threshold and profile.pictures is not None
+    return same_candidates and same_prompts and same_threshold and _are_pictures(profile.pictures, image)
 
 
 def default_threshold(scores: Any) -> float:
@@ -113,20 +118,22 @@ def trying(
     Raises ValueError, one line, where they are no pictures of this model.
     """
     if profile.pictures is None or profile.prompts_hash != _prompts_hash():
+        _not_tried("head_profile holds no pictures of this version's calibration; calibrate again")
         return None
-    image, ranks = model.image, Ranks.of_engine()
-    prompts = prompts_of(vllm_config, model)
-    drawn = torch.tensor(profile.pictures)
-    place = torch.arange(image.raster.tokens)
-    wrong = ~torch.where(image.ends(place), drawn == image.eol, image.is_drawn(drawn))
-    if len(drawn) != len(prompts) or bool(wrong.any()):
+    if not _are_pictures(profile.pictures, model.image):
         raise ValueError("head_profile: pictures are not of this model's tokens; calibrate again")
+    ranks, prompts = Ranks.of_engine(), prompts_of(vllm_config, model)
     known = [Picture(len(ids), [*ids, *one]) for ids, one in zip(prompts, profile.pictures, strict=True)]
     subject = subject_of(vllm_config, model)
+    if subject.device.type == "cpu" and _work(model, known[:FEWEST], len(WEIGHINGS)) > TOO_MUCH_ON_CPU:
+        _not_tried("it would take hours on a CPU; make the head profile on a GPU (vllm-kvcompress calibrate)")
+        return None
 
     def tried(assignments: Sequence[Assignment]) -> NDArray[np.float64]:
         mine = [one.of_rank(ranks.mine, ranks.number) for one in assignments]
         pictures = known[:: _stride(model, subject.device, known, len(mine))]
+        if ranks.first:
+            logger.info("Trying %d fits on %d pictures", len(mine), len(pictures))
         with _Bar(ranks.first) as bar:
             found = divergences(subject, pictures, mine, lambda done, total: bar("trying", done, total))
         return ranks.agree(found)
@@ -138,9 +145,25 @@ def _stride(model: "BranchedImageModel", device: torch.device, pictures: Sequenc
     """Every how many-th picture is replayed: a CPU may have to do with three of a large model."""
     if device.type != "cpu":
         return 1
+    return min(len(pictures) // FEWEST, max(1, round(_work(model, pictures, fits) / MOST_ON_CPU)))
+
+
+def _work(model: "BranchedImageModel", pictures: Sequence[Picture], fits: int) -> int:
+    """FLOP of trying so many fits, but for attention."""
     weights = sum(parameter.numel() for parameter in model.language_model.parameters())
-    work = 2 * weights * BRANCHES * sum(len(one.ids) for one in pictures) * (fits + 1)
-    return min(len(pictures) // FEWEST, max(1, round(work / MOST_ON_CPU)))
+    return 2 * weights * BRANCHES * sum(len(one.ids) for one in pictures) * (fits + 1)
+
+
+def _are_pictures(pictures: Sequence[Sequence[int]], image: "ImageModel") -> bool:
+    """Whether these are as many of the model's pictures as calibration draws."""
+    drawn, ends = torch.tensor(pictures), image.ends(torch.arange(image.raster.tokens))
+    right = torch.where(ends, drawn == image.eol, image.is_drawn(drawn) & (drawn != image.eol))
+    return len(drawn) == len(PROMPTS) and bool(right.all())
+
+
+def _not_tried(reason: str) -> None:
+    if Ranks.of_engine().first:
+        logger.warning("Fits are not tried, the one of least predicted loss is served: %s", reason)
 
 
 _DOING = {
@@ -151,7 +174,7 @@ _DOING = {
 
 
 class _Bar:
-    """A progress bar over drawing, then measuring; its clock starts with the first step that is done."""
+    """A progress bar over what is being done; its clock starts with the first step that is done."""
 
     def __init__(self, shown: bool = True) -> None:
         self._shown = shown

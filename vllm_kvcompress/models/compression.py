@@ -3,10 +3,12 @@
 The parts know nothing of one another or of the model; here they are put together.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from vllm_kvcompress.heads.paged import Pages
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.heads.provide import AUTO, ModelMark, keep, provide_profile
 from vllm_kvcompress.heads.resized import resized
-from vllm_kvcompress.heads.tried import Wanted, try_fits
+from vllm_kvcompress.heads.tried import Trial, Wanted, try_fits
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.calibration import calibrate, of_this_version, shape_of, trying
 from vllm_kvcompress.models.ranks import Ranks
@@ -98,28 +100,54 @@ def profile_of(
     model: "BranchedImageModel",
     wanted: Sequence[Wanted] = (),
 ) -> HeadProfile:
-    """The head profile that the configuration names; fits for what is wanted are tried, where none were."""
+    """The head profile that the configuration names; fits for what is wanted are tried, where none were.
+
+    All ranks call it together. Raises ValueError, one line: a profile that can't be used, or a wish that no
+    fit meets.
+    """
     shape = shape_of(model)
     name = Path(vllm_config.model_config.model).name
     mark = ModelMark(name, model.fingerprint, shape.layers, shape.kv_heads)
     ranks = Ranks.of_engine()
     profile = provide_profile(
-        config.head_profile, mark, lambda: calibrate(vllm_config, model), of_this_version,
-        config.recalibrate, ranks.agree, ranks.first,
+        config.head_profile, mark, lambda: calibrate(vllm_config, model),
+        lambda cached: of_this_version(cached, model.image), config.recalibrate, ranks.agree, ranks.first,
     )  # fmt: skip
+    memory = _TRIALS.setdefault(model, {})
+    known = [memory[key] for one in wanted if (key := (one, _of_curves(profile))) in memory]
+    profile = profile.model_copy(update={"trials": [*profile.trials, *known]})
     missing = [one for one in wanted if profile.trial(one) is None]
     if not missing:
         return profile
     curves = profile.loss_curves
     curves.check_grid(model.image.raster)
     tried = trying(vllm_config, model, profile)
-    trials = [] if tried is None else [try_fits(curves, one, tried) for one in missing]
-    found = [one for one in trials if one is not None]
-    if found:
-        profile = profile.model_copy(update={"trials": [*profile.trials, *found]})
-        if config.head_profile == AUTO and ranks.first:
+    if tried is None:
+        return profile
+    found = {(one, _of_curves(profile)): try_fits(curves, one, tried) for one in missing}
+    memory.update(found)
+    profile = profile.model_copy(update={"trials": [*profile.trials, *found.values()]})
+    if ranks.first:
+        if config.head_profile == AUTO:
             keep(profile, mark, "with fits tried")
+        else:
+            logger.info(
+                "%s has no trial of this budget, types, dtype and ranks; this start tried fits for itself. "
+                "vllm-kvcompress calibrate %s -o FILE --budgets ... makes a profile that has",
+                config.head_profile,
+                vllm_config.model_config.model,
+            )
     return profile
+
+
+_TRIALS: "WeakKeyDictionary[BranchedImageModel, dict[tuple[Wanted, str], Trial]]" = WeakKeyDictionary()
+"""What was tried in this process: an evaluation asks again and again."""
+
+
+def _of_curves(profile: HeadProfile) -> str:
+    """Which curves and pictures a trial is of."""
+    measured = f"{profile.curves}{profile.pictures}"
+    return hashlib.sha256(measured.encode()).hexdigest()
 
 
 def wanted_of(config: CompressionConfig, raster: Raster, pages: Pages, ranks: int = 1) -> Wanted:
