@@ -200,3 +200,22 @@ def test_ranks_measure_what_one_process_measures(drawn: dict[int, Drawn], caches
     assert len({tuple(row) for row in one.scores}) > 1
     np.testing.assert_allclose(two.scores, one.scores, rtol=1e-4)
     np.testing.assert_allclose(two.loss_curves.losses, one.loss_curves.losses, rtol=2e-3, atol=1e-9)
+
+
+def test_ranks_choose_the_fit_that_one_process_chooses(
+    drawn: dict[int, Drawn], caches: dict[int, Path]
+) -> None:
+    """Each replays its own heads of every fit; what their pictures cost is known to all."""
+    models = {case.model for case in CASES.values() if case.section and "preset" not in case.section}
+    for model in models:
+        two, one = (
+            HeadProfile.load(path).trials
+            for ranks in (RANKS, 1)
+            for path in (caches[ranks] / "kvcompress" / "head_profiles").glob(f"{model}-*.json")
+        )
+        assert [trial.ranks for trial in two] == [RANKS] * len(two)
+        assert [trial.weighing for trial in two] == [trial.weighing for trial in one]
+        for mine, alone in zip(two, one, strict=True):
+            assert mine.divergence == pytest.approx(alone.divergence, rel=0.01)
+            assert mine.squares == pytest.approx(alone.squares, rel=0.01)
+    assert str(drawn[RANKS]["log"]).count("with fits tried, kept in") >= len(models)
