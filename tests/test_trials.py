@@ -1,6 +1,7 @@
 """Fits tried on calibration's pictures: what a trial says, which fit is served, and where it is kept."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,9 @@ def test_branches_of_unlike_length_and_ends_of_lines(tmp_path: Path) -> None:
     assert trial.divergence == pytest.approx(np.mean(replayed["all"]["kl_guided"]), rel=5e-3)
     assert trial.divergence > 0
     assert len(layout.rules) > 1
+    assert calibration.of_this_version(profile, engine.image), "and the next start takes it"
+    wide = replace(engine.image, raster=replace(engine.image.raster, width=engine.image.raster.width + 1))
+    assert not calibration.of_this_version(profile, wide)
 
 
 def test_a_cpu_does_with_few_pictures_of_a_large_model() -> None:

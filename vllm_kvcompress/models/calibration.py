@@ -52,9 +52,11 @@ def shape_of(model: "BranchedImageModel") -> ModelShape:
 
 def of_this_version(profile: HeadProfile, image: "ImageModel") -> bool:
     """Whether a cached profile has what this version measures; other settings are the configuration's."""
-    if profile.format < 2 or profile.pictures is None or profile.loss_curves.raster != image.raster:
+    if profile.format < 2 or profile.pictures is None:
         return False
     curves = profile.loss_curves
+    if (curves.raster.lines, curves.raster.width) != (image.raster.lines, image.raster.width):
+        return False
     same_candidates = curves.candidates == candidate_types(curves.raster)
     same_prompts = profile.prompts_hash == _prompts_hash()
     same_threshold = abs(profile.threshold - default_threshold(profile.scores)) < 1e-5
