@@ -98,7 +98,7 @@ def test_turns_of_the_side_by_side_benchmark(image_server, checkpoints, tmp_path
         http, "subprocess", SimpleNamespace(run=lambda words, cwd, **_: preloaded.run(words, cwd))
     )
     monkeypatch.setattr(http, "serve", lambda group, contender: contextlib.nullcontext(image_server))
-    monkeypatch.setattr(type(workload := tiny("tiny-http")), "checkpoint", lambda _: checkpoints["tiny-hf"])
+    monkeypatch.setattr(type(workload := tiny("tiny-http")), "checkpoint", lambda *_: checkpoints["tiny-hf"])
     group = HttpGroup("http", workload, (STOCK,), 1, 3, 2)
     results = Results.open("tiny", 1, tmp_path / "http.json", fresh=True)
     said = []
@@ -114,7 +114,7 @@ def test_turns_of_the_side_by_side_benchmark(image_server, checkpoints, tmp_path
 def test_servers_of_the_side_by_side_benchmark(checkpoints, monkeypatch):
     """As vLLM reads their command line: the stock one begins no more than its memory holds."""
     workload = tiny("tiny-http")
-    monkeypatch.setattr(type(workload), "checkpoint", lambda _: checkpoints["tiny-hf"])
+    monkeypatch.setattr(type(workload), "checkpoint", lambda *_: checkpoints["tiny-hf"])
     parser = make_arg_parser(FlexibleArgumentParser())
     group = HttpGroup("http", workload, (STOCK, OURS), 1, 3, 2)
     stock, ours = (

@@ -15,9 +15,11 @@ import psutil
 import pytest
 import uvicorn
 from starlette.datastructures import State
+from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.launcher import NoSignalServer
 from vllm.exceptions import RetryableRequestError
 
+from vllm_kvcompress.patches import port_user
 from vllm_kvcompress.serving import drain
 from vllm_kvcompress.serving.siblings import Siblings
 
@@ -153,6 +155,40 @@ def test_siblings_are_processes_of_one_parent() -> None:
         for child in children:
             child.kill()
             child.wait()
+
+
+def test_a_sibling_that_is_ending_is_gone() -> None:
+    """Its parent hears of a kill before it is a zombie: its memory, and its command line, are gone."""
+    ending = SimpleNamespace(pid=0, is_running=lambda: True, status=lambda: psutil.STATUS_RUNNING)
+    ending.cmdline = lambda: ["VLLM::APIServer_1"]
+    found = Siblings(SimpleNamespace(children=lambda: [ending]))  # type: ignore[arg-type]
+    assert not found.anybody_is_gone
+    ending.cmdline = list
+    assert found.anybody_is_gone
+
+
+@pytest.mark.parametrize("ended", [psutil.ZombieProcess(7), psutil.NoSuchProcess(7)])
+def test_who_else_has_the_port_may_end(ended: psutil.Error, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked engine, or another API server: the launcher asks it for its command line."""
+
+    class Ending(psutil.Process):
+        asked = 0
+
+        def cmdline(self) -> list[str]:
+            self.asked += 1
+            if self.asked > 1:
+                raise ended
+            return ["vllm"]
+
+    process = Ending(os.getpid())
+    monkeypatch.setattr(launcher, "find_process_using_port", {80: process, 81: None}.get)
+    port_user.apply()
+    port_user.apply()
+    found = launcher.find_process_using_port(80)
+    assert found.cmdline() == found.cmdline() == ["vllm"]
+    assert str(found) == str(process)
+    assert launcher.find_process_using_port(80) is None
+    assert launcher.find_process_using_port(81) is None
 
 
 @pytest.mark.parametrize(("margin", "waits"), [(0.3, 0.7), (0.9, 0.5)])

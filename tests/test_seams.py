@@ -362,6 +362,15 @@ def test_route_loader_is_looked_up_when_the_server_starts() -> None:
     assert not hasattr(interface, "load_endpoint_plugins")
 
 
+def test_launcher_asks_who_has_its_port_for_a_command_line() -> None:
+    from vllm.entrypoints.launchers import launcher
+
+    source = inspect.getsource(launcher.serve_http)
+    assert "process = find_process_using_port(port)" in source
+    assert source.count("process.") == source.count("process.cmdline()") == 1
+    assert list(inspect.signature(launcher.find_process_using_port).parameters) == ["port"]
+
+
 def test_images_endpoint_is_an_endpoint_plugin() -> None:
     from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 

@@ -26,9 +26,11 @@ def changes() -> list[Callable[[], object]]:
         loaded: list[Any] = original(*args, **kwargs)
         supported_tasks = args[0] if args else kwargs.get("supported_tasks")
         if _served and supported_tasks is not None and "generate" in supported_tasks:
+            from vllm_kvcompress.patches import port_user
             from vllm_kvcompress.serving.cache_usage import CacheUsage
             from vllm_kvcompress.serving.images import ImagesEndpoint
 
+            port_user.apply()
             loaded = [*loaded, ImagesEndpoint(usage_extra=CacheUsage)]
         return loaded
 

@@ -47,7 +47,11 @@ def _is_titled(process: psutil.Process, title: str) -> bool:
 
 
 def _is_gone(process: psutil.Process) -> bool:
+    """Whether it has ended, or is about to: its parent may hear of that, and tell us, before it is a zombie.
+
+    Its memory goes before the pipe that its parent listens to, and its command line with it.
+    """
     try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        return not process.is_running() or not process.cmdline()
+    except psutil.NoSuchProcess:  # zombies too
         return True
