@@ -127,6 +127,7 @@ def steps(
     output: Annotated[Path, typer.Option("-o", help="folder for steps.json")] = Path("out/windows"),
     model: Annotated[Path | None, typer.Option(help="another checkpoint")] = None,
     layers: int = 4,
+    preset: Annotated[str, typer.Option(help="of the compressed cache")] = "fitted",
     pictures: str = "1,4,8",
     warm: Annotated[int, typer.Option(help="steps of one token before")] = 60,
     count: Annotated[int, typer.Option(help="steps timed, in each of three turns")] = 12,
@@ -145,7 +146,7 @@ def steps(
     from vllm_kvcompress.windows.choice import WindowChoice
 
     output.mkdir(parents=True, exist_ok=True)
-    compressed: dict[str, Any] = {"preset": "fitted", "budget": 0.2}
+    compressed: dict[str, Any] = {"preset": preset, "budget": 0.2}
     if model is None:  # random weights: a made-up head profile, as the other benchmarks have
         compressed = janus("steps", layers, ()).settings(compressed)
         model = output / f"janus-1b-{layers}-layers"

@@ -21,7 +21,10 @@ from replaced_drafts import replaced
 HERE = Path(__file__).parent
 LIMIT_S = 580
 # One thread wherever there is room: processes that run at once must not be bound to the same core.
-_ALONE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+# Ranks are forked (interpreter.fork_if_asked), whatever an engine in the test's own process has set.
+_ALONE = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"
+}  # fmt: skip
 V1 = {**_ALONE, "VLLM_USE_V2_MODEL_RUNNER": "0"}
 # vLLM's V2 model runner on the CPU, its Triton kernels in Triton's interpreter.
 V2 = {

@@ -132,7 +132,8 @@ def _start_alike(address: dict[str, Any]) -> None:
     server, given = forkserver._forkserver, multiprocessing.get_context
     vars(server).update(address)
     server.ensure_running = lambda: None
-    multiprocessing.get_context = lambda method=None: _Alike() if method == "forkserver" else given(method)
+    alike = {"forkserver": _Alike(), "spawn": given("fork")}  # API servers of several are always spawned
+    multiprocessing.get_context = lambda method=None: alike.get(method) or given(method)
 
 
 class _Alike(ForkServerContext):

@@ -128,7 +128,7 @@ def test_the_documents_figures_are_those_of_the_records(name: str, document: str
 def test_steps_are_timed_with_both_caches(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     words = [
         sys.executable, BENCHMARKS / "windows.py", "steps", "--model", checkpoints["small-hf"], "-o",
-        tmp_path, "--pictures", "2", "--warm", "3", "--count", "1",
+        tmp_path, "--preset", "line_ar", "--pictures", "2", "--warm", "3", "--count", "1",
     ]  # fmt: skip
     done = preloaded.run(list(map(str, words)), tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
