@@ -42,6 +42,9 @@ class Popen:
         ``vllm ...``, ``vllm-kvcompress ...``, or this Python with a script or ``-c CODE``.
     stdout, stderr : file
         Files on the disk; ``subprocess.STDOUT`` for one.
+    forked : bool
+        Fork the API servers of ``--api-server-count`` too, which vLLM spawns: ten seconds of a core less for
+        each. Their metrics do not add up then: prometheus_client was told at its import whether they shall.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Popen:
         env: Mapping[str, str] | None = None,
         cwd: str | Path | None = None,
         start_new_session: bool = False,
+        forked: bool = False,
     ) -> None:
         files = [stdout.name, stdout.name if isinstance(stderr, int) else stderr.name]
         given = dict(os.environ if env is None else env)
@@ -60,7 +64,9 @@ class Popen:
         forkserver.ensure_running()
         address = {name: getattr(forkserver._forkserver, name, None) for name in _ADDRESS}
         words = [str(word) for word in command]
-        self._process = _forks.Process(target=_become, args=(words, files, place, address), daemon=False)
+        self._process = _forks.Process(
+            target=_become, args=(words, files, place, address, forked), daemon=False
+        )
         self._process.start()
         self.args, self.pid = command, self._process.pid
 
@@ -99,7 +105,11 @@ def run(
 
 
 def _become(
-    command: list[str], files: list[str], place: tuple[dict[str, str], str], address: dict[str, Any]
+    command: list[str],
+    files: list[str],
+    place: tuple[dict[str, str], str],
+    address: dict[str, Any],
+    forked: bool,
 ) -> None:
     gc.freeze()  # or every collection, of which vLLM makes many, looks through all of vLLM
     setproctitle.getproctitle()  # it finds its place by the environment that the process began with
@@ -107,7 +117,7 @@ def _become(
     _move(*place)
     for stream, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
-    _start_alike(address)
+    _start_alike(address, forked)
     inspect_here()
     fork_if_asked()
     from vllm.logger import _configure_vllm_root_logger
@@ -127,12 +137,12 @@ def _move(env: dict[str, str], cwd: str) -> None:
     os.environ.update(env)
 
 
-def _start_alike(address: dict[str, Any]) -> None:
+def _start_alike(address: dict[str, Any], forked: bool) -> None:
     """Let the fork server that this process came from be the one that it starts others by."""
     server, given = forkserver._forkserver, multiprocessing.get_context
     vars(server).update(address)
     server.ensure_running = lambda: None
-    alike = {"forkserver": _Alike(), "spawn": given("fork")}  # API servers of several are always spawned
+    alike = {"forkserver": _Alike()} | ({"spawn": given("fork")} if forked else {})
     multiprocessing.get_context = lambda method=None: alike.get(method) or given(method)
 
 

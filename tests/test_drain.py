@@ -14,12 +14,14 @@ import httpx
 import psutil
 import pytest
 import uvicorn
+import vllm.plugins
 from starlette.datastructures import State
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.launcher import NoSignalServer
 from vllm.exceptions import RetryableRequestError
 
-from vllm_kvcompress.patches import port_user
+from vllm_kvcompress import plugin
+from vllm_kvcompress.patches import images_route
 from vllm_kvcompress.serving import drain
 from vllm_kvcompress.serving.siblings import Siblings
 
@@ -182,8 +184,10 @@ def test_who_else_has_the_port_may_end(ended: psutil.Error, monkeypatch: pytest.
 
     process = Ending(os.getpid())
     monkeypatch.setattr(launcher, "find_process_using_port", {80: process, 81: None}.get)
-    port_user.apply()
-    port_user.apply()
+    monkeypatch.setattr(images_route, "_served", True)
+    plugin.register()
+    for _ in range(2):
+        [_endpoint] = vllm.plugins.load_endpoint_plugins(("generate",))
     found = launcher.find_process_using_port(80)
     assert found.cmdline() == found.cmdline() == ["vllm"]
     assert str(found) == str(process)

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import preloaded
@@ -36,9 +37,8 @@ def start(
     def server(name: str, *args: str) -> Server:
         # One thread for the engine and for the front end, which draws pixels after it: the same roundings.
         env = {"VLLM_CACHE_ROOT": own_cache, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        return Server(
-            checkpoints["gqa-hf"], folder / f"{name}.log", (*ARGS, *args), env=env, start=preloaded.Popen
-        )
+        begin = partial(preloaded.Popen, forked=True)
+        return Server(checkpoints["gqa-hf"], folder / f"{name}.log", (*ARGS, *args), env=env, start=begin)
 
     return server
 
