@@ -176,6 +176,9 @@ def test_who_else_has_the_port_may_end(ended: psutil.Error, monkeypatch: pytest.
     class Ending(psutil.Process):
         asked = 0
 
+        def name(self) -> str:  # psutil asks for the command line itself where a name is long
+            return "vllm"
+
         def cmdline(self) -> list[str]:
             self.asked += 1
             if self.asked > 1:

@@ -88,7 +88,7 @@ def test_a_drain_finishes_and_answers_every_picture(start: Callable[..., Server]
         assert words.wait() == WORDS
         assert exit_status(server) == 0
     log = server.log.read_text()
-    assert log.count("this process does") == 1
+    assert log.count("this process does") <= 1, "not for each picture; none, where the engine decoded all"
     assert "could not be decoded" not in log
 
 

@@ -59,7 +59,7 @@ class LossCurves:
                 "[layers, 2 * kv_heads, candidates]"
             )
         if not ((self.losses >= 0) & (self.losses <= MOST_LOSS)).all():  # nor of what is not a number
-            raise ValueError(f"curves: a loss is not a number from 0 to {MOST_LOSS:g}")
+            raise ValueError(f"curves: a loss is negative or not a number below {MOST_LOSS:g}")
 
     @property
     def raster(self) -> Raster:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -113,7 +112,7 @@ def profile_of(
         config.head_profile, mark, lambda: calibrate(vllm_config, model),
         lambda cached: of_this_version(cached, model.image), config.recalibrate, ranks.agree, ranks.first,
     )  # fmt: skip
-    memory = _TRIALS.setdefault(model, {})
+    memory: dict[tuple[Wanted, str], Trial] = getattr(model, "trials", {})
     known = [memory[key] for one in wanted if (key := (one, _of_curves(profile))) in memory]
     profile = profile.model_copy(update={"trials": [*profile.trials, *known]})
     missing = [one for one in wanted if profile.trial(one) is None]
@@ -138,10 +137,6 @@ def profile_of(
                 vllm_config.model_config.model,
             )
     return profile
-
-
-_TRIALS: "WeakKeyDictionary[BranchedImageModel, dict[tuple[Wanted, str], Trial]]" = WeakKeyDictionary()
-"""What was tried in this process: an evaluation asks again and again."""
 
 
 def _of_curves(profile: HeadProfile) -> str:
@@ -170,9 +165,8 @@ def _summary(
     budget = (
         f"{layout.mean_slots / layout.rules[0].image:.3g} (auto)" if config.budget == AUTO else config.budget
     )
-    loss = "" if assignment.loss is None else f"; predicted loss {assignment.loss:.2g}"
-    if assignment.divergence is not None:
-        loss += f", guided KL {assignment.divergence:.2g}"
+    tried = "" if assignment.divergence is None else f"; guided KL {assignment.divergence:.2g}"
+    loss = "" if assignment.loss is None else f"{tried}; predicted loss {assignment.loss:.2g}"
     shown = budget if isinstance(budget, str) else f"{budget:g}"
     each = f"on each of {ranks.number} ranks " if ranks.number > 1 else ""
     return (
