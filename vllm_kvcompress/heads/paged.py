@@ -124,20 +124,20 @@ def _grown(rule: HeadRule, slots: int) -> HeadRule:
 def _page_sizes(counts: Ints, slots: Ints, weights: Ints) -> Iterator[tuple[Ints, Ints]]:
     """(tokens a page, most heads) of each type, for page sizes near the counts'; fewest moves first."""
     size = counts * weights
-    found: dict[tuple[int, ...], tuple[float, Ints, Ints]] = {}
+    found: dict[tuple[bytes, bytes], tuple[float, Ints, Ints]] = {}
     for first, tokens, off in product(range(len(size)), range(1, MOST_TOKENS + 1), _NEAR):
         page = size[first] * tokens * (1 + off)
         options = [_tokens(page, n) for n in size]
-        for choice in product(*options):
-            t = np.array(choice)
-            most = (page // (t * weights)).astype(np.int64)
-            if most.sum() < counts.sum() or (most < 1).any():
-                continue
-            excess = float(np.maximum(counts - most, 0).sum()) / counts.sum()
-            taken = float((-(-(TYPICAL_PREFIX + slots) // t)).sum() * page)
-            key = (*choice, *most.tolist())
-            # A head moved is worth about a tenth of what memory lost would be.
-            found.setdefault(key, (excess * 0.1 + taken / float(size @ (TYPICAL_PREFIX + slots)), t, most))
+        t = np.array(list(product(*options)))  # [choices, types]
+        most = (page // (t * weights)).astype(np.int64)
+        enough = (most.sum(1) >= counts.sum()) & (most >= 1).all(1)
+        t, most = t[enough], most[enough]
+        excess = np.maximum(counts - most, 0).sum(1) / counts.sum()
+        taken = (-(-(TYPICAL_PREFIX + slots) // t)).sum(1) * page
+        # A head moved is worth about a tenth of what memory lost would be.
+        cost = excess * 0.1 + taken / float(size @ (TYPICAL_PREFIX + slots))
+        for each, one, some in zip(cost.tolist(), t, most, strict=True):
+            found.setdefault((one.tobytes(), some.tobytes()), (each, one, some))
     yield from ((t, most) for _, t, most in sorted(found.values(), key=lambda one: one[0])[:_TRIED])
 
 
