@@ -29,9 +29,7 @@ class Subject:
     step : callable
         ``(ids [n], positions [n]) -> logits [n, vocab]`` of one token a row.
     forward : callable
-        ``(ids [n], positions [n]) -> None``: any number of tokens, for what the recorder sees.
-    hidden : callable
-        As ``forward``, but ``-> [n, ...]``, what the model makes of the tokens.
+        ``(ids [n], positions [n]) -> [n, ...]``: what the model makes of any number of tokens.
     apart : callable
         ``(full, other, rows) -> [rows]`` float64: the divergence of what two such foretell of whole pictures,
         nats a drawn token, at the model's own guidance.
@@ -54,8 +52,7 @@ class Subject:
     dtype: torch.dtype
     device: torch.device
     step: Callable[[Tensor, Tensor], Tensor]
-    forward: Callable[[Tensor, Tensor], None]
-    hidden: Callable[[Tensor, Tensor], Tensor]
+    forward: Callable[[Tensor, Tensor], Tensor]
     apart: Callable[[Tensor, Tensor, Rows], Tensor]
     recording: Callable[[Recorder], AbstractContextManager]
     output_weight: Callable[[int], Tensor]

@@ -53,7 +53,7 @@ def divergences(
 
             def under(method: Layered, fed: Fed = fed) -> Tensor:
                 with subject.recording(_Attending(fed.rows, method)):
-                    return subject.hidden(fed.ids, fed.positions)
+                    return subject.forward(fed.ids, fed.positions)
 
             full = under(FullReplay(fed.rows.begins))
             for place, one in enumerate(assignments):

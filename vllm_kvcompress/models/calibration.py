@@ -211,10 +211,7 @@ def subject_of(vllm_config: "VllmConfig", model: "BranchedImageModel") -> Subjec
     device = next(model.parameters()).device
     layers: Any = model.language_model.layers
 
-    def forward(ids: Tensor, positions: Tensor) -> None:
-        run(ids, positions)
-
-    def run(ids: Tensor, positions: Tensor) -> Tensor:
+    def forward(ids: Tensor, positions: Tensor) -> Tensor:
         place(model, len(ids))
         with set_forward_context(None, vllm_config, num_tokens=len(ids), skip_compiled=True):
             return model(ids, positions)
@@ -240,9 +237,8 @@ def subject_of(vllm_config: "VllmConfig", model: "BranchedImageModel") -> Subjec
         raster=model.image.raster,
         dtype=model.dtype,
         device=device,
-        step=lambda ids, positions: model.compute_logits(run(ids, positions)),
+        step=lambda ids, positions: model.compute_logits(forward(ids, positions)),
         forward=forward,
-        hidden=run,
         apart=lambda full, other, rows: apart(model, full, other, rows, model.image.guidance_scale),
         recording=recording,
         output_weight=lambda layer: _output_weight(layers[layer].self_attn, model.dtype, device),

@@ -81,7 +81,6 @@ def assign(
     if policy.types == "fitted":
         wanted = wanted_of(config, raster, pages_of(shape, dtype), ranks)
         measured = profile([wanted])
-        measured.loss_curves.check_grid(raster)
         return wanted.served(measured.loss_curves, measured.trial(wanted))
     heads = (shape.layers, shape.kv_heads)
     if policy.types == "profile":
@@ -112,21 +111,20 @@ def profile_of(
         config.head_profile, mark, lambda: calibrate(vllm_config, model),
         lambda cached: of_this_version(cached, model.image), config.recalibrate, ranks.agree, ranks.first,
     )  # fmt: skip
-    memory: dict[tuple[Wanted, str], Trial] = getattr(model, "trials", {})
-    known = [memory[key] for one in wanted if (key := (one, _of_curves(profile))) in memory]
-    profile = profile.model_copy(update={"trials": [*profile.trials, *known]})
+    if wanted:
+        profile.loss_curves.check_grid(model.image.raster)
     missing = [one for one in wanted if profile.trial(one) is None]
     if not missing:
         return profile
-    curves = profile.loss_curves
-    curves.check_grid(model.image.raster)
-    tried = trying(vllm_config, model, profile)
-    if tried is None:
-        return profile
-    found = {(one, _of_curves(profile)): try_fits(curves, one, tried) for one in missing}
-    memory.update(found)
-    profile = profile.model_copy(update={"trials": [*profile.trials, *found.values()]})
-    if ranks.first:
+    memory: dict[tuple[Wanted, str], Trial] = getattr(model, "trials", {})
+    measured = _of_curves(profile)
+    unknown = [one for one in missing if (one, measured) not in memory]
+    tried = trying(vllm_config, model, profile) if unknown else None
+    if tried is not None:
+        memory |= {(one, measured): try_fits(profile.loss_curves, one, tried) for one in unknown}
+    found = [memory[one, measured] for one in missing if (one, measured) in memory]
+    profile = profile.model_copy(update={"trials": [*profile.trials, *found]})
+    if tried is not None and ranks.first:
         if config.head_profile == AUTO:
             keep(profile, mark, "with fits tried")
         else:
