@@ -16,9 +16,11 @@ from typer.testing import CliRunner, Result
 
 from vllm_kvcompress.cli import app
 from vllm_kvcompress.eval import held_out, run, stats
-from vllm_kvcompress.eval.cells import BUDGETS, Cell, ablation, baselines, grid, parse_budget
+from vllm_kvcompress.eval.cells import BUDGETS, FULL, Cell, ablation, baselines, grid, parse_budget
 from vllm_kvcompress.eval.features import Frechet
+from vllm_kvcompress.eval.online import BASELINES
 from vllm_kvcompress.eval.pictures import Asked, true_scenes
+from vllm_kvcompress.eval.plots import COLOURS
 from vllm_kvcompress.eval.report import markdown, summarise
 from vllm_kvcompress.eval.scenes import render
 from vllm_kvcompress.eval.world import Ground, Scene, Thing
@@ -273,3 +275,8 @@ def test_unknown_names_are_refused(tmp_path: Path, checkpoints: dict[str, Path])
         assert refused.stderr.startswith(f"vllm-kvcompress: {complaint}")
         assert len(refused.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_every_line_of_a_plot_has_its_own_colour() -> None:
+    assert set(COLOURS) == {*PRESETS, *BASELINES} - {FULL}
+    assert len(set(COLOURS.values())) == len(COLOURS)

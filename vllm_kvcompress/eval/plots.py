@@ -12,6 +12,8 @@ COLOURS = {
     "line_ar": "#2f78b4",
     "ssd": "#59a14f",
     "decoupled": "#d8690a",
+    "fitted": "#c2185b",
+    "headkv_ar": "#c9a400",
 }
 
 
