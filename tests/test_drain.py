@@ -1,12 +1,14 @@
 """An API process drains: it refuses who comes late; one that shares its engine waits, but not for ever."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +39,9 @@ class Shared:
         self.state, self.answered = State(), {"one", "two"}
         self.headers: list[Any] = []
         self.state.server = SimpleNamespace(
-            server_state=SimpleNamespace(tasks=self.answered, default_headers=self.headers),
+            server_state=SimpleNamespace(
+                tasks=self.answered, default_headers=self.headers, connections=set()
+            ),
             config=SimpleNamespace(encoded_headers=[]),
         )
         drain.Drain(self, self.state)  # type: ignore[arg-type]
@@ -63,7 +67,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture(autouse=True)
 def siblings(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The other processes of the server: all there."""
-    found = SimpleNamespace(engine_is_gone=False, anybody_is_gone=False)
+    found = SimpleNamespace(engine_is_gone=False, anybody_is_gone=False, servers_gone=set())
     monkeypatch.setattr(drain, "Siblings", lambda: found)
     return found
 
@@ -79,31 +83,77 @@ def test_answers_that_come_in_time(told: list[str]) -> None:
         engine.check_admission()
 
 
-async def test_an_idle_process_leaves_new_connections_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's server of one process of several: what it has accepted is answered, and closed."""
-    monkeypatch.setattr(drain, "LEAVE_S", 0.4)
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 503, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 503, "headers": [(b"content-length", b"0")]})
-        await send({"type": "http.response.body", "body": b""})
 
-    engine, listening = Shared(), socket.create_server(("127.0.0.1", 0))
+@contextlib.asynccontextmanager
+async def serving(engine: Shared, loads: list[int]) -> AsyncIterator[str]:
+    """vLLM's server of the first process of two."""
+    listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(app, lifespan="off", log_level="critical")
-    engine.state.server = server = NoSignalServer(config, peer_loads=([0, 0], 0))
-    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    engine.state.server = server = NoSignalServer(config, peer_loads=(loads, 0))
+    task = asyncio.create_task(server.serve(sockets=[listening]))
     while not server.started:
         await asyncio.sleep(0.01)
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    async with httpx.AsyncClient(base_url=url, timeout=0.5) as client:
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    await task
+
+
+async def test_an_idle_process_leaves_new_connections_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has accepted is answered, and closed."""
+    monkeypatch.setattr(drain, "LEAVE_S", 0.4)
+    engine, loads = Shared(), [0, 5]
+    async with serving(engine, loads) as url, httpx.AsyncClient(base_url=url, timeout=0.5) as client:
         assert "connection" not in (await client.get("/")).headers
+        # One that has connected and not asked yet.
+        reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        await asyncio.sleep(0.05)
         ended = asyncio.create_task(asyncio.to_thread(engine.shutdown, 60))
         await asyncio.sleep(0.1)
+        assert loads[0] > 2**30  # the other process does not leave connections to this one
         assert (await client.get("/")).headers["connection"] == "close"  # on the first one's
-        await ended
+        assert not ended.done()
+        writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 503")
+        await asyncio.wait_for(ended, 0.2)
+        writer.close()
         with pytest.raises(httpx.ReadTimeout):  # it waits for another process to accept it
             await client.get("/")
-    server.should_exit = True
-    await serving
+
+
+@pytest.mark.parametrize("dead", [False, True])
+async def test_the_last_process_answers_the_queue_and_closes_the_socket(
+    monkeypatch: pytest.MonkeyPatch, siblings: SimpleNamespace, dead: bool
+) -> None:
+    """Its parent holds the socket for seconds: nobody may wait in its queue, and be reset."""
+    monkeypatch.setattr(drain, "LEAVE_S", 1)
+    engine, loads = Shared(), [0, 0 if dead else 2**31 - 1]
+    siblings.servers_gone, siblings.anybody_is_gone = ({1}, True) if dead else (set(), False)
+    async with serving(engine, loads) as url, httpx.AsyncClient(base_url=url, timeout=5) as client:
+        server, held = engine.state.server, asyncio.Event()
+        publish = server._publish_load
+
+        def ending() -> None:  # at the moment when a connection is accepted
+            if server._connecting and not held.is_set():
+                held.set()
+                threading.Thread(target=engine.shutdown, args=(60,)).start()
+                time.sleep(0.1)
+            publish()
+
+        monkeypatch.setattr(server, "_publish_load", ending)
+        asked = [asyncio.to_thread(httpx.get, url, timeout=5) for _ in range(8)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        # Each is answered, or refused at once: nobody is reset.
+        assert {getattr(one, "status_code", type(one)) for one in answers} <= {503, httpx.ConnectError}
+        assert any(isinstance(one, httpx.Response) for one in answers)
+        with pytest.raises(httpx.ConnectError):
+            await client.get("/")
+    assert engine.ended == [60]
 
 
 def test_a_crash_is_not_waited_for(siblings: SimpleNamespace, told: list[str]) -> None:
@@ -149,7 +199,7 @@ def test_siblings_are_processes_of_one_parent() -> None:
         assert (found.engine_is_gone, found.anybody_is_gone) == (False, False)
         server.kill()
         os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
-        assert (found.engine_is_gone, found.anybody_is_gone) == (False, True)
+        assert (found.engine_is_gone, found.servers_gone, found.anybody_is_gone) == (False, {1}, True)
         engine.kill()
         engine.wait()
         assert (found.engine_is_gone, found.anybody_is_gone) == (True, True)

@@ -17,6 +17,7 @@ import pytest
 
 import vllm_kvcompress
 from vllm_kvcompress import plugin
+from vllm_kvcompress.serving import listening
 
 SOURCES = sorted(Path(vllm_kvcompress.__file__).parent.rglob("*.py"))
 
@@ -392,6 +393,20 @@ def test_an_api_process_that_ends_stops_its_client_off_the_loop() -> None:
     assert re.search(r"run_in_executor\(\s*None, partial\(engine_client\.shutdown, timeout=timeout\)", ends)
     assert "self.check_admission(" in inspect.getsource(AsyncLLM.add_request)
     assert list(inspect.signature(AsyncLLM.shutdown).parameters) == ["self", "timeout"]
+
+
+def test_api_processes_share_a_socket_and_their_loads() -> None:
+    """What `Listening` reads and writes of vLLM's server."""
+    from vllm.entrypoints.launchers import launcher
+
+    assert launcher._NOT_ACCEPTING == listening._NOT_ACCEPTING
+    for method, text in (
+        ("startup", "self._track(self._accept(sock))"),
+        ("_accept", "self._track(self._connect(loop, conn))"),
+        ("_connect", "self._connecting -= 1"),
+        ("_publish_load", "loads, index = self.peer_loads"),
+    ):
+        assert text in inspect.getsource(getattr(launcher.NoSignalServer, method)), method
 
 
 # --- Runners, model, benchmark client ---

@@ -15,6 +15,7 @@ from starlette.datastructures import State
 from vllm.exceptions import RetryableRequestError
 
 from vllm_kvcompress.log import logger_for
+from vllm_kvcompress.serving.listening import Listening
 from vllm_kvcompress.serving.siblings import Siblings
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ SHUTTING_DOWN = "the server is shutting down: ask again, or another server"
 CLOSE = (b"connection", b"close")
 LOOK_S = 0.1  # between two looks whether somebody is still answered
 GONE_S = 1.0  # after an engine's end: what it said last is still on its way
-LEAVE_S = 0.5  # for requests of connections that this process has just accepted
+LEAVE_S = 1.0  # for requests of connections that this process has just accepted
 MARGIN_S = 5.0  # before the parent kills this process, at most half the timeout: who waits is told
 
 logger = logger_for(__name__)
@@ -74,6 +75,7 @@ class Drain:
     def _wait(self, timeout: float, siblings: Siblings) -> None:
         if siblings.anybody_is_gone:  # those that drain have only just heard of it
             logger.error("A process of this server has died: its requests are not waited for")
+            self._leave(siblings)
             return
         deadline = time.monotonic() + max(timeout - MARGIN_S, timeout / 2)
         while (busy := self._busy) and time.monotonic() < deadline:
@@ -82,20 +84,16 @@ class Drain:
                 deadline = min(deadline, time.monotonic() + GONE_S)
         if busy:
             logger.warning("%d requests were not finished in the %d s of shutdown_timeout", busy, timeout)
-        else:
-            self._leave()
+        self._leave(siblings)
+
+    def _leave(self, siblings: Siblings) -> None:
+        Listening(getattr(self._state, "server", None)).leave(siblings.servers_gone, LEAVE_S)
 
     def _close_connections(self) -> None:
         """Tell clients with every answer from now on that their connection ends."""
         if (server := getattr(self._state, "server", None)) is not None:
             server.server_state.default_headers.append(CLOSE)
             server.config.encoded_headers.append(CLOSE)  # of which uvicorn makes those anew every second
-
-    def _leave(self) -> None:
-        """Leave new connections to the others; answer those that were accepted."""
-        for task in tuple(getattr(getattr(self._state, "server", None), "_accept_tasks", ())):
-            task.get_loop().call_soon_threadsafe(task.cancel)
-        time.sleep(LEAVE_S)
 
     @property
     def _busy(self) -> int:

@@ -5,7 +5,7 @@ import os
 import psutil
 from vllm import envs
 
-_ENGINE, _SERVER = "EngineCore", "APIServer"  # vLLM's titles of processes
+_ENGINE, _SERVER = "EngineCore", "APIServer_"  # vLLM's titles of processes
 
 
 class Siblings:
@@ -25,8 +25,11 @@ class Siblings:
             found = [] if parent is None else parent.children()
         except psutil.Error:  # the parent has gone
             found = []
-        self._engines = [one for one in found if _is_titled(one, _ENGINE)]
-        self._servers = [one for one in found if _is_titled(one, _SERVER) and one.pid != os.getpid()]
+        self._engines = [one for one in found if _title(one).startswith(_ENGINE)]
+        self._servers = [
+            (one, int(index)) for one in found
+            if one.pid != os.getpid() and (index := _title(one).removeprefix(_SERVER)).isdecimal()
+        ]  # fmt: skip
 
     @property
     def engine_is_gone(self) -> bool:
@@ -36,14 +39,22 @@ class Siblings:
     @property
     def anybody_is_gone(self) -> bool:
         """Whether an engine or an API server has ended."""
-        return self.engine_is_gone or any(map(_is_gone, self._servers))
+        return self.engine_is_gone or bool(self.servers_gone)
+
+    @property
+    def servers_gone(self) -> set[int]:
+        """Indexes of the API servers that have ended."""
+        return {index for one, index in self._servers if _is_gone(one)}
 
 
-def _is_titled(process: psutil.Process, title: str) -> bool:
+def _title(process: psutil.Process) -> str:
+    """Without the prefix that all of a server have; "" for one of another kind."""
+    prefix = f"{envs.VLLM_PROCESS_NAME_PREFIX}::"
     try:
-        return " ".join(process.cmdline()).startswith(f"{envs.VLLM_PROCESS_NAME_PREFIX}::{title}")
+        line = " ".join(process.cmdline()).strip()
     except psutil.Error:
-        return False
+        return ""
+    return line.removeprefix(prefix) if line.startswith(prefix) else ""
 
 
 def _is_gone(process: psutil.Process) -> bool:
