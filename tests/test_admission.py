@@ -318,7 +318,9 @@ def test_only_token_prompts_are_generated_from(asked):
 def test_ids_are_the_vocabularys(token):
     """Of text too: an engine that looks such a token up dies."""
     for prompt in ([1, token], [token, *PROMPT], [token]):
-        with pytest.raises(VLLMValidationError, match="outside the vocabulary: use ids from 0 to 499") as raised:
+        with pytest.raises(
+            VLLMValidationError, match="outside the vocabulary: use ids from 0 to 499"
+        ) as raised:
             admit_request(request(SamplingParams(), prompt), MODEL, CONTEXT)
         assert raised.value.parameter == "prompt"
     admit_request(request(SamplingParams(), [1, 299]), MODEL, CONTEXT)

@@ -31,10 +31,16 @@ def rope(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"max_position_embeddings": 1 << 24}, f"max_position_embeddings must be a number from 1 to {1 << 19},"),
+        (
+            {"max_position_embeddings": 1 << 24},
+            f"max_position_embeddings must be a number from 1 to {1 << 19},",
+        ),
         (rope(factor=1e6), "rope_parameters.factor must be a number from 1 to"),
-        (rope(rope_type="yarn", original_max_position_embeddings=64, factor=1e6), "factor must be a number from"),
-        (rope(rope_type="llama3", factor=-1.0), "rope_parameters.factor must be a number from 1 to 524288"),
+        (
+            rope(rope_type="yarn", original_max_position_embeddings=64, factor=1e6),
+            "factor must be a number from",
+        ),
+        (rope(rope_type="ntk", factor=1e9), "rope_parameters.factor must be a number from 1 to 524288"),
         (rope(rope_dim=1 << 40), "rope_parameters.rope_dim must be a number from 1 to"),
         (
             rope(rope_type="yarn", original_max_position_embeddings=1 << 40),

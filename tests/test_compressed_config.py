@@ -149,7 +149,10 @@ def test_a_bad_setting_is_one_line(section: dict[str, Any], match: str) -> None:
         ),
         ({"KV-Compress": {}}, r"did you mean kvcompress\?$"),
         ({"kvcompression": {}}, r"did you mean kvcompress\?$"),
-        ({"vllm_kvcompress": {"budget": 0.1}}, r"^additional_config has 'vllm_kvcompress' .* mean kvcompress\?$"),
+        (
+            {"vllm_kvcompress": {"budget": 0.1}},
+            r"^additional_config has 'vllm_kvcompress' .* mean kvcompress\?$",
+        ),
         ({"vllm-kvcompress": {}}, r"did you mean kvcompress\?$"),
         ({"compress": {"budget": 0.1}}, r"^additional_config has 'compress' .*; did you mean kvcompress\?$"),
         ({"compression": {"Head-Profile": "x"}}, r"did you mean kvcompress\?$"),

@@ -284,7 +284,7 @@ def test_an_engine_of_its_own_finishes_by_itself(told: list[str]) -> None:
 
 
 async def test_who_waits_for_an_engine_that_was_stopped_is_told() -> None:
-    """vLLM cancels what hands answers out, and says nothing: on the event loop, from the launcher's thread."""
+    """vLLM cancels what hands answers out, and says nothing; it does so in a thread of the launcher's."""
     engine, waits = Shared(owner=True, timeout=0), asyncio.get_running_loop().create_future()
     engine.output_processor = SimpleNamespace(propagate_error=waits.set_result)  # type: ignore[attr-defined]
     engine.output_handler = asyncio.create_task(asyncio.sleep(60))  # type: ignore[attr-defined]
@@ -294,7 +294,9 @@ async def test_who_waits_for_an_engine_that_was_stopped_is_told() -> None:
     engine.output_handler.cancel()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("code", "lasts", "crashed"), [(-9, 0, True), (1, 0, True), (0, 0, False), (-9, 0.2, False)])
+@pytest.mark.parametrize(
+    ("code", "lasts", "crashed"), [(-9, 0, True), (1, 0, True), (0, 0, False), (-9, 0.2, False)]
+)
 def test_an_engine_of_its_own_that_dies_while_it_drains(
     code: int, lasts: float, crashed: bool, told: list[str]
 ) -> None:

@@ -159,9 +159,7 @@ def test_what_decides_logits_is_in_the_fingerprint(config, stored):
     for part in ("nothing", "gen_head", "gen_head_proj", "gen_embed", "gen_aligner", "lm_head"):
         model = Model(config)
         own = {name: canonical_name(name) or "" for name in stored}
-        changed = {
-            name: tensor + 1e-2 * own[name].startswith(f"{part}.") for name, tensor in stored.items()
-        }
+        changed = {name: tensor + 1e-2 * own[name].startswith(f"{part}.") for name, tensor in stored.items()}
         load_weights(model, changed.items())
         found[part] = model.fingerprint
     assert found["lm_head"] == found["nothing"]

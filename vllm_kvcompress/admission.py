@@ -266,7 +266,9 @@ def admit_request(
     if params is None or ids is None or request.prompt_embeds is not None:
         raise BadParameter("prompt", "this model takes token prompts and generates only")
     if ids and not 0 <= min(ids) <= max(ids) < model.vocab:
-        raise BadParameter("prompt", f"a token id is outside the vocabulary: use ids from 0 to {model.vocab - 1}")
+        raise BadParameter(
+            "prompt", f"a token id is outside the vocabulary: use ids from 0 to {model.vocab - 1}"
+        )
     if getattr(request, "mm_features", None) and model.is_begun(ids, model.prefix_length(ids)):
         raise BadParameter(
             "image_url", "a picture is drawn from text alone: leave out the pictures in the prompt"

@@ -20,7 +20,7 @@ def text_room(vllm_config: "VllmConfig") -> int | None:
 
 
 def check_room(length: int, max_tokens: int | None, room: int) -> None:
-    """Raise BadParameter for a prompt of ``length`` tokens and an answer that ``room`` tokens could never hold."""
+    """Raise BadParameter where ``room`` could never hold a prompt of ``length`` tokens and its answer."""
     if length + (max_tokens or 1) <= room:
         return
     more = "or give the cache more memory (--kv-cache-memory-bytes, --gpu-memory-utilization)"

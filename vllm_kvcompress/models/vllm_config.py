@@ -10,7 +10,15 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress import last_word, patches, served
-from vllm_kvcompress.config import FP8, KEY, PROFILED, CompressionConfig, is_compressed, parse_config, pixels_of
+from vllm_kvcompress.config import (
+    FP8,
+    KEY,
+    PROFILED,
+    CompressionConfig,
+    is_compressed,
+    parse_config,
+    pixels_of,
+)
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.checkpoint import check_files
 from vllm_kvcompress.models.config import ModelSettings, text_vocab_size
@@ -229,6 +237,4 @@ def resolve_tokens(model_config: "ModelConfig", settings: ModelSettings) -> None
             )
         defaults["top_k"] = max(top_k, 0)
     # As vLLM's front ends read it, once: they fill it in, and a picture is no shorter for it.
-    store_defaults(
-        model_config.hf_config, defaults, model_config.get_diff_sampling_param().get("max_tokens")
-    )
+    store_defaults(model_config.hf_config, defaults, model_config.get_diff_sampling_param().get("max_tokens"))

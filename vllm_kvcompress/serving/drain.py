@@ -46,8 +46,8 @@ class Drain:
 
     The engine sees to that where it is this process's own; one that shares its engine waits for its answers
     before it ends, until ``--shutdown-timeout`` is nearly over, or an engine is gone. It does not wait where
-    the signal comes of a crash. Without such a timeout nothing is waited for. Who is left without an answer is
-    told to ask again.
+    the signal comes of a crash. Without such a timeout nothing is waited for. Who is left without an answer
+    is told to ask again.
 
     Parameters
     ----------
