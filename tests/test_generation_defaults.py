@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from inprocess import Engine, in_process  # noqa: F401
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 SMALL = {"max_model_len": 128, "kvcompress": {"preset": "full"}}
 """A preset without head types: calibration draws at the checkpoint's own guidance too."""
@@ -47,7 +48,7 @@ def test_the_servers_limit_of_texts_is_none_of_pictures(checkpoints: dict[str, P
     prompt = engine.prompt("a red bird")
     (picture,) = engine.draw([prompt], SamplingParams(temperature=0.0, max_tokens=9))
     assert len(picture) == engine.image.raster.tokens > 9
-    with pytest.raises(ValueError, match="max_tokens is 8, but the picture takes"):
+    with pytest.raises(VLLMValidationError, match="max_tokens is 8, but the picture takes"):
         engine.draw([prompt], SamplingParams(temperature=0.0, max_tokens=8))
     (text,) = engine.draw([prompt[:-1]], SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True))
     assert len(text) == 9

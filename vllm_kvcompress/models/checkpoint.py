@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_kvcompress.models.config import head_size, patch_of, text_vocab_size
+from vllm_kvcompress.models.packed import LINEAR
 from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.models.vision_sizes import described, is_vision
-from vllm_kvcompress.models.weights import LINEAR, CheckpointError, Ledger
+from vllm_kvcompress.models.weights import CheckpointError, Ledger
 from vllm_kvcompress.policy.raster import Raster
 
 if TYPE_CHECKING:

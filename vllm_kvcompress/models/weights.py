@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_kvcompress.models.config import head_size
 from vllm_kvcompress.models.fingerprint import Fingerprint
+from vllm_kvcompress.models.packed import LINEAR, quantised_tensors
 from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.models.vision_sizes import NO_PICTURES, is_vision, vision_name, vision_shapes
 from vllm_kvcompress.models.vq import IN_VQ, PictureDecoder, vq_name
@@ -33,14 +33,6 @@ _RENAME = (
 )
 _ROPE = re.compile(r"rotary_emb\.inv_freq$")  # tables that old checkpoints carry
 _FLOW = re.compile(r"^vision_gen_(?:enc|dec)_")
-# vLLM's layers of a decoder layer, and the checkpoint's that each holds.
-LINEAR = re.compile(r"^(?P<layer>language_model\.layers\.\d+)\.(?:self_attn|mlp)\.\w+_proj\.")
-_FUSED = {
-    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "self_attn.o_proj": ("o_proj",),
-    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
-    "mlp.down_proj": ("down_proj",),
-}
 _WITHOUT = f"; {NO_PICTURES} serves the model without pictures in chats"
 
 
@@ -204,25 +196,6 @@ class Ledger:
             )
         if self._vq is not None:
             self._vq.check_missing(self._seen_vq)
-
-
-def quantised_tensors(model: "BranchedImageModel") -> dict[str, set[str]]:
-    """Canonical name of a weight that the served layers hold quantised -> its tensors' names instead.
-
-    What they are called and how they are shaped is vLLM's matter: its own loaders check them.
-    """
-    found: dict[str, set[str]] = {}
-    for number, layer in enumerate(getattr(model.language_model, "layers", ())):
-        for path, parts in _FUSED.items():
-            linear = layer.get_submodule(path)
-            if isinstance(linear.quant_method, UnquantizedLinearMethod):
-                continue
-            owner = path.rpartition(".")[0]
-            held = [name for name, _ in linear.named_parameters(recurse=False) if name != "bias"]
-            for part in parts:
-                whole = f"language_model.layers.{number}.{owner}.{part}"
-                found[f"{whole}.weight"] = {f"{whole}.{name}" for name in held}
-    return found
 
 
 def fold_image_embedding(tensors: dict[str, Tensor]) -> Tensor:
