@@ -12,6 +12,7 @@ from PIL import Image
 from vllm import LLM, SamplingParams
 
 from vllm_kvcompress.models.registry import family_of, image_model
+from vllm_kvcompress.room import sharing
 
 
 def main(
@@ -39,7 +40,7 @@ def main(
         attention_backend="kvcompress" if compressed else None,
         enforce_eager=True,
         max_num_seqs=1,
-        **room,
+        **sharing(room),
     )
     image = image_model(llm.model_config)
     try:

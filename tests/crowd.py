@@ -136,6 +136,11 @@ class Writer:
         with httpx.Client(timeout=limit_s) as client:
             self._answer = client.post(f"{url}/v1/completions", json=asked, extensions=told).json()
 
+    def hear(self) -> dict[str, Any]:
+        """The whole answer."""
+        self._thread.join()
+        return self._answer
+
     def wait(self) -> int:
         """Tokens that it was answered with."""
         self._thread.join()

@@ -72,6 +72,9 @@ class FakeEngine:
         if self.admission_error:
             raise self.admission_error
 
+    def shutdown(self, timeout=None):
+        pass
+
     async def is_tracing_enabled(self):
         return False
 

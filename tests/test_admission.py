@@ -121,6 +121,17 @@ def test_vllms_own_max_tokens_is_no_wish():
     assert admitted(PROMPT, max_tokens=16).max_tokens == 30
 
 
+def test_the_servers_own_max_tokens_is_no_wish():
+    """It is filled in where a client says nothing, and caps what others say."""
+    params = SamplingParams(max_tokens=20)
+    admit(list(PROMPT), params, MODEL, CONTEXT, default=20)
+    assert params.max_tokens == 30
+    with pytest.raises(VLLMValidationError, match="max_tokens is 19, but the picture takes 30"):
+        admit(list(PROMPT), SamplingParams(max_tokens=19), MODEL, CONTEXT, default=20)
+    with pytest.raises(VLLMValidationError, match="60 tokens of a text request"):  # of a text it is one
+        admit([1, 50], SamplingParams(max_tokens=70), MODEL, CONTEXT, room=60, default=70)
+
+
 def test_beam_search_is_refused():
     """It asks for one token at a time, and would be given pictures."""
     assert "beam search" in str(refusal(max_tokens=1, logprobs=2, detokenize=False))
@@ -301,6 +312,18 @@ def request(params=None, ids=PROMPT, embeds=None, resumable=False):
 def test_only_token_prompts_are_generated_from(asked):
     with pytest.raises(VLLMValidationError, match="takes token prompts and generates only"):
         admit_request(asked, MODEL, CONTEXT)
+
+
+@pytest.mark.parametrize("token", [-1, 500, 2**40])
+def test_ids_are_the_vocabularys(token):
+    """Of text too: an engine that looks such a token up dies."""
+    for prompt in ([1, token], [token, *PROMPT], [token]):
+        with pytest.raises(
+            VLLMValidationError, match="outside the vocabulary: use ids from 0 to 499"
+        ) as raised:
+            admit_request(request(SamplingParams(), prompt), MODEL, CONTEXT)
+        assert raised.value.parameter == "prompt"
+    admit_request(request(SamplingParams(), [1, 299]), MODEL, CONTEXT)
 
 
 def test_pictures_are_not_asked_for_in_parts():

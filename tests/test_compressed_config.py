@@ -34,6 +34,8 @@ def test_every_setting_has_a_default() -> None:
     assert parsed(preset="line_ar", budget=0.1667, anchor_tokens=24).policy.anchor_tokens == 24
     assert all(parsed(preset=preset).policy.preset == preset for preset in PRESETS)
     assert parsed(budget="auto", tolerance=0.01, max_types=3).policy.budget == "auto"
+    # What does nothing, and says nothing else than the preset does.
+    assert not parsed(preset="line_ar", head_profile="auto", recalibrate=False, threshold=None).recalibrate
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,23 @@ def test_every_setting_has_a_default() -> None:
             r"^head_types: unknown 'fitted'; one of profile, semantic",
         ),
         ({"threshold": 0.5}, r"kvcompress.threshold: preset fitted has no locality threshold"),
+        (
+            {"threshold": 0.5, "preset": "full"},
+            r"kvcompress.threshold: preset full has no locality threshold; leave it out, or set preset to",
+        ),
+        ({"threshold": 0.5, "preset": "ssd", "head_types": "semantic"}, r": head_types semantic has no loc"),
+        (
+            {"head_profile": "/nope.json", "preset": "line_ar"},
+            r"kvcompress.head_profile: preset line_ar needs no head profile; leave .* decoupled or fitted$",
+        ),
+        (
+            {"recalibrate": True, "preset": "h2o"},
+            r"kvcompress.recalibrate: preset h2o needs no head profile; leave it out$",
+        ),
+        (
+            {"recalibrate": True, "head_profile": "p.json"},
+            r"kvcompress.recalibrate: the file that head_profile names .*; leave one of the two out$",
+        ),
         ({"max_types": 7}, r"kvcompress.max_types: .*less than or equal to 6, got 7$"),
         (
             {"max_types": 2, "preset": "ssd"},
@@ -130,6 +149,16 @@ def test_a_bad_setting_is_one_line(section: dict[str, Any], match: str) -> None:
         ),
         ({"KV-Compress": {}}, r"did you mean kvcompress\?$"),
         ({"kvcompression": {}}, r"did you mean kvcompress\?$"),
+        (
+            {"vllm_kvcompress": {"budget": 0.1}},
+            r"^additional_config has 'vllm_kvcompress' .* mean kvcompress\?$",
+        ),
+        ({"vllm-kvcompress": {}}, r"did you mean kvcompress\?$"),
+        ({"compress": {"budget": 0.1}}, r"^additional_config has 'compress' .*; did you mean kvcompress\?$"),
+        ({"compression": {"Head-Profile": "x"}}, r"did you mean kvcompress\?$"),
+        ({"Budget": 0.1}, r'has .Budget. beside kvcompress; write \{"kvcompress": \{"budget": \.\.\.\}\}$'),
+        ({"headProfile": "x"}, r'; write \{"kvcompress": \{"head_profile": \.\.\.\}\}$'),
+        ({"max-types": 2}, r'; write \{"kvcompress": \{"max_types": \.\.\.\}\}$'),
     ],
 )
 def test_a_key_in_the_wrong_place_is_one_line(config: dict[str, Any], match: str) -> None:

@@ -281,3 +281,36 @@ def test_an_engine_of_its_own_finishes_by_itself(told: list[str]) -> None:
     assert not told
     with pytest.raises(RetryableRequestError, match=drain.SHUTTING_DOWN):
         engine.check_admission()
+
+
+async def test_who_waits_for_an_engine_that_was_stopped_is_told() -> None:
+    """vLLM cancels what hands answers out, and says nothing; it does so in a thread of the launcher's."""
+    engine, waits = Shared(owner=True, timeout=0), asyncio.get_running_loop().create_future()
+    engine.output_processor = SimpleNamespace(propagate_error=waits.set_result)  # type: ignore[attr-defined]
+    engine.output_handler = asyncio.create_task(asyncio.sleep(60))  # type: ignore[attr-defined]
+    await asyncio.to_thread(engine.shutdown, 0)
+    told = await asyncio.wait_for(waits, 1)
+    assert (str(told), told.http_status) == (drain.SHUTTING_DOWN, 503)
+    engine.output_handler.cancel()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("code", "lasts", "crashed"), [(-9, 0, True), (1, 0, True), (0, 0, False), (-9, 0.2, False)]
+)
+def test_an_engine_of_its_own_that_dies_while_it_drains(
+    code: int, lasts: float, crashed: bool, told: list[str]
+) -> None:
+    """Its process fails before its time is over; after that it is vLLM that kills it."""
+    engine, heard = Shared(owner=True), []
+    del engine.shutdown  # the class's
+    ended: dict[str, int] = {}
+    engine.engine_core.resources.engine_manager = SimpleNamespace(finished_procs=lambda: ended)
+
+    def shutdown(timeout: float | None = None) -> None:
+        time.sleep(lasts)
+        ended["EngineCore"] = code
+
+    engine.shutdown = shutdown  # type: ignore[method-assign]
+    drain.Drain(engine, engine.state, lambda: heard.append(True))  # type: ignore[arg-type]
+    engine.shutdown(timeout=0.1)
+    assert bool(heard) == crashed == bool(told)

@@ -80,6 +80,8 @@ def test_what_no_front_end_has_looked_at(engine: Engine) -> None:
         new(good, n=3),
         new([*good, *([image] * TOKENS)]),
         new(good, stop_token_ids=list(range(image, image + 200))),
+        new([1, 50, engine.image.vocab]),
+        new([1, -5, 50]),
     ]
     if engine.section:
         bad.append(new([1, 50, 51], max_tokens=10**6))  # a text that no pool can hold

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from inprocess import Engine, in_process  # noqa: F401
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 SMALL = {"max_model_len": 128, "kvcompress": {"preset": "full"}}
 """A preset without head types: calibration draws at the checkpoint's own guidance too."""
@@ -38,3 +39,16 @@ def test_a_scale_out_of_range_is_refused(checkpoints: dict[str, Path], tmp_path:
     model = with_guidance(checkpoints["tiny-hf"], tmp_path / "own", scale)
     with pytest.raises(ValueError, match=r"generation_config\.json: guidance_scale"):
         Engine(model, **SMALL)
+
+
+def test_the_servers_limit_of_texts_is_none_of_pictures(checkpoints: dict[str, Path]) -> None:
+    """vLLM's routes fill it in, or lower a request's own to it: who says that number gets the picture."""
+    limited = {**SMALL, "override_generation_config": {"max_new_tokens": 9}}
+    engine = Engine.get(checkpoints["tiny-hf"], **limited)
+    prompt = engine.prompt("a red bird")
+    (picture,) = engine.draw([prompt], SamplingParams(temperature=0.0, max_tokens=9))
+    assert len(picture) == engine.image.raster.tokens > 9
+    with pytest.raises(VLLMValidationError, match="max_tokens is 8, but the picture takes"):
+        engine.draw([prompt], SamplingParams(temperature=0.0, max_tokens=8))
+    (text,) = engine.draw([prompt[:-1]], SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True))
+    assert len(text) == 9

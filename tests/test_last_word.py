@@ -1,5 +1,6 @@
 """Why a server did not start is the last line that it prints."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import preloaded
 import pytest
+
+from vllm_kvcompress import last_word
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 
@@ -45,13 +48,33 @@ with patch.object(EngineCoreProc, "__init__", side_effect=ValueError("No memory,
 """
 
 
-def test_what_vllms_engine_has_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "kept", "line"),
+    [
+        ("ValueError", "", "No memory, none at all"),
+        ("RuntimeError", "", "RuntimeError: No memory,"),
+        ("RuntimeError", "a worker's reason", "a worker's reason"),
+    ],
+)
+def test_what_vllms_engine_has_found(tmp_path: Path, kind: str, kept: str, line: str) -> None:
     """In a process of its own: it logs what it has raised, of which vLLM's front end does not know."""
     reason = tmp_path / "reason"
+    reason.write_text(kept)
     env = {**os.environ, "REASON": str(reason)}
-    done = preloaded.run([sys.executable, "-c", ENGINE], env=env, timeout=60)
+    done = preloaded.run([sys.executable, "-c", ENGINE.replace("ValueError", kind)], env=env, timeout=60)
     assert "EngineCore failed to start" in done.stdout + done.stderr
-    assert reason.read_text() == "No memory, none at all"
+    assert reason.read_text() == line
+
+
+def test_errors_of_a_server_that_runs_are_no_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(last_word._FILE, str(tmp_path / "reason"))
+    record = logging.makeLogRecord({"msg": "EngineCore encountered a fatal error."})
+    record.exc_info = (RuntimeError, RuntimeError("no memory"), None)
+    last_word._Logged().emit(record)
+    assert not last_word._kept()
+    record.msg = "WorkerProc failed to start."
+    last_word._Logged().emit(record)
+    assert last_word._kept() == "RuntimeError: no memory"
 
 
 SCRIPT = """

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from vllm_kvcompress import cli
 from vllm_kvcompress.eval import engine
 from vllm_kvcompress.eval.engine import Room
+from vllm_kvcompress.room import SHARE, sharing
 
 OFFLINE = Path(__file__).parents[1] / "examples" / "offline.py"
 GIVEN = [
@@ -35,6 +36,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr("vllm.LLM", llm)
     return settings
+
+
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def memory(settings: dict[str, Any]) -> dict[str, Any]:
@@ -70,6 +76,26 @@ def test_eval(
     with pytest.raises(Started):
         engine.start("model", {}, 3, room=Room(**given))
     assert memory(asked) == given
+
+
+def test_bytes_alone_do_not_ask_for_most_of_a_gpu(
+    asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """vLLM wants a share of it to be free, whatever the bytes: a server may have the rest."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (_, share), (_, size) = GIVEN
+    assert sharing(share) == share
+    assert sharing({}) == {}
+    assert sharing(size) == {**size, "gpu_memory_utilization": SHARE}
+    both = {**size, **share}
+    assert sharing(both) == both
+    profile = str(tmp_path / "profile.json")
+    CliRunner().invoke(cli.app, ["calibrate", "model", "-o", profile])
+    assert memory(asked) == {"kv_cache_memory_bytes": 2**30, "gpu_memory_utilization": SHARE}
+    monkeypatch.setattr(engine, "_sizes", lambda model, size: (100, 64))
+    with pytest.raises(Started):
+        engine.start("model", {}, 3, room=Room(**size))
+    assert memory(asked) == {**size, "gpu_memory_utilization": SHARE}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's default is vLLM's own")

@@ -89,6 +89,7 @@ def test_a_profile_of_format_1_is_read_as_what_it_is() -> None:
         ({"kv_heads": 2, "scores": [[0.1, 0.2], [0.3, 0.4]]}, r"curves: of 2 layers with 6 cache heads, but"),
         ({"curves": {"line": 8}}, r"curves: "),
         ({"curves": CURVES.dump() | {"losses": [[[-1.0]]]}}, r"curves: losses \[1, 1, 1\] for"),
+        ({"curves": CURVES.dump() | {"losses": [[[10**400]]]}}, r"curves: int too large"),
     ],
 )
 def test_bad_curves_are_one_line(tmp_path: Path, change: dict, match: str) -> None:
@@ -136,10 +137,12 @@ def test_a_profile_of_another_model_is_refused() -> None:
         {"model_hash": "of another model"},
         {"layers": 1, "scores": [[0.1, 0.3, 0.9]]},
         {"kv_heads": 1, "scores": [[0.1], [0.0]]},
+        FITTED | {"curves": CURVES.dump() | {"losses": [[[10**400]]]}},
+        {"scores": [[10**400] * 3] * 2},
         "[]",
         "",
     ],
-    ids=["model", "layers", "heads", "list", "empty"],
+    ids=["model", "layers", "heads", "loss", "score", "list", "empty"],
 )
 def test_a_cached_profile_of_no_use_is_measured_again(
     left: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,8 +14,9 @@ from transformers import AutoConfig
 from vllm import SamplingParams
 
 from vllm_kvcompress.models.checkpoint import header
+from vllm_kvcompress.models.packed import quantised_tensors
 from vllm_kvcompress.models.registry import ARCHITECTURES, FAMILIES
-from vllm_kvcompress.models.weights import CheckpointError, Ledger, quantised_tensors
+from vllm_kvcompress.models.weights import CheckpointError, Ledger
 from vllm_kvcompress.testing.checkpoints import GQA, make_checkpoint
 from vllm_kvcompress.testing.emu3 import make_emu3
 from vllm_kvcompress.testing.quantised import FORMS, quantise

@@ -128,8 +128,14 @@ def test_a_crash_is_told_to_everybody(start: Callable[..., Server], name: str) -
 def test_a_server_that_is_stopped_leaves_nobody_hanging(start: Callable[..., Server]) -> None:
     server = start("stop", *COMPRESSED)
     with crowded(server) as (crowd, before, process):
+        words = Writer(server.url)
+        time.sleep(0.3)  # taken in
         process.send_signal(signal.SIGTERM)
-        told_in_time(crowd, before, time.monotonic())
+        stopped = time.monotonic()
+        told_in_time(crowd, before, stopped)
+        answer = words.hear()  # vLLM's own routes too
+        assert answer.get("error", {}).get("message") == SHUTTING_DOWN, answer
+        assert time.monotonic() - stopped < CLEAN_S
         assert exit_status(server) == 0
 
 

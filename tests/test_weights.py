@@ -153,6 +153,19 @@ def test_layouts_have_one_fingerprint_and_other_weights_have_not(tmp_path_factor
     assert len(prints[0]) == 16
 
 
+def test_what_decides_logits_is_in_the_fingerprint(config, stored):
+    """Heads of two such checkpoints see other pictures; a text's head is of no matter to them."""
+    found = {}
+    for part in ("nothing", "gen_head", "gen_head_proj", "gen_embed", "gen_aligner", "lm_head"):
+        model = Model(config)
+        own = {name: canonical_name(name) or "" for name in stored}
+        changed = {name: tensor + 1e-2 * own[name].startswith(f"{part}.") for name, tensor in stored.items()}
+        load_weights(model, changed.items())
+        found[part] = model.fingerprint
+    assert found["lm_head"] == found["nothing"]
+    assert len(set(found.values())) == 5
+
+
 def test_image_embedding_is_folded_before_the_cast(config, stored):
     """In bfloat16 the table is float32's, rounded once: aligning bfloat16 embeddings is not as close."""
     exact = Model(config)

@@ -11,13 +11,13 @@ need when it is admitted, so what could never have it is refused.
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvcompress.config import KEY, Limits, is_compressed
+from vllm_kvcompress.config import KEY, Limits
 from vllm_kvcompress.models.config import ImageModel
 from vllm_kvcompress.refusal import BadParameter
 from vllm_kvcompress.rows import NEGATIVE_IDS, GuidanceParams
+from vllm_kvcompress.text_room import check_room
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
 NOT_GIVEN = 16  # SamplingParams' and completions' own ``max_tokens``: who does not set it means the picture
@@ -81,6 +81,7 @@ def admit(
     *,
     room: int | None = None,
     limits: Limits | None = None,
+    default: int | None = None,
 ) -> None:
     """Check a generation request and fix its length; ``params`` is the request's own copy.
 
@@ -93,6 +94,8 @@ def admit(
         vLLM sees to that.
     limits : Limits, optional
         The server's; by default the defaults.
+    default : int, optional
+        ``max_tokens`` that the server fills in, and caps what requests say with: no wish of theirs either.
 
     Raises
     ------
@@ -102,7 +105,7 @@ def admit(
     drawn = drawn_in_prompt(prompt_ids, model)
     if drawn is None:
         if room is not None:
-            _check_room(len(prompt_ids), params.max_tokens, room)
+            check_room(len(prompt_ids), params.max_tokens, room)
         return
     prefix = len(prompt_ids) - drawn
     size = model.size_of(prompt_ids, prefix)
@@ -111,7 +114,7 @@ def admit(
     scoring = params.prompt_logprobs is not None
     remaining = _remaining(len(prompt_ids), drawn, model, max_model_len, scoring)
     _check_limits(prefix, params.n, limits or Limits())
-    _check_params(params, remaining, model)
+    _check_params(params, remaining, model, default)
     _check_guidance(params, prefix, model)
     params.max_tokens = remaining
     params.min_tokens = 0
@@ -142,34 +145,6 @@ def _remaining(length: int, drawn: int, model: ImageModel, max_model_len: int, s
     return remaining
 
 
-def text_room(vllm_config: "VllmConfig") -> int | None:
-    """``room`` of `admit` for the engine behind a front end; None where vLLM's own cache serves.
-
-    The scheduler has worked it out (`scheduler.ImageScheduler`), and vLLM has told its front ends.
-    """
-    if not is_compressed(vllm_config):
-        return None
-    return vllm_config.cache_config.kv_cache_size_tokens or vllm_config.model_config.max_model_len
-
-
-def _check_room(length: int, max_tokens: int | None, room: int) -> None:
-    if length + (max_tokens or 1) <= room:
-        return
-    more = "or give the cache more memory (--kv-cache-memory-bytes, --gpu-memory-utilization)"
-    if length >= room:
-        raise BadParameter(
-            "prompt",
-            f"the prompt has {length} tokens, and the cache holds {room} of a text request, the answer "
-            f"included: shorten it, {more}",
-        )
-    raise BadParameter(
-        "max_tokens",
-        f"max_tokens is {max_tokens} (left out, it is what the context leaves), but the cache holds {room} "
-        f"tokens of a text request, {length} of them the prompt's: set max_tokens to {room - length} or "
-        f"less, {more}",
-    )
-
-
 def _check_limits(prefix: int, pictures: int, limits: Limits) -> None:
     for parameter, name, value, unit in (
         ("prompt", "prompt_tokens", prefix, "tokens"), ("n", "pictures", pictures, "pictures")
@@ -182,11 +157,14 @@ def _check_limits(prefix: int, pictures: int, limits: Limits) -> None:
             )
 
 
-def _check_params(params: "SamplingParams", remaining: int, model: ImageModel) -> None:
-    if params.max_tokens is not None and params.max_tokens < remaining and params.max_tokens != NOT_GIVEN:
+def _check_params(
+    params: "SamplingParams", remaining: int, model: ImageModel, default: int | None = None
+) -> None:
+    wished = None if params.max_tokens in (NOT_GIVEN, default) else params.max_tokens
+    if wished is not None and wished < remaining:
         raise BadParameter(
             "max_tokens",
-            f"max_tokens is {params.max_tokens}, but the picture takes {remaining}: leave it out, or set it "
+            f"max_tokens is {wished}, but the picture takes {remaining}: leave it out, or set it "
             f"to {remaining} or more (beam search sets it to 1: pictures can't be searched for)",
         )
     for name in WORDS_ONLY:
@@ -278,6 +256,7 @@ def admit_request(
     *,
     room: int | None = None,
     limits: Limits | None = None,
+    default: int | None = None,
 ) -> None:
     """``admit`` for an ``EngineCoreRequest`` or a scheduler's ``Request``.
 
@@ -286,6 +265,10 @@ def admit_request(
     ids, params = request.prompt_token_ids, request.sampling_params
     if params is None or ids is None or request.prompt_embeds is not None:
         raise BadParameter("prompt", "this model takes token prompts and generates only")
+    if ids and not 0 <= min(ids) <= max(ids) < model.vocab:
+        raise BadParameter(
+            "prompt", f"a token id is outside the vocabulary: use ids from 0 to {model.vocab - 1}"
+        )
     if getattr(request, "mm_features", None) and model.is_begun(ids, model.prefix_length(ids)):
         raise BadParameter(
             "image_url", "a picture is drawn from text alone: leave out the pictures in the prompt"
@@ -295,4 +278,4 @@ def admit_request(
         raise BadParameter("prompt", "a picture's prompt must come whole, not in parts")
     if request.resumable and room is not None:
         raise BadParameter("prompt", "with a compressed cache a prompt must come whole, not in parts")
-    admit(ids, params, model, max_model_len, room=room, limits=limits)
+    admit(ids, params, model, max_model_len, room=room, limits=limits, default=default)

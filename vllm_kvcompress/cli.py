@@ -100,6 +100,7 @@ def _measure(
     from vllm import LLM
 
     from vllm_kvcompress.config import BACKEND, KEY
+    from vllm_kvcompress.room import sharing
 
     section = {"preset": "decoupled", "head_profile": "auto", "recalibrate": force, "size": size}
     room: dict[str, Any] = {}
@@ -114,7 +115,7 @@ def _measure(
         attention_backend=BACKEND,
         additional_config={KEY: section},
         limit_mm_per_prompt={"image": 0},  # no chats here: the vision tower is not needed
-        **room,
+        **sharing(room),
     )
     try:
         for asked in [[], budgets] if budgets else [[]]:

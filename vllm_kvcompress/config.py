@@ -1,6 +1,7 @@
 """``--additional-config '{"kvcompress": {...}}'``: one frozen model, unknown keys refused."""
 
 import difflib
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 KEY = "kvcompress"
 BACKEND = "kvcompress"
 Choice = Literal["auto", "torch", "cpu", "triton"]  # of kernels
+PROFILED = ("profile", "fitted")  # where head types come from in presets that need a head profile
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of an 8-bit cache of e4m3 numbers
 MAX_WINDOW = 16  # places of a row in one step: lanes of a GPU kernel's matrix unit
 WITH_ANY_CACHE = frozenset(
@@ -147,10 +149,10 @@ def parse_config(additional_config: Any) -> CompressionConfig:
         One line naming the key and the mend.
     """
     given = additional_config if isinstance(additional_config, dict) else {}
-    for name in given:
-        if name in CompressionConfig.model_fields or name in Limits.model_fields:
-            raise ValueError(f"additional_config has {name!r} beside {KEY}; write {_written(name)}")
-        if name != KEY and _is_misspelt(name):
+    for name, value in given.items():
+        if (setting := _SETTINGS.get(_plain(name))) is not None:
+            raise ValueError(f"additional_config has {name!r} beside {KEY}; write {_written(setting)}")
+        if name != KEY and _is_misspelt(name, value):
             raise ValueError(f"additional_config has {name!r} beside {KEY}; did you mean {KEY}?")
     section = given.get(KEY, {})
     if not isinstance(section, dict):
@@ -166,11 +168,7 @@ def parse_config(additional_config: Any) -> CompressionConfig:
         if wrong:
             raise ValueError(f"additional_config.{KEY}.sizes: {mend}")
     policy = config.policy  # raises on a value out of range
-    if policy.types == "fitted" and config.threshold is not None:
-        raise ValueError(
-            f"additional_config.{KEY}.threshold: preset fitted has no locality threshold; leave it out, or "
-            "set preset to decoupled"
-        )
+    _check_profile(config, policy.types)
     for name in ("max_types", "tolerance"):
         if name in section and (policy.types != "fitted" or (name == "tolerance" and policy.budget != AUTO)):
             where = "budget auto" if policy.types == "fitted" else "preset fitted"
@@ -184,10 +182,41 @@ def _written(name: str) -> str:
     return "".join(f'{{"{part}": ' for part in path) + "..." + "}" * len(path)
 
 
-def _is_misspelt(name: Any) -> bool:
-    """Whether a key is meant to be ours; other packages' may speak of compression too."""
-    word = str(name).lower()
-    return word.startswith("kv") and bool(difflib.get_close_matches(word, [KEY], cutoff=0.85))
+def _check_profile(config: CompressionConfig, types: HeadTypes) -> None:
+    """Raise ValueError, one line, for a setting of head profiles that nothing would come of."""
+    preset = f"preset {config.preset}" if config.head_types is None else f"head_types {types}"
+    uses, decoupled = types in PROFILED, "leave it out, or set preset to decoupled"
+    for name, is_idle, mend in (
+        ("threshold", config.threshold is not None and types != "profile",
+         f"{preset} has no locality threshold; {decoupled}"),
+        ("head_profile", config.head_profile != AUTO and not uses,
+         f"{preset} needs no head profile; {decoupled} or fitted"),
+        ("recalibrate", config.recalibrate and not uses,
+         f"{preset} needs no head profile; leave it out"),
+        ("recalibrate", config.recalibrate and config.head_profile != AUTO,
+         "the file that head_profile names is taken as it is; leave one of the two out"),
+    ):  # fmt: skip
+        if is_idle:
+            raise ValueError(f"additional_config.{KEY}.{name}: {mend}")
+
+
+def _plain(name: Any) -> str:
+    """A key without its case, dashes and underscores."""
+    return re.sub(r"[-_\s]", "", str(name).lower())
+
+
+_SETTINGS = {_plain(name): name for name in (*Limits.model_fields, *CompressionConfig.model_fields)}
+
+
+def _is_misspelt(name: Any, value: Any) -> bool:
+    """Whether a key is meant to be ours; other packages' may speak of compression too.
+
+    Theirs are told by what is in them: a section in which all is called as ours is.
+    """
+    word = _plain(name).removeprefix("vllm")
+    ours = isinstance(value, dict) and bool(value) and {_plain(one) for one in value} <= _SETTINGS.keys()
+    close = difflib.get_close_matches(word, [KEY], cutoff=0.75 if ours else 0.85)
+    return bool(close) and (ours or word.startswith("kv"))
 
 
 def _one_line(error: ValidationError) -> str:

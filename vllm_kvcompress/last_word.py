@@ -3,7 +3,8 @@
 vLLM's own last lines are a link to pydantic's documentation, or that the engine failed, "see above", some
 hundred lines up. The reason is kept where it is raised, also in the engine's processes, and printed when the
 exception has ended the process that was started. Ours are kept as they are raised, vLLM's own as its
-processes log them before they end.
+processes log them before they end; of what is no ValueError (memory that is not there) the first, and only
+where a start fails.
 """
 
 import atexit
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 TRACKER_S = 3.0
+_STARTING = "failed to start"  # in what vLLM's engine and workers log then
 _FILE = "KVCOMPRESS_LAST_WORD"  # environment variable: where processes of one server leave the reason
 
 _listening = False
@@ -55,7 +57,7 @@ def listen() -> None:
 
 
 def hear_logs() -> None:
-    """In a server of ours: a ValueError that vLLM logs is a reason, should that end the server."""
+    """In a server of ours: what vLLM logs an exception for is a reason, should that end the server."""
     logger = logging.getLogger("vllm")
     if not any(isinstance(handler, _Logged) for handler in logger.handlers):
         logger.addHandler(_Logged(logging.ERROR))
@@ -71,6 +73,10 @@ class _Logged(logging.Handler):
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, ValueError):
             _keep(_line_of(error))
+        elif error is not None and _STARTING in str(record.msg) and not _kept():
+            # An engine says of a worker's failure only that there was one, after the worker has.
+            said = str(error).strip().splitlines()
+            _keep(_line(": ".join((type(error).__name__, *said[:1]))))
 
 
 def _keep(line: str) -> None:

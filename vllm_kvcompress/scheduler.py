@@ -12,12 +12,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_kvcompress.admission import admit_request, text_room
+from vllm_kvcompress.admission import admit_request
 from vllm_kvcompress.cache.manager import BoundedManager
 from vllm_kvcompress.cache.spec import HeadTypeSpec, longest_text
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.registry import image_model
+from vllm_kvcompress.text_room import text_room
 from vllm_kvcompress.windows.places import DraftPlaces
 
 logger = logger_for(__name__)

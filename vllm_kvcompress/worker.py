@@ -69,13 +69,13 @@ def kvcompress_head_profile(self: Any, budgets: Sequence[float | Literal["auto"]
 
     Raises ValueError, one line, for a budget that no fit meets.
     """
-    from vllm_kvcompress.config import CompressionConfig, parse_config
+    from vllm_kvcompress.config import PROFILED, CompressionConfig, parse_config
     from vllm_kvcompress.models.calibration import shape_of
     from vllm_kvcompress.models.compression import pages_of, profile_of, wanted_of
     from vllm_kvcompress.models.ranks import Ranks
 
     config = parse_config(self.vllm_config.additional_config)
-    if config.policy.types not in ("profile", "fitted"):
+    if config.policy.types not in PROFILED:
         return None
     config = config.model_copy(update={"recalibrate": False})
     model = self.model_runner.get_model()

@@ -4,7 +4,9 @@ By hand: ``make soak``, or ``python -m pytest tests/soak/soak_ends.py``; ``SOAK_
 """
 
 import os
+import signal
 import sys
+import time as clock
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,3 +35,18 @@ def test_crashes_among_several(start: Callable[..., Server], name: str, time: in
 
 def test_stops(start: Callable[..., Server], time: int) -> None:  # noqa: F811
     ends.test_a_server_that_is_stopped_leaves_nobody_hanging(start)
+
+
+def test_crashes_while_draining(start: Callable[..., Server], time: int) -> None:  # noqa: F811
+    """vLLM has told the engine to end, and does not look how it does."""
+    slow = ("--additional-config", '{"kvcompress": {"window": 1}}')
+    server = start(f"drained-{time}", "--shutdown-timeout", "60", *slow)
+    with ends.crowded(server) as (crowd, before, process):
+        engine = ends.child(process, "VLLM::EngineCore")
+        process.send_signal(signal.SIGTERM)
+        clock.sleep(0.5)
+        engine.kill()
+        killed = clock.monotonic()
+        ends.told_in_time(crowd, before, killed)
+        assert ends.exit_status(server) == 1
+        assert clock.monotonic() - killed < 15

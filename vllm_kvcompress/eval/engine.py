@@ -96,6 +96,7 @@ def start(
     from vllm import LLM
 
     from vllm_kvcompress.config import BACKEND, KEY
+    from vllm_kvcompress.room import sharing
 
     length, token = _sizes(model, size)
     settings: dict[str, Any] = {"model": model, "dtype": dtype, "max_num_seqs": pictures}
@@ -105,7 +106,7 @@ def start(
         if not (room or Room()).settings():
             # A CPU would otherwise give vLLM most of the machine's memory.
             settings["kv_cache_memory_bytes"] = (pictures + 1) * length * token
-    settings |= (room or Room()).settings()
+    settings |= sharing((room or Room()).settings())
     return LLM(attention_backend=BACKEND, additional_config={KEY: {**section, "size": size}}, **settings)
 
 

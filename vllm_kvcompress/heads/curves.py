@@ -106,7 +106,7 @@ class LossCurves:
             grid = {"line": fields["line"], "image": fields["image"]}
             candidates = tuple(HeadRule(**grid, **rule) for rule in fields["candidates"])
             losses = np.array(fields["losses"], np.float64)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"curves: {error}") from None
         if not candidates:
             raise ValueError("curves: no candidates")

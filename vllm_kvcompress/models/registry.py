@@ -40,6 +40,7 @@ CHAT_TEMPLATES = {
 }
 
 _DEFAULTS = "kvcompress_defaults"
+_MAX_TOKENS = "kvcompress_max_tokens"
 
 
 def serves(model_config: "ModelConfig") -> bool:
@@ -57,9 +58,21 @@ def family_of(hf_config: "PreTrainedConfig") -> "Family":
     return import_module(module).FAMILY
 
 
-def store_defaults(hf_config: "PreTrainedConfig", defaults: dict[str, Any]) -> None:
-    """Keep what generation_config.json says with the configuration, so that every process has it."""
+def store_defaults(
+    hf_config: "PreTrainedConfig", defaults: dict[str, Any], max_tokens: int | None = None
+) -> None:
+    """Keep what generation_config.json says with the configuration, so that every process has it.
+
+    ``max_tokens``: see `default_max_tokens`.
+    """
     setattr(hf_config, _DEFAULTS, defaults)
+    setattr(hf_config, _MAX_TOKENS, max_tokens)
+
+
+def default_max_tokens(model_config: "ModelConfig") -> int | None:
+    """``max_tokens`` that vLLM's front ends fill in, or cap requests with: generation_config.json's, or
+    ``--override-generation-config``'s ``max_new_tokens``."""
+    return getattr(model_config.hf_config, _MAX_TOKENS, None)
 
 
 def image_model_of(hf_config: "PreTrainedConfig") -> ImageModel:

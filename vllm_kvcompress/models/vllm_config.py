@@ -10,7 +10,15 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress import last_word, patches, served
-from vllm_kvcompress.config import FP8, KEY, CompressionConfig, is_compressed, parse_config, pixels_of
+from vllm_kvcompress.config import (
+    FP8,
+    KEY,
+    PROFILED,
+    CompressionConfig,
+    is_compressed,
+    parse_config,
+    pixels_of,
+)
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.checkpoint import check_files
 from vllm_kvcompress.models.config import ModelSettings, text_vocab_size
@@ -154,7 +162,7 @@ def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> Non
             raise ValueError(f"{error}{of_which}") from None
     text = vllm_config.model_config.hf_config.get_text_config()
     kv_heads = text.num_key_value_heads
-    if config.head_profile != AUTO and config.policy.types in ("profile", "fitted"):
+    if config.head_profile != AUTO and config.policy.types in PROFILED:
         from vllm_kvcompress.heads.profile import HeadProfile  # where such a model is served, not before
 
         profile = HeadProfile.load(config.head_profile)
@@ -228,4 +236,5 @@ def resolve_tokens(model_config: "ModelConfig", settings: ModelSettings) -> None
                 f"generation_config.json: top_k {top_k!r:.40} is not a number from -1 to 2**31 - 1"
             )
         defaults["top_k"] = max(top_k, 0)
-    store_defaults(model_config.hf_config, defaults)
+    # As vLLM's front ends read it, once: they fill it in, and a picture is no shorter for it.
+    store_defaults(model_config.hf_config, defaults, model_config.get_diff_sampling_param().get("max_tokens"))

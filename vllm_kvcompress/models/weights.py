@@ -4,16 +4,16 @@ Every tensor is loaded, knowingly skipped, or named in an error; a missing one o
 clear line. Names: transformers' convert_janus_weights_to_hf.py, read in both directions.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_kvcompress.models.config import head_size
+from vllm_kvcompress.models.fingerprint import Fingerprint
+from vllm_kvcompress.models.packed import LINEAR, quantised_tensors
 from vllm_kvcompress.models.registry import family_of
 from vllm_kvcompress.models.vision_sizes import NO_PICTURES, is_vision, vision_name, vision_shapes
 from vllm_kvcompress.models.vq import IN_VQ, PictureDecoder, vq_name
@@ -33,16 +33,7 @@ _RENAME = (
 )
 _ROPE = re.compile(r"rotary_emb\.inv_freq$")  # tables that old checkpoints carry
 _FLOW = re.compile(r"^vision_gen_(?:enc|dec)_")
-# vLLM's layers of a decoder layer, and the checkpoint's that each holds.
-_LINEAR = re.compile(r"^language_model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.")
-_FUSED = {
-    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "self_attn.o_proj": ("o_proj",),
-    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
-    "mlp.down_proj": ("down_proj",),
-}
 _WITHOUT = f"; {NO_PICTURES} serves the model without pictures in chats"
-_SAMPLED = 4096  # numbers of a tensor that its fingerprint looks at
 
 
 class CheckpointError(ValueError):
@@ -141,9 +132,9 @@ class Ledger:
         self._shapes, self._vq, self._vision = self._family.shapes(config), vq, vision
         self._loose = packed is None and bool(getattr(config, "quantization_config", None))
         self._theirs: set[str] = set().union(*(packed or {}).values())
-        linear = packed or ([name for name in self._shapes if _LINEAR.match(name)] if self._loose else ())
-        for name in linear:
-            self._shapes.pop(name, None)
+        linear = packed or ([name for name in self._shapes if LINEAR.match(name)] if self._loose else ())
+        self.unchecked = {name: self._shapes.pop(name) for name in linear if name in self._shapes}
+        """Canonical name -> shape of those that only vLLM's loaders know as the files hold them."""
         if vision:
             self._shapes |= {f"vision.{name}": shape for name, shape in vision_shapes(config).items()}
         self._tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -171,7 +162,7 @@ class Ledger:
             if self._vq is not None and (known := self._vq.checked_name(original, shape)) is not None:
                 self._seen_vq.add(known)
             return name
-        if name in self._theirs or (self._loose and _LINEAR.match(name)):
+        if name in self._theirs or (self._loose and LINEAR.match(name)):
             self._seen.add(name)
             return name
         mend = _WITHOUT if name.startswith("vision.") else ""
@@ -205,25 +196,6 @@ class Ledger:
             )
         if self._vq is not None:
             self._vq.check_missing(self._seen_vq)
-
-
-def quantised_tensors(model: "BranchedImageModel") -> dict[str, set[str]]:
-    """Canonical name of a weight that the served layers hold quantised -> its tensors' names instead.
-
-    What they are called and how they are shaped is vLLM's matter: its own loaders check them.
-    """
-    found: dict[str, set[str]] = {}
-    for number, layer in enumerate(getattr(model.language_model, "layers", ())):
-        for path, parts in _FUSED.items():
-            linear = layer.get_submodule(path)
-            if isinstance(linear.quant_method, UnquantizedLinearMethod):
-                continue
-            owner = path.rpartition(".")[0]
-            held = [name for name, _ in linear.named_parameters(recurse=False) if name != "bias"]
-            for part in parts:
-                whole = f"language_model.layers.{number}.{owner}.{part}"
-                found[f"{whole}.weight"] = {f"{whole}.{name}" for name in held}
-    return found
 
 
 def fold_image_embedding(tensors: dict[str, Tensor]) -> Tensor:
@@ -260,7 +232,7 @@ def load_weights(model: "BranchedImageModel", weights: Iterable[tuple[str, Tenso
     small: dict[str, Tensor] = {}  # what is folded or renamed rather than streamed
     vq: list[tuple[str, Tensor]] = []
     pictures: list[tuple[str, Tensor]] = []
-    digests: dict[str, bytes] = {}
+    mark = Fingerprint()
 
     def language() -> Iterator[tuple[str, Tensor]]:
         for original, tensor in weights:
@@ -272,7 +244,7 @@ def load_weights(model: "BranchedImageModel", weights: Iterable[tuple[str, Tenso
             elif name.startswith("vision."):
                 pictures.append((name.removeprefix("vision."), tensor))
             elif name.startswith("language_model."):
-                digests[name] = hashlib.sha256(_bytes(_sample(tensor))).digest()
+                mark.add(name, tensor)
                 yield name.removeprefix("language_model."), tensor
             else:
                 small[name] = tensor
@@ -282,6 +254,9 @@ def load_weights(model: "BranchedImageModel", weights: Iterable[tuple[str, Tenso
         lm_head: Any = model.lm_head
         lm_head.tie_weights(model.language_model.embed_tokens)
     ledger.close()
+    for name, tensor in small.items():
+        if name != "lm_head.weight" or "gen_head.weight" not in small:  # a text's head draws nothing
+            mark.add(name, tensor)
 
     if "gen_embed.weight" in small:
         # gen_aligner(gen_embed(code)) for every code: one look-up instead of two matrix products.
@@ -300,26 +275,8 @@ def load_weights(model: "BranchedImageModel", weights: Iterable[tuple[str, Tenso
     loaded |= {f"vq.{name}" for name in model.vq.load_weights(vq)}
     if vision is not None:
         loaded |= {f"vision.{name}" for name in vision.load_weights(pictures)}
-    model.fingerprint = _fingerprint(digests)
+    model.fingerprint = str(mark)
     return loaded
-
-
-def _fingerprint(digests: dict[str, bytes]) -> str:
-    """Of the tensors' digests, in whatever order the files held them."""
-    return hashlib.sha256(b"".join(name.encode() + digests[name] for name in sorted(digests))).hexdigest()[
-        :16
-    ]
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """A few thousand numbers spread over a tensor: a fine-tune that changes it changes some of them."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLED)][: 2 * _SAMPLED]
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    """In bfloat16, so that a checkpoint stored in float32 is still the same model."""
-    return tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _copy(parameter: nn.Parameter, tensor: Tensor) -> None:

@@ -19,8 +19,10 @@ def changes() -> list[Callable[[], object]]:
         from vllm_kvcompress.models.registry import image_model, serves
 
         if serves(self.model_config):
-            from vllm_kvcompress.admission import admit_request, align_request, text_room
+            from vllm_kvcompress.admission import admit_request, align_request
             from vllm_kvcompress.config import parse_config
+            from vllm_kvcompress.models.registry import default_max_tokens
+            from vllm_kvcompress.text_room import text_room
 
             image = image_model(self.model_config)
             align_request(request, image)
@@ -30,6 +32,7 @@ def changes() -> list[Callable[[], object]]:
                 self.model_config.max_model_len,
                 room=text_room(self.vllm_config),
                 limits=parse_config(self.vllm_config.additional_config).limits,
+                default=default_max_tokens(self.model_config),
             )
         return request
 

@@ -76,6 +76,10 @@ class EngineWatch:
         """vLLM listens to the engine until that says it dies, or is stopped."""
         self._said_so = self._manager is not None and not self._manager.manager_stopped.is_set()
 
+    def crashed(self) -> None:
+        """The engine has died, and not because it was stopped. Any thread may say so."""
+        self._said_so = True
+
     async def _watch(self) -> None:
         try:
             while not self._crashed:

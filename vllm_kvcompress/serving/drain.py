@@ -6,13 +6,18 @@ With several (``--api-server-count``), the engine belongs to their parent: on SI
 its clients at once, and only then is the engine stopped (``vllm/entrypoints/cli/serve.py``,
 ``run_multi_api_server``; ``launchers/launcher.py``, ``handle_shutdown``). The same signal, and five seconds,
 are what the others get when an engine or an API process has died.
+
+However it ends, vLLM then cancels the task that hands answers out, and tells nobody who waits for one.
 """
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import State
-from vllm.exceptions import RetryableRequestError
+from vllm.exceptions import GracefulHTTPError, RetryableRequestError
 
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.serving.listening import Listening
@@ -41,7 +46,8 @@ class Drain:
 
     The engine sees to that where it is this process's own; one that shares its engine waits for its answers
     before it ends, until ``--shutdown-timeout`` is nearly over, or an engine is gone. It does not wait where
-    the signal comes of a crash. Nothing is changed where there is no such timeout.
+    the signal comes of a crash. Without such a timeout nothing is waited for. Who is left without an answer
+    is told to ask again.
 
     Parameters
     ----------
@@ -49,28 +55,57 @@ class Drain:
         The server's; its ``shutdown`` is wrapped.
     state : State
         The app's; vLLM's launcher puts its HTTP server there.
+    crashed : callable, optional
+        Is called if the engine fails while it drains: vLLM, which has told it to end, does not look.
     """
 
-    def __init__(self, engine: "EngineClient", state: State) -> None:
-        self._engine, self._state = engine, state
+    def __init__(
+        self, engine: "EngineClient", state: State, crashed: Callable[[], None] | None = None
+    ) -> None:
+        self._engine, self._state, self._crashed = engine, state, crashed
         resources = getattr(getattr(engine, "engine_core", None), "resources", None)
-        self._is_shared = resources is not None and resources.engine_manager is None
-        if engine.vllm_config.shutdown_timeout:
-            self._siblings = Siblings() if self._is_shared else None
-            self._shutdown = engine.shutdown
-            engine.shutdown = self._drained  # type: ignore[method-assign]
+        self._manager = getattr(resources, "engine_manager", None)  # of the engine's processes, if ours
+        self._drains = bool(engine.vllm_config.shutdown_timeout)
+        is_shared = resources is not None and self._manager is None
+        self._siblings = Siblings() if is_shared and self._drains else None
+        self._shutdown = engine.shutdown
+        engine.shutdown = self._drained  # type: ignore[method-assign]
 
     def _drained(self, timeout: float | None = None) -> None:
         """In place of the engine client's ``shutdown``.
 
         The launcher calls it off the event loop, then the engine's context manager on it: that must not wait.
         """
-        if timeout and not is_draining(self._engine):
+        was_dead = getattr(self._engine, "errored", False)
+        if self._drains and timeout and not is_draining(self._engine):
             self._engine.check_admission = self._refuse  # type: ignore[method-assign]
             self._close_connections()
             if self._siblings is not None:
                 self._wait(timeout, self._siblings)
+        began = time.monotonic()
         self._shutdown(timeout=timeout)
+        # What is still there when its time is over vLLM kills itself.
+        if self._drains and timeout and time.monotonic() - began < timeout and self._has_failed:
+            logger.error("The engine has died while it drained")
+            if self._crashed is not None:
+                self._crashed()
+        if not was_dead:
+            self._tell_who_waits()
+
+    @property
+    def _has_failed(self) -> bool:
+        """Whether a process of the engine has ended other than it was told to."""
+        ended: dict[str, int] = getattr(self._manager, "finished_procs", dict)()
+        return any(ended.values())
+
+    def _tell_who_waits(self) -> None:
+        handler = getattr(self._engine, "output_handler", None)  # None until the first request
+        if handler is None:
+            return
+        error = GracefulHTTPError(SHUTTING_DOWN, HTTPStatus.SERVICE_UNAVAILABLE)
+        processor: Any = self._engine.output_processor  # type: ignore[attr-defined]
+        with suppress(RuntimeError):  # the event loop has ended: nobody is left
+            handler.get_loop().call_soon_threadsafe(processor.propagate_error, error)
 
     def _wait(self, timeout: float, siblings: Siblings) -> None:
         if siblings.anybody_is_gone:  # those that drain have only just heard of it

@@ -154,7 +154,7 @@ class ImagesEndpoint:
             engine_client, self._image_model, self._prompt_ids, self._negative_ids, self._lengthened, spare
         )
         self._watch = EngineWatch(engine_client, state)
-        Drain(engine_client, state)
+        Drain(engine_client, state, self._watch.crashed)
 
     async def show_page(self, compare: str = "") -> Response:
         """The page to draw with, where the operator wants one; else as if there were none."""
