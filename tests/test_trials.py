@@ -292,13 +292,22 @@ def test_branches_of_unlike_length_and_ends_of_lines(tmp_path: Path) -> None:
 
 
 def test_a_cpu_does_with_few_pictures_of_a_large_model() -> None:
-    class Model:
-        language_model = torch.nn.Linear(1000, 1000, bias=False)
-
     pictures = [calibration.Picture(20, range(596))] * 12
-    cpu = torch.device("cpu")
-    assert calibration._stride(Model(), cpu, pictures, 9) == 1  # type: ignore[arg-type]
+    cpu, model = torch.device("cpu"), object()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "_weights", lambda model: 10**6)
+        assert calibration._stride(model, cpu, pictures, 9) == 1  # type: ignore[arg-type]
         patch.setattr(calibration, "MOST_ON_CPU", 1e10)
-        assert calibration._stride(Model(), cpu, pictures, 9) == 4  # type: ignore[arg-type]
-        assert calibration._stride(Model(), torch.device("cuda"), pictures, 9) == 1  # type: ignore[arg-type]
+        assert calibration._stride(model, cpu, pictures, 9) == 4  # type: ignore[arg-type]
+        assert calibration._stride(model, torch.device("cuda"), pictures, 9) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loaded_models_matrices_count(checkpoints: dict[str, Path], dtype: str) -> None:
+    """vLLM packs them for the CPU, and leaves empty parameters."""
+    model = Engine.get(checkpoints["gqa-hf"], kvcompress={"preset": "h2o"}, **{**SMALL, "dtype": dtype}).model
+    text = model.config.get_text_config()
+    queries = text.num_attention_heads * text.head_dim
+    keys = text.num_key_value_heads * text.head_dim
+    layer = text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
+    assert calibration._weights(model) == text.num_hidden_layers * layer

@@ -18,6 +18,8 @@ from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.models.convert import convert
 from vllm_kvcompress.policy import Policy
 
+FEWEST_PROMPTS, MOST_PROMPTS = 4, 1024  # of calibrate --prompts
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -57,14 +59,20 @@ def calibrate(
     budgets: Annotated[
         str, typer.Option(help="Budgets whose fits are tried: shares such as 0.2 or 1/6, or auto, by commas.")
     ] = "0.2",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file of your own prompts, one a line, such as the model will be asked."),
+    ] = None,
 ) -> None:
-    """Measure what each attention head of MODEL needs, with a full cache on built-in prompts.
+    """Measure what each attention head of MODEL needs, with a full cache on prompts: built-in ones, or yours.
 
     Then several fits for each of the budgets are tried on the pictures that were drawn; a server does that
     for its own budget at its first start.
 
-    Without --force a profile that a server or an earlier run left in vLLM's cache directory is taken.
-    Serve with it: --additional-config '{"kvcompress": {"head_profile": "profile.json"}}'
+    Without --force or --prompts a profile that the model brings, or that a server or an earlier run left in
+    vLLM's cache directory, is taken.
+    Serve with it: --additional-config '{"kvcompress": {"head_profile": "profile.json"}}', or leave it beside
+    the model's weights as head_profile.json: whoever serves the model gets it.
     """
     if output.is_dir():
         raise typer.BadParameter(f"{output} is a folder; name a file in it", param_hint="-o")
@@ -75,9 +83,10 @@ def calibrate(
         wanted = [budget_of(one) for one in budgets.split(",") if one.strip()]
         for one in wanted:
             Policy("fitted", one)  # raises on what is out of range
-        found = _measure(model, dtype, force, gpu_memory_utilization, kv_cache_memory_bytes, size, wanted)
-        for profile in found:  # what is measured stays, if a budget can't be had
-            profile.save(output)
+        own = None if prompts is None else _lines_of(prompts)
+        room = (gpu_memory_utilization, kv_cache_memory_bytes)
+        for profile in _measure(model, dtype, force, room, size, wanted, own, output):
+            profile.save(output)  # what is measured stays, if a budget can't be had
     except Exception as error:
         _fail(error)
     spatial = int(profile.head_types().sum())
@@ -89,11 +98,25 @@ def calibrate(
     )
 
 
+def _lines_of(path: Path) -> list[str]:
+    """The prompts of a text file. Raises ValueError, one line, where it has too few or too many."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts: cannot read {path}: {error}") from error
+    if not FEWEST_PROMPTS <= len(lines) <= MOST_PROMPTS:
+        raise ValueError(f"prompts: {path} has {len(lines)}, give {FEWEST_PROMPTS} to {MOST_PROMPTS}")
+    return lines
+
+
 def _measure(
-    model: str, dtype: Any, force: bool, utilization: float | None, memory: int | None, size: str | None,
-    budgets: list[float | Literal["auto"]],
+    model: str, dtype: Any, force: bool, room: tuple[float | None, int | None], size: str | None,
+    budgets: list[float | Literal["auto"]], prompts: list[str] | None, output: Path,
 ) -> Iterator[HeadProfile]:  # fmt: skip
-    """Start an engine as a server would; it calibrates on its way up. Then again, with fits tried."""
+    """Start an engine as a server would; it calibrates on its way up. Then again, with fits tried.
+
+    With own prompts it has no head to tell from another on its way up, and measures then.
+    """
     # In this process, so that its errors are exceptions rather than another process's traceback.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -102,12 +125,15 @@ def _measure(
     from vllm_kvcompress.config import BACKEND, KEY
     from vllm_kvcompress.room import sharing
 
-    section = {"preset": "decoupled", "head_profile": "auto", "recalibrate": force, "size": size}
-    room: dict[str, Any] = {}
+    section: dict[str, Any] = {"preset": "line_ar", "size": size}
+    if prompts is None:
+        section |= {"preset": "decoupled", "recalibrate": force}
+    utilization, memory = room
+    options: dict[str, Any] = {}
     if utilization is not None:
-        room["gpu_memory_utilization"] = utilization
+        options["gpu_memory_utilization"] = utilization
     if memory is not None or utilization is None:
-        room["kv_cache_memory_bytes"] = memory or 2**30  # nothing is served: fits are tried in the rest
+        options["kv_cache_memory_bytes"] = memory or 2**30  # nothing is served: fits are tried in the rest
     llm = LLM(
         model=model,
         dtype=dtype,
@@ -115,12 +141,18 @@ def _measure(
         attention_backend=BACKEND,
         additional_config={KEY: section},
         limit_mm_per_prompt={"image": 0},  # no chats here: the vision tower is not needed
-        **sharing(room),
+        **sharing(options),
     )
+    source = ""
     try:
-        for asked in [[], budgets] if budgets else [[]]:
-            [profile] = llm.collective_rpc("kvcompress_head_profile", args=(asked,))
+        if prompts is not None:
+            [profile] = llm.collective_rpc("kvcompress_calibrate", args=(prompts,))
             yield HeadProfile.model_validate_json(profile)
+            source = str(output.absolute())  # where that lies by now
+        for asked in [[], budgets] if budgets else [[]]:
+            if asked or not source:
+                [profile] = llm.collective_rpc("kvcompress_head_profile", args=(asked, source))
+                yield HeadProfile.model_validate_json(profile)
     finally:
         llm.llm_engine.engine_core.shutdown()
 

@@ -63,12 +63,13 @@ class CompressionConfig(BaseModel):
     tolerance : float
         With ``budget: auto``: the predicted loss that is still accepted, see docs/quality.md.
     head_profile : str
-        Path of a head profile, or ``auto``: the user's cache directory, calibrated at start-up if the
-        profile isn't there yet. Used by presets that tell spatial from semantic heads.
+        Path of a head profile, or ``auto``: the model's own beside its weights, else the user's cache
+        directory, calibrated at start-up if the profile isn't there yet. Used by presets that tell heads
+        from one another.
     threshold : float, optional
         Locality threshold, in [0, 1], above which a head is semantic; None takes the profile's.
     recalibrate : bool
-        With ``head_profile: auto``, measure the heads again even if a profile is there.
+        With ``head_profile: auto``, measure the heads again even if a profile is there, the model's own too.
     window : int or str
         Places that a picture may have in a step, its last token and the drafts after it: 1 draws one token a
         step, ``auto`` takes what pays. Goes with a full cache too.

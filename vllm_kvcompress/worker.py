@@ -57,7 +57,16 @@ def kvcompress_decoder_weights(self: Any) -> bytes | None:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
 
 
-def kvcompress_head_profile(self: Any, budgets: Sequence[float | Literal["auto"]] = ()) -> str | None:
+def kvcompress_calibrate(self: Any, prompts: Sequence[str]) -> str:
+    """The head profile that is measured on these prompts, as JSON. Raises ValueError, one line."""
+    from vllm_kvcompress.models.calibration import calibrate
+
+    return calibrate(self.vllm_config, self.model_runner.get_model(), own=prompts).model_dump_json()
+
+
+def kvcompress_head_profile(
+    self: Any, budgets: Sequence[float | Literal["auto"]] = (), source: str = ""
+) -> str | None:
     """The head profile that the cache was planned with, as JSON; None if the preset needs none.
 
     It is read where start-up took it from, or left it.
@@ -66,6 +75,8 @@ def kvcompress_head_profile(self: Any, budgets: Sequence[float | Literal["auto"]
     ----------
     budgets : sequence
         Fits are tried for these: shares of the picture, or ``auto``.
+    source : str
+        Another profile's file instead.
 
     Raises ValueError, one line, for a budget that no fit meets.
     """
@@ -75,9 +86,9 @@ def kvcompress_head_profile(self: Any, budgets: Sequence[float | Literal["auto"]
     from vllm_kvcompress.models.ranks import Ranks
 
     config = parse_config(self.vllm_config.additional_config)
-    if config.policy.types not in PROFILED:
+    if config.policy.types not in PROFILED and not source:
         return None
-    config = config.model_copy(update={"recalibrate": False})
+    config = config.model_copy(update={"recalibrate": False, "head_profile": source or config.head_profile})
     model = self.model_runner.get_model()
     served = [CompressionConfig(budget=budget, max_types=config.max_types) for budget in budgets]
     pages, ranks = pages_of(shape_of(model), model.dtype), Ranks.of_engine().number
@@ -99,6 +110,7 @@ def kvcompress_kept(
 
 
 METHODS = (
-    kvcompress_decode_image, kvcompress_decode_images, kvcompress_decoder_weights, kvcompress_head_profile,
+    kvcompress_decode_image, kvcompress_decode_images, kvcompress_decoder_weights, kvcompress_calibrate,
+    kvcompress_head_profile,
     kvcompress_kept,
 )  # fmt: skip

@@ -46,6 +46,11 @@ MORE_PROMPTS = (
 PROMPTS = LOCALITY_PROMPTS + MORE_PROMPTS
 
 
+def text_of(prompt: int | str) -> str:
+    """A prompt's text, or that of the built-in one of this number."""
+    return prompt if isinstance(prompt, str) else PROMPTS[prompt]
+
+
 @dataclass
 class Drawn:
     """Pictures of a batch of prompts, and what was seen while they were drawn.
@@ -187,7 +192,7 @@ def measure(
     Parameters
     ----------
     prompts : sequence of token ids
-        Of the model's family, as many as `PROMPTS`; locality is scored on as many as `LOCALITY_PROMPTS`.
+        Of the model's family; locality is scored on the first, as many as `LOCALITY_PROMPTS`.
     lines : int
         Lines that count as near in the locality scores.
     progress : callable

@@ -48,6 +48,8 @@ class HeadProfile(BaseModel):
         Of K and V, torch's name.
     curves : dict, optional
         `LossCurves.dump`.
+    prompts : list of list of int, optional
+        [prompts][tokens] ids of the user's own prompts (``calibrate --prompts``); None: the built-in ones.
     pictures : list of list of int, optional
         [prompts][image tokens] ids that calibration drew: fits are tried on them.
     trials : list of Trial
@@ -69,6 +71,7 @@ class HeadProfile(BaseModel):
     head_size: int | None = Field(default=None, ge=1)
     dtype: str | None = None
     curves: dict[str, Any] | None = None
+    prompts: list[list[int]] | None = None
     pictures: list[list[int]] | None = None
     trials: list[Trial] = []
 
@@ -106,6 +109,11 @@ class HeadProfile(BaseModel):
                 )
             if any(not 0 <= token < 2**31 for one in self.pictures for token in one):
                 raise ValueError("pictures: a number is no token's id")
+        if self.prompts is not None:
+            if self.pictures is None or len(self.prompts) != len(self.pictures):
+                raise ValueError(f"prompts: {len(self.prompts)}, but pictures of other than these")
+            if any(not one or not all(0 <= token < 2**31 for token in one) for one in self.prompts):
+                raise ValueError("prompts: one is empty, or a number in it is no token's id")
         return self
 
     @cached_property
@@ -165,17 +173,18 @@ class HeadProfile(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> "HeadProfile":
-        """Read JSON.
-
-        Raises
-        ------
-        ValueError
-            One line that names the file and the first field that is wrong.
-        """
+        """Read JSON. Raises ValueError, one line that names the file and the first field that is wrong."""
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
+            content = Path(path).read_bytes()
         except OSError as error:
             raise ValueError(f"head_profile: cannot read {path}: {error.strerror}") from error
+        return cls.parse(content, path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: str | Path) -> "HeadProfile":
+        """As `load`, of what stands in the file."""
+        try:
+            return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])

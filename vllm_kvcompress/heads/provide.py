@@ -1,9 +1,10 @@
-"""The head profile of the served model: from the file asked for, from the user's cache, or by measuring."""
+"""The head profile of the served model: the file asked for, the model's own, the cached one, or measured."""
 
+import hashlib
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,28 @@ from vllm_kvcompress.log import logger_for
 logger = logger_for(__name__)
 
 AUTO = "auto"
+OWN = "head_profile.json"  # beside a checkpoint's weights
+MOST_BYTES = 1 << 28  # of a file beside the weights
 
 
 @dataclass(frozen=True)
 class ModelMark:
-    """Which model a profile is for: its name, a fingerprint of its weights, layers and KV heads."""
+    """Which model a profile is for: its name, a fingerprint of its weights, layers and KV heads.
+
+    ``variant`` tells what comes of a profile of the model's own from what is measured here.
+    """
 
     name: str
     fingerprint: str
     layers: int
     kv_heads: int
+    variant: str = ""
 
     @property
     def path(self) -> Path:
         """Where its profile is kept."""
-        return cache_directory() / f"{self.name}-{self.fingerprint}.json"
+        variant = self.variant and f"-{self.variant}"
+        return cache_directory() / f"{self.name}-{self.fingerprint}{variant}.json"
 
     def check(self, profile: HeadProfile) -> None:
         """Raise ValueError, one line, unless the profile is this model's."""
@@ -49,25 +57,28 @@ def provide_profile(
     again: bool = False,
     agree: Callable[[Any], Any] = lambda value: value,
     first: bool = True,
+    own: HeadProfile | None = None,
 ) -> HeadProfile:
     """The profile to choose head types by.
 
     Parameters
     ----------
     source : str
-        A file, or ``auto``: the user's cache, else measured and kept there.
+        A file, or ``auto``: the model's own, else the user's cache, else measured and kept there.
     mark : ModelMark
     measure : callable
         Calibrates the model.
     usable : callable
         Whether a cached profile will do: another version may have left it. A named one is taken as it is.
     again : bool
-        With ``auto``, measure even if a profile is in the cache.
+        With ``auto``, measure even if there is a profile.
     agree : callable
         A value -> the first rank's: where several processes serve one model, one of them reads and writes,
         and all measure or none.
     first : bool
         Whether this process is that one.
+    own : HeadProfile, optional
+        What came with the model (`own_profile`); the cache may have it with more fits tried.
 
     Raises
     ------
@@ -87,10 +98,36 @@ def provide_profile(
         if first:
             logger.info("Head profile: %s", path)
         return cached
+    if own is not None and not again:
+        if first:
+            logger.info("Head profile: the model's own %s", OWN)
+        return own
     profile = measure()
     if first:
         keep(profile, mark)
     return profile
+
+
+def own_profile(content: bytes | None, mark: ModelMark) -> tuple[HeadProfile | None, ModelMark]:
+    """The profile that a checkpoint brings beside its weights, and the mark to keep it under.
+
+    Parameters
+    ----------
+    content : bytes, optional
+        Of its `OWN` file. One that is of other weights, or can't be read, is a warning: it is left alone.
+    """
+    if content is None:
+        return None, mark
+    try:
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"{len(content)} bytes; {MOST_BYTES} at most")
+        profile = HeadProfile.parse(content, OWN)
+        mark.check(profile)
+        profile.loss_curves  # noqa: B018 - raises where it has none
+    except ValueError as error:
+        logger.warning("The model's own head profile is set aside: %s", error)
+        return None, mark
+    return profile, replace(mark, variant=hashlib.sha256(content).hexdigest()[:8])
 
 
 def keep(profile: HeadProfile, mark: ModelMark, now: str = "calibrated") -> None:

@@ -56,10 +56,10 @@ class AlignedLike:
     def lengthened(self, model: ImageModel, prompt_ids: list[int], length: int) -> list[int]:
         return model.aligned(prompt_ids, length)
 
-    def calibration_ids(self, tokenizer: Any, model: ImageModel, number: int) -> list[int]:
-        from vllm_kvcompress.heads.calibrate import PROMPTS
+    def calibration_ids(self, tokenizer: Any, model: ImageModel, prompt: int | str) -> list[int]:
+        from vllm_kvcompress.heads.calibrate import text_of
 
-        ids = self.prompt_ids(tokenizer, model, PROMPTS[number] + model.suffix)
+        ids = self.prompt_ids(tokenizer, model, text_of(prompt) + model.suffix)
         return model.aligned(ids, len(model.negative))
 
 

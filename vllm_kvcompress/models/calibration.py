@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
+from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_kvcompress.attention.pages import BRANCHES
 from vllm_kvcompress.attention.recorder import Recorder, SeesResidual
@@ -68,20 +69,35 @@ def default_threshold(scores: Any) -> float:
     return float(torch.as_tensor(scores, dtype=torch.float64).flatten().quantile(SPATIAL_SHARE).clamp(0, 1))
 
 
-def _prompts_hash() -> str:
-    return hashlib.sha256("\n".join(PROMPTS).encode()).hexdigest()[:16]
+def _prompts_hash(prompts: Sequence[str] = PROMPTS) -> str:
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
 
 
 def calibrate(
-    vllm_config: "VllmConfig", model: "BranchedImageModel", lines: int = NEIGHBOURHOOD_LINES
+    vllm_config: "VllmConfig",
+    model: "BranchedImageModel",
+    lines: int = NEIGHBOURHOOD_LINES,
+    own: Sequence[str] | None = None,
 ) -> HeadProfile:
-    """Draw the built-in prompts with a full cache and measure the heads; near is ``lines`` lines."""
+    """Draw prompts with a full cache and measure the heads.
+
+    Parameters
+    ----------
+    lines : int
+        Lines that count as near in the locality scores.
+    own : sequence of str, optional
+        The user's prompts instead of the built-in ones.
+
+    Raises
+    ------
+    ValueError
+        One line: a prompt that this model can't draw.
+    """
     raster, shape, ranks = model.image.raster, shape_of(model), Ranks.of_engine()
     candidates = candidate_types(raster)
+    prompts = prompts_of(vllm_config, model, own)
     with _Bar(ranks.first) as bar:
-        scores, losses, pictures = measure(
-            subject_of(vllm_config, model), prompts_of(vllm_config, model), lines, candidates, bar
-        )
+        scores, losses, pictures = measure(subject_of(vllm_config, model), prompts, lines, candidates, bar)
     # [ranks, layers, heads of the rank] and [ranks, layers, 2, heads of the rank, candidates]: all heads.
     scores = ranks.gather(scores).transpose(0, 1).flatten(1)
     losses = ranks.gather(losses.unflatten(1, (2, -1))).permute(1, 2, 0, 3, 4).flatten(1, 3)
@@ -91,7 +107,7 @@ def calibrate(
         model_hash=model.fingerprint,
         metric=METRIC,
         threshold=default_threshold(scores),
-        prompts_hash=_prompts_hash(),
+        prompts_hash=_prompts_hash(own or PROMPTS),
         neighbourhood=lines * raster.width,
         layers=shape.layers,
         kv_heads=shape.kv_heads,
@@ -99,17 +115,34 @@ def calibrate(
         head_size=shape.head_size,
         dtype=str(model.dtype).removeprefix("torch."),
         curves=LossCurves(candidates, losses.numpy()).dump(),
+        prompts=None if own is None else prompts,
         pictures=[list(one.ids[one.prefix :]) for one in pictures],
     )
 
 
-def prompts_of(vllm_config: "VllmConfig", model: "BranchedImageModel") -> list[list[int]]:
-    """Ids of the built-in prompts as the model's family asks for them."""
+def prompts_of(
+    vllm_config: "VllmConfig", model: "BranchedImageModel", own: Sequence[str] | None = None
+) -> list[list[int]]:
+    """Ids of the user's prompts, or of the built-in ones, as the model's family asks for them.
+
+    Raises ValueError, one line, for one that the model can't draw or that leaves no room for a picture.
+    """
     from vllm.tokenizers import cached_tokenizer_from_config
 
     tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
     family = family_of(model.config)
-    return [family.calibration_ids(tokenizer, model.image, number) for number in range(len(PROMPTS))]
+    asked = range(len(PROMPTS)) if own is None else own
+    found = [family.calibration_ids(tokenizer, model.image, one) for one in asked]
+    room = _room(model)
+    for one, ids in zip(asked, found, strict=True):
+        if len(ids) > room:
+            raise ValueError(f"prompts: {one!r:.60} has {len(ids)} tokens, a picture leaves room for {room}")
+    return found
+
+
+def _room(model: "BranchedImageModel") -> int:
+    """Tokens of a prompt beside a picture, by the model's positions."""
+    return model.config.get_text_config().max_position_embeddings - model.image.raster.tokens
 
 
 def trying(
@@ -119,12 +152,15 @@ def trying(
 
     Raises ValueError, one line, where they are no pictures of this model.
     """
-    if profile.pictures is None or profile.prompts_hash != _prompts_hash():
+    are_known = profile.prompts is not None or profile.prompts_hash == _prompts_hash()
+    if profile.pictures is None or not are_known:
         _not_tried("head_profile holds no pictures of this version's calibration; calibrate again")
         return None
-    if not _are_pictures(profile.pictures, model.image):
+    ranks, prompts = Ranks.of_engine(), profile.prompts or prompts_of(vllm_config, model)
+    if not _are_pictures(profile.pictures, model.image, len(prompts)):
         raise ValueError("head_profile: pictures are not of this model's tokens; calibrate again")
-    ranks, prompts = Ranks.of_engine(), prompts_of(vllm_config, model)
+    if any(len(one) > _room(model) or max(one) >= model.image.text_vocab for one in prompts):
+        raise ValueError("head_profile: prompts are not of this model's tokens; calibrate again")
     known = [Picture(len(ids), [*ids, *one]) for ids, one in zip(prompts, profile.pictures, strict=True)]
     subject = subject_of(vllm_config, model)
     if subject.device.type == "cpu" and _work(model, known[:FEWEST], len(WEIGHINGS)) > TOO_MUCH_ON_CPU:
@@ -152,15 +188,20 @@ def _stride(model: "BranchedImageModel", device: torch.device, pictures: Sequenc
 
 def _work(model: "BranchedImageModel", pictures: Sequence[Picture], fits: int) -> int:
     """FLOP of trying so many fits, but for attention."""
-    weights = sum(parameter.numel() for parameter in model.language_model.parameters())
-    return 2 * weights * BRANCHES * sum(len(one.ids) for one in pictures) * (fits + 1)
+    return 2 * _weights(model) * BRANCHES * sum(len(one.ids) for one in pictures) * (fits + 1)
 
 
-def _are_pictures(pictures: Sequence[Sequence[int]], image: "ImageModel") -> bool:
-    """Whether these are as many of the model's pictures as calibration draws."""
+def _weights(model: "BranchedImageModel") -> int:
+    """Numbers in the decoder's matrices, by their layers' sizes: a CPU's packed ones are no parameters."""
+    layers: list[Any] = [one for one in model.language_model.modules() if isinstance(one, LinearBase)]
+    return sum(one.input_size_per_partition * one.output_size_per_partition for one in layers)
+
+
+def _are_pictures(pictures: Sequence[Sequence[int]], image: "ImageModel", number: int = len(PROMPTS)) -> bool:
+    """Whether these are so many of the model's pictures."""
     drawn, ends = torch.tensor(pictures), image.ends(torch.arange(image.raster.tokens))
     right = torch.where(ends, drawn == image.eol, image.is_drawn(drawn) & (drawn != image.eol))
-    return len(drawn) == len(PROMPTS) and bool(right.all())
+    return len(drawn) == number and bool(right.all())
 
 
 def _not_tried(reason: str) -> None:

@@ -21,11 +21,12 @@ from vllm_kvcompress.config import FP8, CompressionConfig, parse_config
 from vllm_kvcompress.heads.fit import Assignment, by_threshold
 from vllm_kvcompress.heads.paged import Pages
 from vllm_kvcompress.heads.profile import HeadProfile
-from vllm_kvcompress.heads.provide import AUTO, ModelMark, keep, provide_profile
+from vllm_kvcompress.heads.provide import AUTO, OWN, ModelMark, keep, own_profile, provide_profile
 from vllm_kvcompress.heads.resized import resized
 from vllm_kvcompress.heads.tried import Trial, Wanted, try_fits
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.calibration import calibrate, of_this_version, shape_of, trying
+from vllm_kvcompress.models.files import beside_weights
 from vllm_kvcompress.models.ranks import Ranks
 from vllm_kvcompress.policy import Raster
 
@@ -105,11 +106,14 @@ def profile_of(
     """
     shape = shape_of(model)
     name = Path(vllm_config.model_config.model).name
-    mark = ModelMark(name, model.fingerprint, shape.layers, shape.kv_heads)
+    mark, own = ModelMark(name, model.fingerprint, shape.layers, shape.kv_heads), None
     ranks = Ranks.of_engine()
+    if config.head_profile == AUTO and not config.recalibrate:
+        own, mark = ranks.agree(_own_profile(vllm_config, model, mark) if ranks.first else (None, mark))
     profile = provide_profile(
         config.head_profile, mark, lambda: calibrate(vllm_config, model),
-        lambda cached: of_this_version(cached, model.image), config.recalibrate, ranks.agree, ranks.first,
+        lambda cached: own is not None or of_this_version(cached, model.image), config.recalibrate,
+        ranks.agree, ranks.first, own,
     )  # fmt: skip
     if wanted:
         profile.loss_curves.check_grid(model.image.raster)
@@ -135,6 +139,20 @@ def profile_of(
                 vllm_config.model_config.model,
             )
     return profile
+
+
+def _own_profile(
+    vllm_config: "VllmConfig", model: "BranchedImageModel", mark: ModelMark
+) -> tuple[HeadProfile | None, ModelMark]:
+    """What the checkpoint brings, if it is of these weights and this grid."""
+    served = vllm_config.model_config
+    own, marked = own_profile(beside_weights(served.model, served.revision, OWN), mark)
+    raster = model.image.raster
+    if own is not None and (own.loss_curves.raster.lines, own.loss_curves.raster.width) != (
+        raster.lines, raster.width
+    ):  # fmt: skip
+        return None, mark  # a model of several sizes brings that of one
+    return own, marked
 
 
 def _of_curves(profile: HeadProfile) -> str:

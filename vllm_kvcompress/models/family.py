@@ -75,10 +75,11 @@ class Family(Protocol):
         Both branches of a token share its position. No more than there are leaves the prompt as it is.
         """
 
-    def calibration_ids(self, tokenizer: Any, model: "ImageModel", number: int) -> list[int]:
-        """The prompt of the ``number``-th picture that heads are measured on, from 0.
+    def calibration_ids(self, tokenizer: Any, model: "ImageModel", prompt: int | str) -> list[int]:
+        """The prompt of a picture that heads are measured on: a text, or the built-in one of that number.
 
-        Of a model that aligns its branches at least as long as the model's own negative prompt.
+        Of a model that aligns its branches at least as long as the model's own negative prompt. Raises
+        ValueError, one line, for a text that `prompt_ids` refuses.
         """
 
 

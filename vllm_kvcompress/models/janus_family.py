@@ -63,10 +63,10 @@ class JanusFamily(JanusLike):
 
         return lengthened(model, prompt_ids, length)
 
-    def calibration_ids(self, tokenizer: Any, model: ImageModel, number: int) -> list[int]:
-        from vllm_kvcompress.heads.calibrate import PROMPTS
+    def calibration_ids(self, tokenizer: Any, model: ImageModel, prompt: int | str) -> list[int]:
+        from vllm_kvcompress.heads.calibrate import text_of
 
-        return self.prompt_ids(tokenizer, model, PROMPTS[number])
+        return self.prompt_ids(tokenizer, model, text_of(prompt))
 
 
 FAMILY = JanusFamily()

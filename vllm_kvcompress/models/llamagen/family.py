@@ -53,10 +53,12 @@ class LlamaGenFamily(JanusLike):
     def lengthened(self, model: ImageModel, prompt_ids: list[int], length: int) -> list[int]:
         return prompt_ids  # every prompt is one class
 
-    def calibration_ids(self, tokenizer: Any, model: ImageModel, number: int) -> list[int]:
+    def calibration_ids(self, tokenizer: Any, model: ImageModel, prompt: int | str) -> list[int]:
         from vllm_kvcompress.heads.calibrate import PROMPTS
 
-        return [number * model.classes // len(PROMPTS)]  # spread evenly over the classes
+        if isinstance(prompt, str):
+            return self.prompt_ids(tokenizer, model, prompt)
+        return [prompt * model.classes // len(PROMPTS)]  # spread evenly over the classes
 
 
 FAMILY = LlamaGenFamily()

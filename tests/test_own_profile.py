@@ -1,0 +1,124 @@
+"""Profiles of a user's own prompts, and profiles that a model brings beside its weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from inprocess import Engine, in_process  # noqa: F401
+from test_calibrate import SMALL, Lines, log  # noqa: F401
+from test_cli import calibrate, invoke, one_line
+
+from vllm_kvcompress.heads.profile import HeadProfile
+from vllm_kvcompress.heads.provide import OWN, cache_directory
+from vllm_kvcompress.models.calibration import _prompts_hash
+
+PROMPTS = ["a red bird", "grass at night by the sea", "two cups", "", "a house", "snow"]
+WRITTEN = [prompt for prompt in PROMPTS if prompt]
+
+
+@pytest.fixture(scope="module")
+def brought(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a profile of its own, made by the command on prompts of ours."""
+    folder = tmp_path_factory.mktemp("brought") / "painter"
+    shutil.copytree(checkpoints["gqa-hf"], folder)
+    asked = folder.parent / "prompts.txt"
+    asked.write_text("\n".join(PROMPTS))
+    done = calibrate(
+        folder, "-o", folder / OWN, "--dtype", "float32", "--prompts", asked, "--budgets", "0.45"
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def started(folder: Path, **section: object) -> Engine:
+    return Engine.get(folder, kvcompress=section, **SMALL)
+
+
+def test_heads_are_measured_on_the_prompts_of_the_file(brought: Path) -> None:
+    profile = HeadProfile.load(brought / OWN)
+    assert profile.prompts is not None
+    assert profile.pictures is not None
+    assert len(profile.prompts) == len(profile.pictures) == len(WRITTEN)
+    engine = started(brought, budget=0.45)
+    assert profile.prompts == [engine.prompt(text) for text in WRITTEN]
+    assert profile.model_hash == engine.model.fingerprint
+    assert [trial.budget for trial in profile.trials] == [28]
+    assert profile.prompts_hash != _prompts_hash()
+
+
+def test_what_a_model_brings_is_served(brought: Path, log: Lines) -> None:  # noqa: F811
+    engine = started(brought, budget=0.45, max_types=6)  # another than above, which was before this log
+    assert log.said(f"Head profile: the model's own {OWN}")
+    assert not log.said("calibrated")
+    assert not log.said("tried")
+    profile = HeadProfile.load(brought / OWN)
+    assert f"guided KL {profile.trials[0].divergence:.2g}" in engine.model.compressed._layout.summary
+
+
+def test_another_budget_is_tried_on_its_pictures_and_kept_beside(
+    brought: Path,
+    log: Lines,  # noqa: F811
+) -> None:
+    written = (brought / OWN).read_bytes()
+    first = started(brought, budget=0.6)
+    assert log.said("with fits tried")
+    (kept,) = cache_directory().glob(f"painter-{first.model.fingerprint}-*.json")
+    assert HeadProfile.load(kept).pictures == HeadProfile.load(brought / OWN).pictures
+    log.lines.clear()
+    again = Engine(brought, kvcompress={"budget": 0.6}, **SMALL)
+    Engine.started["again"] = again
+    assert again.model.compressed._layout == first.model.compressed._layout
+    assert log.said(f"Head profile: {kept}")
+    assert not log.said("tried")
+    assert (brought / OWN).read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_hash": "of others"}, "model_hash is 'of others'"),
+        ({"layers": 3}, "but layers is 3"),
+        ({"prompts": [[1]]}, "prompts: 1, but pictures of other than these"),
+        ({"prompts": [[], *[[1]] * 4]}, "prompts: one is empty"),
+        ({"prompts": [[2**40], *[[1]] * 4]}, "no token's id"),
+    ],
+)
+def test_what_is_wrong_with_it_is_a_warning(
+    brought: Path,
+    tmp_path: Path,
+    log: Lines,  # noqa: F811
+    change: dict,
+    said: str,
+) -> None:
+    folder = tmp_path / "painter"
+    shutil.copytree(brought, folder)
+    fields = json.loads((folder / OWN).read_text()) | change
+    (folder / OWN).write_text(json.dumps(fields))
+    Engine.started[str(folder)] = Engine(folder, kvcompress={"budget": 0.45}, **SMALL)
+    (warned,) = log.said("The model's own head profile is set aside")
+    assert said in warned
+
+
+def test_prompts_beyond_the_model_are_one_line(brought: Path, tmp_path: Path) -> None:
+    fields = json.loads((brought / OWN).read_text()) | {"trials": []}
+    fields["prompts"][0] = [10**6]
+    path = tmp_path / "planted.json"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"^head_profile: prompts are not of this model's tokens"):
+        Engine(brought, kvcompress={"budget": 0.45, "head_profile": str(path)}, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"one\ntwo\n\n", "has 2, give 4 to 1024"), (b"\xff\xfe", "cannot read"), (None, "cannot read")],
+)
+def test_a_file_of_no_use_is_one_line(
+    checkpoints: dict[str, Path], tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    line = one_line(invoke("calibrate", checkpoints["tiny-hf"], "-o", tmp_path / "x.json", "--prompts", path))
+    assert line.startswith("vllm-kvcompress: prompts: ")
+    assert said in line
