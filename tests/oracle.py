@@ -151,7 +151,7 @@ def made_up_curves(raster: Raster, heads: tuple[int, int], seed: int = 0) -> Los
 
 
 def write_profile(path: Path, spatial: Sequence[Sequence[int]], raster: Raster) -> Path:
-    """A head profile of any model of these layers and KV heads: 1 stands for a spatial head; made-up curves."""
+    """A head profile of any model of these layers and KV heads; 1 is a spatial head, curves are made up."""
     curves = made_up_curves(raster, (len(spatial), 2 * len(spatial[0])))
     fields = {"model": "", "model_hash": "", "metric": "made up", "prompts_hash": "", "format": 2,
               "head_size": 128, "dtype": "bfloat16", "curves": curves.dump(), "layers": len(spatial),

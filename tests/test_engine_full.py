@@ -1,7 +1,7 @@
 """The served model end to end, in float32 on vLLM's own attention, against transformers' own Janus.
 
-Where whole pictures prove no more than their last lines, a request's prompt already holds the rest. The engines
-run in this process; test_examples has an ``LLM`` with processes of its own, and so have all servers.
+Where whole pictures prove no more than their last lines, a request's prompt already holds the rest. The
+engines run in this process; test_examples has an ``LLM`` with processes of its own, and so have all servers.
 """
 
 from pathlib import Path
@@ -134,7 +134,7 @@ def test_a_resumed_picture_goes_on_as_if_drawn_in_one_go(llm, prompts, greedy, m
 
 
 def test_a_picture_stops_by_itself_after_the_last_token(llm, prompts, greedy, model):
-    """After more tokens than the least limit among these; from its beginning with the default one, as above."""
+    """After more tokens than the least limit here; from its beginning with the default one, as above."""
     held, left = prompts[0] + [model.text_vocab + code for code in greedy[0][:-48]], 48
     asked = [
         SamplingParams(),

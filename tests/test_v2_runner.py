@@ -150,7 +150,9 @@ def jobs(model: Path) -> list[dict[str, Any]]:
         engine("stock", [[*mixed, *texts, *late], crowd, alone, three]),
         engine("tight", [mixed], **tight),
         compressed("full", [[*mixed, *texts]], preset="full"),
-        compressed("decoupled", [[*mixed, *texts, *late], crowd, alone, three], preset="decoupled", budget=0.5),
+        compressed(
+            "decoupled", [[*mixed, *texts, *late], crowd, alone, three], preset="decoupled", budget=0.5
+        ),
         compressed("torch kernels", [mixed], preset="line_ar", budget=0.5, kernels="torch"),
         {
             **engine(
