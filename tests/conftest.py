@@ -24,12 +24,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker, whatever it s
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 ENGINES = (
-    "test_v2_runner", "test_triton_engine", "test_windows_engine", "test_server_ends", "test_benchmark",
-    "test_tensor_parallel", "test_engine_full", "test_compressed_engine", "test_llamagen", "test_emu3",
+    "test_v2_runner", "test_tensor_parallel", "test_windows_engine", "test_triton_engine", "test_server_ends",
+    "test_benchmark", "test_compressed_engine", "test_llamagen", "test_emu3", "test_data_parallel",
     "test_aligned_v2", "test_lumina",
     "test_triton_kernels", "test_bench_commands", "test_text_engine", "test_server_states", "test_server",
-    "test_llamagen_server", "test_emu3_server", "test_lumina_server", "test_picture_chat",
-    "test_data_parallel", "test_wheel",
+    "test_engine_full", "test_llamagen_server", "test_lumina_server", "test_picture_chat",
+    "test_wheel", "test_emu3_server",
     "test_cuda_graphs", "test_quantised", "test_triton_compile", "test_eval", "test_clients",
     "test_playground", "test_emu3_sizes",
     "test_examples", "test_playground_use",
