@@ -31,10 +31,10 @@ test: .venv/.ready
 test-fast: .venv/.ready
 	@$(PY) -m pytest tests -m "not engine" $(PARALLEL)
 
-# By hand: two groups of the benchmark; 300 pictures per preset with aborts in between, four minutes; ends of servers,
-# four minutes; then 10,000 over HTTP, ten minutes.
+# By hand: two groups of the benchmark; 300 pictures per preset with aborts in between, four minutes; whole pictures by
+# two ranks, four minutes; ends of servers, four minutes; then 10,000 over HTTP, ten minutes.
 soak: .venv/.ready
-	@$(PY) -m pytest tests/soak/soak_benchmark.py tests/soak/soak_pictures.py tests/soak/soak_ends.py tests/soak/soak_server.py -rP
+	@$(PY) -m pytest tests/soak/soak_benchmark.py tests/soak/soak_pictures.py tests/soak/soak_ranks.py tests/soak/soak_ends.py tests/soak/soak_server.py -rP
 
 # An interrupted run goes on where it stopped. BENCH="--only bars --minutes 15" makes it shorter.
 bench: .venv/.ready

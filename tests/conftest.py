@@ -1,5 +1,6 @@
 """Fixtures that modules share: small checkpoints, made once a session."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,12 +24,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker, whatever it s
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 ENGINES = (
-    "test_v2_runner", "test_triton_engine", "test_windows_engine", "test_server_ends", "test_benchmark",
-    "test_tensor_parallel", "test_engine_full", "test_compressed_engine", "test_llamagen", "test_emu3",
+    "test_v2_runner", "test_tensor_parallel", "test_windows_engine", "test_triton_engine", "test_server_ends",
+    "test_benchmark", "test_compressed_engine", "test_llamagen", "test_emu3", "test_data_parallel",
     "test_aligned_v2", "test_lumina",
     "test_triton_kernels", "test_bench_commands", "test_text_engine", "test_server_states", "test_server",
-    "test_llamagen_server", "test_emu3_server", "test_lumina_server", "test_picture_chat",
-    "test_data_parallel", "test_wheel",
+    "test_engine_full", "test_llamagen_server", "test_lumina_server", "test_picture_chat",
+    "test_wheel", "test_emu3_server",
     "test_cuda_graphs", "test_quantised", "test_triton_compile", "test_eval", "test_clients",
     "test_playground", "test_emu3_sizes",
     "test_examples", "test_playground_use",
@@ -64,11 +65,27 @@ def share_model_infos(root: Path, factory: pytest.TempPathFactory) -> None:
 
     Its key is the class's source; all workers of a run share it.
     """
-    known = factory.getbasetemp()
-    known = (known.parent if "PYTEST_XDIST_WORKER" in os.environ else known) / "modelinfos"
-    known.mkdir(exist_ok=True)
+    known = shared(factory, "modelinfos")
     root.mkdir(parents=True, exist_ok=True)
     (root / "modelinfos").symlink_to(known, target_is_directory=True)
+
+
+def shared(factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder that all workers of a run share."""
+    root = factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    folder.mkdir(exist_ok=True, mode=0o700)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def measured_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """vLLM's cache directory of servers whose tests are not about measuring heads: once a run will do."""
+    root = shared(tmp_path_factory, "measured-cache")
+    if not (root / "modelinfos").is_symlink():
+        with contextlib.suppress(FileExistsError):  # another worker's, since
+            share_model_infos(root, tmp_path_factory)
+    return str(root)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +101,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """``tiny-hf``, ``small-hf``, ``small-deepseek``, ``gqa-hf``: float32, random weights, seed 0.
 
     ``six-hf``, ``five-hf`` and ``five-gqa-hf`` are the first and the last with fewer tokens a picture (6 x 6,
-    5 x 5), for interpreters; ``eight-deepseek`` is the third with a ninth of its tokens, for two ranks.
+    5 x 5), for interpreters.
     """
     from vllm_kvcompress.testing.checkpoints import GQA, SMALL_24, TINY, make_checkpoint
 
@@ -98,7 +115,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("six-hf", "hf", replace(TINY, lines=6)),
         ("five-hf", "hf", replace(TINY, lines=5)),
         ("five-gqa-hf", "hf", replace(GQA, lines=5)),
-        ("eight-deepseek", "deepseek", replace(SMALL_24, lines=8)),
     ):
         made[name] = make_checkpoint(root / name, layout=layout, geometry=geometry, seed=0)
     return made

@@ -7,14 +7,14 @@ at given steps of the engine, so that batches are the same in every run.
 
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import preloaded
 from interpreter import settle
 from replaced_drafts import replaced
 
@@ -54,8 +54,6 @@ class EngineProcess:
         it is given up, default never), ``photos`` (width and height of pictures of noise in the prompt).
     script : str
         What the process runs, beside this file.
-    start : callable
-        ``subprocess.Popen``, or what does the same.
     """
 
     def __init__(
@@ -64,16 +62,15 @@ class EngineProcess:
         env: Mapping[str, str],
         engines: Sequence[Mapping[str, Any]],
         script: str = Path(__file__).name,
-        start: Callable[..., Any] = subprocess.Popen,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._log = folder / "out.json", folder / "log.txt"
         job = folder / "job.json"
         job.write_text(json.dumps({"engines": list(engines), "out": str(self._out)}))
         with self._log.open("wb") as stream:
-            self._process = start(
+            self._process = preloaded.Popen(
                 [sys.executable, str(HERE / script), str(job)],
-                stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **env},
+                stdout=stream, env={**os.environ, **env},
             )  # fmt: skip
 
     def finish(self) -> dict[str, dict[str, Any]]:

@@ -4,9 +4,11 @@ The oracle keeps all K and V of a head and a visibility mask that follows from t
 python lists, float64, one head and one token at a time. It shares no code with the package.
 """
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -146,6 +148,17 @@ def made_up_curves(raster: Raster, heads: tuple[int, int], seed: int = 0) -> Los
     losses = need * np.exp(-slots / reach) * rng.uniform(0.8, 1.2, (*heads, len(candidates)))
     losses[..., [not rule.evicts for rule in candidates]] = 0
     return LossCurves(candidates, losses)
+
+
+def write_profile(path: Path, spatial: Sequence[Sequence[int]], raster: Raster) -> Path:
+    """A head profile of any model of these layers and KV heads; 1 is a spatial head, curves are made up."""
+    curves = made_up_curves(raster, (len(spatial), 2 * len(spatial[0])))
+    fields = {"model": "", "model_hash": "", "metric": "made up", "prompts_hash": "", "format": 2,
+              "head_size": 128, "dtype": "bfloat16", "curves": curves.dump(), "layers": len(spatial),
+              "kv_heads": len(spatial[0]), "neighbourhood": 16, "threshold": 0.5}  # fmt: skip
+    scores = [[0.9 - 0.8 * head for head in row] for row in spatial]
+    path.write_text(json.dumps(fields | {"scores": scores}))
+    return path
 
 
 def made_up_fit(raster: Raster, budget: float, heads: tuple[int, int], types: int = 6, seed: int = 0):

@@ -2,8 +2,9 @@
 
 ``multiprocessing``'s fork server imports vLLM once; the child becomes what the command says, and what it
 starts in its turn is forked, or comes from the same fork server. No plugin was loaded in it, no environment
-variable read that the command may change. Some tests of how a process starts or ends, and of what users
-install, start theirs anew (test_compressed_server, test_wheel, test_last_word).
+variable read that the command may change, but ``TRITON_INTERPRET``: processes that have it come from a server
+of their own, whose Triton interprets (engine_process.V2). Some tests of how a process starts or ends, and of
+what users install, start theirs anew (test_compressed_server, test_wheel, test_last_word).
 """
 
 import atexit
@@ -20,6 +21,7 @@ from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import IO, Any
+from unittest import mock
 
 import setproctitle
 from interpreter import fork_if_asked, inspect_here
@@ -31,6 +33,8 @@ _COMMANDS = {
 _ADDRESS = ("_forkserver_address", "_forkserver_authkey")  # the latter since Python 3.14
 _forks = get_context("forkserver")
 _forks.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.entrypoints.openai.api_server"])
+_interpreting = forkserver.ForkServer()
+_interpreting.set_forkserver_preload(["vllm.entrypoints.llm"])
 
 
 class Popen:
@@ -44,7 +48,7 @@ class Popen:
         Files on the disk; ``subprocess.STDOUT`` for one.
     forked : bool
         Fork the API servers of ``--api-server-count`` too, which vLLM spawns: ten seconds of a core less for
-        each. Their metrics do not add up then: prometheus_client was told at its import whether they shall.
+        each.
     """
 
     def __init__(
@@ -61,13 +65,14 @@ class Popen:
         files = [stdout.name, stdout.name if isinstance(stderr, int) else stderr.name]
         given = dict(os.environ if env is None else env)
         place = given, str(cwd or Path.cwd())
-        forkserver.ensure_running()
-        address = {name: getattr(forkserver._forkserver, name, None) for name in _ADDRESS}
+        server = _server(given)
+        address = {name: getattr(server, name, None) for name in _ADDRESS}
         words = [str(word) for word in command]
         self._process = _forks.Process(
             target=_become, args=(words, files, place, address, forked), daemon=False
         )
-        self._process.start()
+        with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+            self._process.start()
         self.args, self.pid = command, self._process.pid
 
     def poll(self) -> int | None:
@@ -104,6 +109,16 @@ def run(
         return subprocess.CompletedProcess(command, code, *texts)
 
 
+def _server(env: Mapping[str, str]) -> forkserver.ForkServer:
+    """The fork server for processes of this environment, running."""
+    if env.get("TRITON_INTERPRET") != "1":
+        forkserver.ensure_running()
+        return forkserver._forkserver
+    with mock.patch.dict(os.environ, env):  # read at the import of Triton, and of vLLM
+        _interpreting.ensure_running()
+    return _interpreting
+
+
 def _become(
     command: list[str],
     files: list[str],
@@ -115,6 +130,7 @@ def _become(
     setproctitle.getproctitle()  # it finds its place by the environment that the process began with
     os.setsid()
     _move(*place)
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # else its parent's alone
     for stream, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
     _start_alike(address, forked)
@@ -144,6 +160,17 @@ def _start_alike(address: dict[str, Any], forked: bool) -> None:
     server.ensure_running = lambda: None
     alike = {"forkserver": _Alike()} | ({"spawn": given("fork")} if forked else {})
     multiprocessing.get_context = lambda method=None: alike.get(method) or given(method)
+    _count_together()
+    if forked:
+        os.register_at_fork(after_in_child=_count_together)
+
+
+def _count_together() -> None:
+    """Let metrics be those of several processes, if they are to: prometheus_client asks at its import."""
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        from prometheus_client import values
+
+        values.ValueClass = values.get_value_class()
 
 
 class _Alike(ForkServerContext):

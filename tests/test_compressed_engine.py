@@ -1,6 +1,5 @@
 """The compressed cache inside vLLM's engine: what is drawn, and what is held while it is drawn."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from dense_janus import DenseHead, draw_dense
 from inprocess import KERNELS, Engine, in_process  # noqa: F401
 from oracle import draw as oracle_draw
-from oracle import made_up_curves
+from oracle import write_profile
 from parity import load_reference
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -46,13 +45,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[list[int
 
     def write(spatial: list[list[int]]) -> str:
         path = tmp_path_factory.mktemp("profile") / "profile.json"
-        sizes = {"layers": len(spatial), "kv_heads": len(spatial[0]), "neighbourhood": 16, "threshold": 0.5}
-        curves = made_up_curves(Raster(24, 24), (len(spatial), 2 * len(spatial[0])))
-        fields = {"model": "", "model_hash": "", "metric": "made up", "prompts_hash": "", "format": 2,
-                  "head_size": 128, "dtype": "bfloat16", "curves": curves.dump()}  # fmt: skip
-        scores = [[0.9 - 0.8 * head for head in row] for row in spatial]
-        path.write_text(json.dumps(fields | sizes | {"scores": scores}))
-        return str(path)
+        return str(write_profile(path, spatial, Raster(24, 24)))
 
     return write
 

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +25,15 @@ PARALLEL = ("--data-parallel-size", "2", "--api-server-count", "2", "--shutdown-
 
 
 @pytest.fixture(scope="module")
-def server(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, measured_cache: str
+) -> Iterator[Server]:
     env = {
         "VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+        "VLLM_CACHE_ROOT": measured_cache,
     }  # fmt: skip
-    log = tmp_path_factory.mktemp("parallel") / "server.log"
-    with Server(checkpoints["gqa-hf"], log, (*ARGS, *PARALLEL), env=env, start=preloaded.Popen) as running:
+    log, begin = tmp_path_factory.mktemp("parallel") / "server.log", partial(preloaded.Popen, forked=True)
+    with Server(checkpoints["gqa-hf"], log, (*ARGS, *PARALLEL), env=env, start=begin) as running:
         yield running
 
 

@@ -1,6 +1,7 @@
 """``vllm-kvcompress doctor``: what it finds is what is there."""
 
 import inspect
+import os
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -8,11 +9,18 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 
 from vllm_kvcompress import __version__, cli, doctor, served
 from vllm_kvcompress.attention import cpu, cpu_library
 from vllm_kvcompress.heads import provide
 from vllm_kvcompress.models import vllm_config
+
+SUBJECTS = [
+    "vllm-kvcompress", "vLLM", "plugin", "device", "model runner", "kernels", "logits", "head profiles",
+    "refused",
+]  # fmt: skip
 
 
 def found(subject: str) -> list[str]:
@@ -25,15 +33,31 @@ def test_report_on_the_command_line() -> None:
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines == doctor.report()
-    assert len(lines) <= 10
-    assert [line.split(": ")[0] for line in lines if not line.startswith("refused")] == [
-        "vllm-kvcompress", "vLLM", "plugin", "device", "model runner", "kernels", "logits", "head profiles"
-    ]  # fmt: skip
+    assert [line.split(": ")[0] for line in lines] == SUBJECTS
     assert "; LoRA (both branches share a row, adapters know one); " in result.stdout
     assert "not to be found out" not in result.stdout
     assert lines[0].startswith(f"vllm-kvcompress: {__version__}, in ")
     assert lines[0].endswith(f", Python {sys.version.split()[0]}")
     assert found("plugin") == ["fits this vLLM"]
+
+
+def test_ten_lines_at_most_where_most_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A CPU without built kernels; a GPU before 8-bit floats, as vLLM would describe an A100."""
+    monkeypatch.setattr(cpu, "isa", lambda: None)
+    monkeypatch.setattr(cpu_library, "LIBRARY", tmp_path / "_kernels.so")
+    lines = doctor.report()
+    assert [line.split(": ")[0] for line in lines] == SUBJECTS
+    assert all(word in lines[-1] for word in ("cpu kernels", "triton kernels", "pipeline parallelism"))
+    monkeypatch.setattr(doctor, "_device_type", lambda: "cuda")
+    for name, value in {
+        "is_cuda": True, "is_cuda_alike": True, "has_device_capability": False,
+        "get_device_name": "NVIDIA A100-SXM4-80GB", "get_device_capability": DeviceCapability(8, 0),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(type(current_platform), name, lambda *_, value=value: value, raising=False)
+    lines = doctor.report()
+    assert [line.split(": ")[0] for line in lines] == SUBJECTS
+    assert lines[3] == "device: cuda, NVIDIA A100-SXM4-80GB, compute capability 8.0"
+    assert "on this machine: --kv-cache-dtype fp8, for this GPU lacks e4m3" in lines[-1]
 
 
 def test_vllm_that_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +132,27 @@ def test_head_profiles_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, tmp_
     [line] = found("head profiles")
     assert "not writable" in line
     assert "VLLM_CACHE_ROOT" in line
+
+
+def test_head_profiles_in_a_folder_that_others_may_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As at start-up: neither read nor kept."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    monkeypatch.setattr(provide, "cache_directory", lambda: folder)
+    folder.chmod(0o755)
+    assert found("head profiles") == [f"kept in {folder}, writable"]
+    folder.chmod(0o775)
+    refusal = f"{folder} can be written by others; chmod go-w, or set VLLM_CACHE_ROOT"
+    measured = "neither read nor kept, heads are measured at every start"
+    assert found("head profiles") == [f"{measured}: {refusal}"]
+    folder.chmod(0o755)
+    if os.geteuid() == 0:
+        os.chown(folder, 1, -1)
+    else:
+        monkeypatch.setattr("os.geteuid", lambda: folder.stat().st_uid + 1)
+    assert found("head profiles") == [f"{measured}: {refusal}"], "another's"
 
 
 def test_what_can_not_be_found_out_is_said_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

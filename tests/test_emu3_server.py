@@ -8,6 +8,7 @@ from typing import Any
 import dense_emu3
 import httpx
 import numpy as np
+import preloaded
 import pytest
 from images_http import asked, check_draws_alone, picture, pixels, refused, streamed
 from tokenizers import Tokenizer
@@ -29,7 +30,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
     )  # fmt: skip
     folder = make_emu3(root / "model", in_memory=True)
     with (
-        Server(folder, root / "server.log", args, name="emu3") as server,
+        Server(folder, root / "server.log", args, name="emu3", start=preloaded.Popen) as server,
         httpx.Client(base_url=server.url, timeout=120) as client,
     ):
         yield client, folder, root / "server.log"

@@ -1,14 +1,14 @@
 """The served model end to end, in float32 on vLLM's own attention, against transformers' own Janus.
 
-The engine of one layout runs in processes of its own, as in production. Where whole pictures prove no more
-than their last lines, a request's prompt already holds the rest.
+Where whole pictures prove no more than their last lines, a request's prompt already holds the rest. The
+engines run in this process; test_examples has an ``LLM`` with processes of its own, and so have all servers.
 """
 
 from pathlib import Path
 
 import pytest
 import torch
-from inprocess import Engine, engines_here
+from inprocess import Engine, in_process  # noqa: F401
 from parity import load_reference, pixels, transformers_greedy
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -28,52 +28,19 @@ TOKENS = 576
 
 
 def start(path: Path) -> LLM:
-    return LLM(
-        str(path),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=1024,
-        max_num_seqs=16,
-        max_num_batched_tokens=1024,
-        kv_cache_memory_bytes=2**29,
-        disable_log_stats=True,
-    )
-
-
-def stop(llm: LLM) -> None:
-    llm.llm_engine.engine_core.shutdown()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For the reference, whose matrices are small; and the engine has the other core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def insecure():
-    """Lets tests send functions to the worker."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-        yield
-
-
-@pytest.fixture(scope="module")
-def llm(checkpoints, insecure):
-    llm = start(checkpoints["small-hf"])
-    yield llm
-    stop(llm)
-
-
-@pytest.fixture(scope="module")
-def original(checkpoints, llm):
-    """In this process, which is sooner started; after the other."""
+    """As ``LLM`` is without this package's settings: windows and all."""
     settings = {"max_model_len": 1024, "max_num_batched_tokens": 1024, "kv_cache_memory_bytes": 2**29}
-    with engines_here():
-        yield Engine.get(checkpoints["small-deepseek"], None, additional_config={}, **settings).llm
+    return Engine.get(path, None, additional_config={}, **settings).llm
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoints):
+    return start(checkpoints["small-hf"])
+
+
+@pytest.fixture(scope="module")
+def original(checkpoints):
+    return start(checkpoints["small-deepseek"])
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +133,9 @@ def test_a_resumed_picture_goes_on_as_if_drawn_in_one_go(llm, prompts, greedy, m
 # ---- when it stops
 
 
-def test_a_picture_stops_by_itself_after_the_last_token(llm, prompts, model):
+def test_a_picture_stops_by_itself_after_the_last_token(llm, prompts, greedy, model):
+    """After more tokens than the least limit here; from its beginning with the default one, as above."""
+    held, left = prompts[0] + [model.text_vocab + code for code in greedy[0][:-48]], 48
     asked = [
         SamplingParams(),
         SamplingParams(max_tokens=TOKENS),
@@ -178,12 +147,12 @@ def test_a_picture_stops_by_itself_after_the_last_token(llm, prompts, model):
         SamplingParams(logprobs=2, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.5),
         SamplingParams(logit_bias={5: 100.0, model.boi: 100.0}),
     ]
-    requests = [{"prompt_token_ids": prompts[0]} for _ in asked]
+    requests = [{"prompt_token_ids": held} for _ in asked]
     results = llm.generate(requests, asked, use_tqdm=False)
     for params, result in zip(asked, results, strict=True):
         assert len(result.outputs) == params.n
         for output in result.outputs:
-            assert len(output.token_ids) == TOKENS, params
+            assert len(output.token_ids) == left, params
             assert model.text_vocab <= min(output.token_ids), params
             assert max(output.token_ids) < model.vocab, params
             assert (output.finish_reason, output.stop_reason, output.text) == ("length", None, "")
@@ -356,13 +325,18 @@ def sampled(seed, scale=5.0, temperature=1.0, **fields):
     return guided(scale, seed=seed, temperature=temperature, **fields)
 
 
-def test_a_seed_draws_the_same_picture_in_any_company(llm, prompts):
+def test_a_seed_draws_the_same_picture_in_any_company(llm, prompts, greedy, model):
+    """Its last six lines."""
+    held = [
+        ids + [model.text_vocab + code for code in codes[:432]]
+        for ids, codes in zip(prompts, greedy, strict=True)
+    ]
     params = [sampled(**fields) for fields in SAMPLING]
-    crowd = draw(llm, [prompts[i % len(prompts)] for i in range(len(params) - 1)] + [prompts[0]], params)
+    crowd = draw(llm, [held[i % len(held)] for i in range(len(params) - 1)] + [held[0]], params)
     assert crowd[0] == crowd[-1]
     assert len({tuple(ids) for ids in crowd}) == len(crowd) - 1
     for index in (0, 2, 3, 4):
-        alone = draw(llm, [prompts[index]], params[index])[0]
+        alone = draw(llm, [held[index]], params[index])[0]
         assert alone == crowd[index], SAMPLING[index]
 
 

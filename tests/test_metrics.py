@@ -2,12 +2,12 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import preloaded
 import pytest
 from prometheus_client import REGISTRY, generate_latest
 from vllm.v1.metrics.prometheus import get_prometheus_registry, unregister_vllm_metrics
@@ -122,6 +122,7 @@ def test_several_api_servers_add_up(tmp_path: Path) -> None:
         "print(generate_latest(registry).decode())"
     )
     env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    last = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    last = preloaded.run([sys.executable, "-c", code], env=env)
+    assert last.returncode == 0, last.stderr
     assert 'vllm:image_pictures_total{engine="0",model_name="shared"} 5.0' in last.stdout
     assert 'head_type="semantic",model_name="shared"} 0.0' in last.stdout

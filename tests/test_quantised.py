@@ -1,18 +1,21 @@
 """Checkpoints with fewer bytes a weight, as llm-compressor writes them: 8-bit (W8A8) and 4-bit (W4A16)."""
 
 import importlib
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from inprocess import Engine, in_process  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig
 from vllm import SamplingParams
 
+from vllm_kvcompress.models import weights
 from vllm_kvcompress.models.checkpoint import header
 from vllm_kvcompress.models.packed import quantised_tensors
 from vllm_kvcompress.models.registry import ARCHITECTURES, FAMILIES
@@ -168,6 +171,50 @@ def test_a_missing_scale_is_named(checkpoints: dict[str, Path], tmp_path: Path) 
         CheckpointError, match=r"lacks tensor language_model\..*o_proj.weight_scale: is a shard"
     ):
         drawn(packed, None)
+
+
+def with_more(packed: Path, config: dict[str, Any], more: dict[str, torch.Tensor]) -> Path:
+    """A quantised checkpoint, and more in its configuration and among its tensors."""
+    fields = json.loads((packed / "config.json").read_text())
+    fields["quantization_config"] |= config
+    (packed / "config.json").write_text(json.dumps(fields))
+    save_file(load_file(packed / "model.safetensors") | more, packed / "model.safetensors", {"format": "pt"})
+    return packed
+
+
+def test_scales_of_a_cache_are_no_unknown_tensors(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As llm-compressor writes them; the compressed cache draws what it draws without them, and says so."""
+    packed, _ = both(checkpoints["gqa-hf"], tmp_path, "int8")
+    without = drawn(packed, "kvcompress")
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    scales = {
+        f"model.language_model.layers.{layer}.self_attn.{name}_scale": torch.tensor([0.02])
+        for layer in range(GQA.layers) for name in "kv"
+    }  # fmt: skip
+    shutil.copytree(packed, tmp_path / "scaled")
+    scaled = with_more(tmp_path / "scaled", {"kv_cache_scheme": scheme}, scales)
+    said: list[str] = []
+    monkeypatch.setattr(weights.logger, "info", said.append)
+    assert drawn(scaled, "kvcompress") == without
+    assert ["scales of an 8-bit KV cache (kv_cache_scheme) are not used" in line for line in said] == [True]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_biases_that_a_quantiser_adds(checkpoints: dict[str, Path], tmp_path: Path, value: float) -> None:
+    """GPTQ's writers give every layer one: zeros are left out, others named."""
+    packed, _ = both(checkpoints["gqa-hf"], tmp_path, "int4")
+    name = "model.language_model.layers.1.self_attn.q_proj"
+    rows = len(load_file(packed / "model.safetensors")[f"{name}.weight_scale"])
+    more = with_more(packed, {}, {f"{name}.bias": torch.full((rows,), value)})
+    if value:
+        with pytest.raises(
+            CheckpointError, match=r"q_proj.bias is a bias that is not zero, but by config.json"
+        ):
+            started(more, None)
+    else:
+        assert len(drawn(more, None)[0]) == 64
 
 
 def test_scales_without_a_word_in_the_config_are_unknown(

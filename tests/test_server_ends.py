@@ -29,14 +29,18 @@ CLEAN_S = 5  # after a crash everybody knows
 
 @pytest.fixture(scope="module")
 def start(
-    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, own_cache: str
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, measured_cache: str
 ) -> Callable[..., Server]:
-    """A server on a cache directory that all of this module share: one calibration."""
+    """A server on a cache directory that others have, too: no calibration of its own."""
     folder = tmp_path_factory.mktemp("ends")
 
     def server(name: str, *args: str) -> Server:
         # One thread for the engine and for the front end, which draws pixels after it: the same roundings.
-        env = {"VLLM_CACHE_ROOT": own_cache, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        env = {
+            "VLLM_CACHE_ROOT": measured_cache,
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
         begin = partial(preloaded.Popen, forked=True)
         return Server(checkpoints["gqa-hf"], folder / f"{name}.log", (*ARGS, *args), env=env, start=begin)
 

@@ -175,10 +175,10 @@ def waiting(seed: int) -> Crowd:
 
 @pytest.fixture(scope="module", autouse=True)
 def started(
-    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, own_cache: str
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, measured_cache: str
 ) -> Iterator[None]:
     global site
-    site = Site(checkpoints["gqa-hf"], tmp_path_factory.mktemp("states"), own_cache)
+    site = Site(checkpoints["gqa-hf"], tmp_path_factory.mktemp("states"), measured_cache)
     yield
     site.server.stop()
 

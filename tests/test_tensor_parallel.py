@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import preloaded
 import pytest
 import test_emu3
 import test_llamagen
@@ -32,30 +31,33 @@ LUMINA, LLAMAGEN = "published", "bare"  # geometries of four heads
 
 @dataclass(frozen=True)
 class Case:
-    """``section``: kvcompress's (None: vLLM's own attention); ``tokens`` of each of the ``pictures``."""
+    """``section``: kvcompress's (None: vLLM's own attention); ``tokens`` of each of the ``pictures``.
+
+    ``chats`` about a picture; where nobody does, the model looks at none.
+    """
 
     model: str
     section: dict[str, Any] | None
     pictures: int
     tokens: int
+    chats: bool = False
 
 
 CASES = {
-    "vLLM's cache, gqa": Case("five-gqa-hf", None, 5, 25),
+    "vLLM's cache, gqa": Case("five-gqa-hf", None, 5, 25, chats=True),
     "line_ar, gqa": Case("five-gqa-hf", {"preset": "line_ar", "budget": 0.5}, 3, 25),
     "one KV head on both ranks": Case("one-kv-head", None, 1, 25),
     "vLLM's cache, original layout": Case("six-deepseek", None, 1, 36),
-    "fitted, original layout, windows": Case("six-deepseek", {"budget": 0.4, "window": 6}, 2, 36),
-    "decoupled, original layout": Case("eight-deepseek", DECOUPLED, 1, 64),
+    "fitted, original layout, windows": Case("six-deepseek", {"budget": 0.4, "window": 6}, 2, 36, chats=True),
+    "decoupled, original layout": Case("six-deepseek", DECOUPLED, 1, 36),
     "Lumina-mGPT": Case("lumina", {"preset": "line_ar", "budget": 0.5, "size": "32x16"}, 1, 36),
     "LlamaGen": Case("llamagen", {"preset": "line_ar", "budget": 0.5}, 1, 36),
 }
-FAMILIES = ("Lumina-mGPT", "LlamaGen")  # that don't chat
 Drawn = dict[str, dict[str, Any]]
 
 
 def asked(case: Case, model: Path) -> list[list[dict[str, Any]]]:
-    """Waves: pictures, and from Janus a chat about one."""
+    """Waves: pictures, then a chat about one."""
     if case.model == "lumina":
         prompts = test_lumina.asked_for(LUMINA, "wide")[2:3]
         params = [test_emu3.params(*rest) for _, *rest in prompts]
@@ -73,6 +75,8 @@ def asked(case: Case, model: Path) -> list[list[dict[str, Any]]]:
     if case.pictures > 3:
         sampled = seeded_requests(prompts, pictures[0])
         pictures += [sampled[0], sampled[2]]
+    if not case.chats:
+        return [pictures]
     chat = {"temperature": 0.0, "max_tokens": WORDS, "ignore_eos": True}
     return [pictures, [{"ids": prompts.looking(7), "photos": [(90, 40)], "params": chat}]]
 
@@ -89,6 +93,8 @@ def jobs(models: dict[str, Path], profile: Path, ranks: int) -> list[dict[str, A
         }  # fmt: skip
         if case.model == "llamagen":
             args["max_model_len"] = 37
+        if not case.chats and case.model not in ("lumina", "llamagen"):
+            args["limit_mm_per_prompt"] = {"image": 0}
         if section is DECOUPLED:
             section = {**section, "head_profile": str(profile)}
         args["additional_config"] = {"kvcompress": {"window": 1, **(section or {})}}
@@ -139,7 +145,7 @@ def drawn(
     folder, found = tmp_path_factory.mktemp("ranks"), {}
     for ranks, cache in caches.items():
         env = {**V1, "VLLM_CACHE_ROOT": str(cache)}
-        process = EngineProcess(folder / str(ranks), env, jobs(models, profile, ranks), start=preloaded.Popen)
+        process = EngineProcess(folder / str(ranks), env, jobs(models, profile, ranks))
         found[ranks] = {**process.finish(), "log": process.log}
     return found
 
@@ -150,7 +156,7 @@ def test_tokens_equal_one_process(drawn: dict[int, Drawn], case: str) -> None:
     wanted = CASES[case]
     assert [len(tokens) for tokens in two[0]] == [wanted.tokens] * wanted.pictures
     assert two == one
-    if case not in FAMILIES:
+    if wanted.chats:
         assert [len(words) for words in two[1]] == [WORDS], "of a chat with a picture"
     assert len({tuple(tokens) for tokens in two[0]}) == wanted.pictures
 
@@ -175,9 +181,9 @@ def test_eviction_had_a_say(drawn: dict[int, Drawn]) -> None:
         ("vLLM's cache, original layout", "fitted, original layout, windows"),
     ):
         assert drawn[RANKS][full]["waves"][0][0] != drawn[RANKS][fitted]["waves"][0][0]
-    [[report], _] = drawn[RANKS]["decoupled, original layout"]["held"]
-    assert report["kv_cache"]["evicted_spatial"] > 30
-    assert report["kv_cache"]["evicted_semantic"] > 30
+    [[report]] = drawn[RANKS]["decoupled, original layout"]["held"]
+    assert report["kv_cache"]["evicted_spatial"] > 15
+    assert report["kv_cache"]["evicted_semantic"] > 15
     [windowed, _] = drawn[RANKS]["fitted, original layout, windows"]["held"]
     assert min(report["kv_cache"]["steps"] for report in windowed) < 36
 

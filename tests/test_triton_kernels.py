@@ -6,7 +6,6 @@ itself, as a script, in a process of its own (``TRITON_INTERPRET=1``), and each 
 
 import json
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +18,11 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import preloaded
 import pytest
 import torch
 import triton.language as tl
+from engine_process import V2
 from interpreter import patch_once
 from oracle import Run, World, world
 from torch import Tensor
@@ -48,8 +49,7 @@ def check(function: Callable[[], None]) -> Callable[[], None]:
 def failures() -> dict[str, str]:
     """Traceback of each check, empty where it passed."""
     command = [sys.executable, str(Path(__file__).resolve())]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = preloaded.run(command, env=os.environ | V2)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -428,7 +428,7 @@ BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 def test_benchmark_checks_itself(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     command = [sys.executable, str(BENCHMARK), "--dry-run", "--json", str(result)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = preloaded.run(command, env=os.environ | V2)
     assert done.returncode == 0, done.stderr
     found = json.loads(result.read_text())
     checked = [(check["dtype"], check["layout"]) for check in found["checks"]]
@@ -443,7 +443,7 @@ def test_benchmark_checks_itself(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_benchmark_needs_a_gpu() -> None:
-    done = subprocess.run([sys.executable, str(BENCHMARK)], capture_output=True, text=True)
+    done = preloaded.run([sys.executable, str(BENCHMARK)])
     assert done.returncode == 2
     assert "needs a CUDA device" in done.stderr
 

@@ -28,9 +28,7 @@ def report() -> list[str]:
         except Exception as error:
             first = next(iter(str(error).strip().splitlines()), "")
             findings = f"not to be found out ({type(error).__name__}: {first})"
-        lines += [
-            f"{subject}: {finding}" for finding in ([findings] if isinstance(findings, str) else findings)
-        ]
+        lines.append(f"{subject}: {findings}")
     return lines
 
 
@@ -110,7 +108,7 @@ def _logits() -> str:
     return "of image codes alone, while all requests draw"
 
 
-def _refused() -> list[str]:
+def _refused() -> str:
     from vllm.platforms import current_platform
 
     from vllm_kvcompress.attention import kernels
@@ -121,23 +119,30 @@ def _refused() -> list[str]:
         try:
             kernels.choose(name, _device_type())
         except ValueError as error:
-            found.append(str(error))
+            found.append(f"on this machine: {error}")
     if current_platform.is_cuda() and not current_platform.has_device_capability(89):
-        found.append("--kv-cache-dtype fp8: this GPU lacks e4m3 (compute capability 8.9)")
-    return found
+        found.append(
+            "on this machine: --kv-cache-dtype fp8, for this GPU lacks e4m3 (compute capability 8.9)"
+        )
+    return "; ".join(found)
 
 
 def _profiles() -> str:
-    from vllm_kvcompress.heads.provide import cache_directory
+    from vllm_kvcompress.heads import provide
 
-    folder = cache_directory()
+    folder = provide.cache_directory()
     existing = next(place for place in (folder, *folder.parents) if place.exists())
-    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
-        return f"kept in {folder}, writable"
-    return f"{folder} is not writable, heads are measured at every start: set VLLM_CACHE_ROOT"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return f"{folder} is not writable, heads are measured at every start: set VLLM_CACHE_ROOT"
+    if existing == folder:
+        try:
+            provide._check_private(folder)
+        except ValueError as error:
+            return f"neither read nor kept, heads are measured at every start: {error}"
+    return f"kept in {folder}, writable"
 
 
-_SUBJECTS: dict[str, Callable[[], str | list[str]]] = {
+_SUBJECTS: dict[str, Callable[[], str]] = {
     "vllm-kvcompress": _package,
     "vLLM": _vllm,
     "plugin": _plugin,

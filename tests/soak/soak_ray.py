@@ -51,6 +51,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_ranks_of_ray_are_one_process(cluster: None, checkpoints: dict[str, Path]) -> None:
     model = checkpoints["gqa-hf"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.config import head_size
 from vllm_kvcompress.models.fingerprint import Fingerprint
 from vllm_kvcompress.models.packed import LINEAR, quantised_tensors
@@ -21,6 +22,8 @@ from vllm_kvcompress.models.vq import IN_VQ, PictureDecoder, vq_name
 if TYPE_CHECKING:
     from vllm_kvcompress.models.branched import BranchedImageModel
     from vllm_kvcompress.models.vision import JanusVision
+
+logger = logger_for(__name__)
 
 _RENAME = (
     (r"^(?:model\.language_model|language_model\.model)\.", "language_model."),
@@ -33,6 +36,8 @@ _RENAME = (
 )
 _ROPE = re.compile(r"rotary_emb\.inv_freq$")  # tables that old checkpoints carry
 _FLOW = re.compile(r"^vision_gen_(?:enc|dec)_")
+# Of an 8-bit KV cache (kv_cache_scheme), as quantisers name them.
+_CACHE_SCALE = re.compile(r"^language_model\.layers\.\d+\.self_attn\.(?:attn\.|[kv]_proj\.)?[qkv]_scale$")
 _WITHOUT = f"; {NO_PICTURES} serves the model without pictures in chats"
 
 
@@ -130,7 +135,9 @@ class Ledger:
     ) -> None:
         self._family = family_of(config)
         self._shapes, self._vq, self._vision = self._family.shapes(config), vq, vision
-        self._loose = packed is None and bool(getattr(config, "quantization_config", None))
+        self._quantised = bool(getattr(config, "quantization_config", None))
+        self._loose = packed is None and self._quantised
+        self.cache_scales = 0  # seen
         self._theirs: set[str] = set().union(*(packed or {}).values())
         linear = packed or ([name for name in self._shapes if LINEAR.match(name)] if self._loose else ())
         self.unchecked = {name: self._shapes.pop(name) for name in linear if name in self._shapes}
@@ -141,10 +148,12 @@ class Ledger:
         self._seen: set[str] = set()
         self._seen_vq: set[str] = set()
 
-    def take(self, original: str, shape: tuple[int, ...]) -> str | None:
+    def take(self, original: str, shape: tuple[int, ...], tensor: Tensor | None = None) -> str | None:
         """The canonical name of a checkpoint's tensor, None if knowingly skipped.
 
-        Raises CheckpointError if it is unknown or of a wrong shape.
+        A quantiser's scales of the cache, and biases of zeros (GPTQ's) where there are none, need not be.
+        Without the ``tensor`` a bias is taken for one of zeros. Raises CheckpointError if it is unknown or
+        of a wrong shape.
         """
         if _FLOW.match(original):
             raise CheckpointError(
@@ -162,6 +171,16 @@ class Ledger:
             if self._vq is not None and (known := self._vq.checked_name(original, shape)) is not None:
                 self._seen_vq.add(known)
             return name
+        if self._quantised and _CACHE_SCALE.match(name):
+            self.cache_scales += 1
+            return name  # loaded or left out by vLLM's loader, as its layers have them or not
+        if self._quantised and name.endswith(".bias") and LINEAR.match(name) and name not in self._shapes:
+            if tensor is not None and tensor.any():
+                raise CheckpointError(
+                    f"tensor {original} is a bias that is not zero, but by config.json (attention_bias) the "
+                    "layer has none: quantise the published model as it is"
+                )
+            return None
         if name in self._theirs or (self._loose and LINEAR.match(name)):
             self._seen.add(name)
             return name
@@ -236,7 +255,7 @@ def load_weights(model: "BranchedImageModel", weights: Iterable[tuple[str, Tenso
 
     def language() -> Iterator[tuple[str, Tensor]]:
         for original, tensor in weights:
-            name = ledger.take(original, tuple(tensor.shape))
+            name = ledger.take(original, tuple(tensor.shape), tensor)
             if name is None:
                 continue
             if IN_VQ.match(name):
@@ -250,6 +269,11 @@ def load_weights(model: "BranchedImageModel", weights: Iterable[tuple[str, Tenso
                 small[name] = tensor
 
     loaded = {f"language_model.{name}" for name in model.language_model.load_weights(language())}
+    if ledger.cache_scales and not any(_CACHE_SCALE.match(name) for name in loaded):
+        logger.info(
+            "The checkpoint's scales of an 8-bit KV cache (kv_cache_scheme) are not used: the compressed "
+            "cache has 8 bits with --kv-cache-dtype fp8 alone, and scale 1."
+        )
     if ledger.ties:
         lm_head: Any = model.lm_head
         lm_head.tie_weights(model.language_model.embed_tokens)
