@@ -295,16 +295,19 @@ async def test_who_waits_for_an_engine_that_was_stopped_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "lasts", "crashed"), [(-9, 0, True), (1, 0, True), (0, 0, False), (-9, 0.2, False)]
-)
+    ("code", "lasts", "waits", "crashed"),
+    [(-9, 0, True, True), (1, 0, True, True), (0, 0, True, False), (-9, 0.2, True, False),
+     (-6, 0, False, False)],
+)  # fmt: skip
 def test_an_engine_of_its_own_that_dies_while_it_drains(
-    code: int, lasts: float, crashed: bool, told: list[str]
+    code: int, lasts: float, waits: bool, crashed: bool, told: list[str]
 ) -> None:
-    """Its process fails before its time is over; after that it is vLLM that kills it."""
+    """Its process fails before all are answered, and before its time is over, when vLLM kills it."""
     engine, heard = Shared(owner=True), []
     del engine.shutdown  # the class's
     ended: dict[str, int] = {}
     engine.engine_core.resources.engine_manager = SimpleNamespace(finished_procs=lambda: ended)
+    engine.output_processor = SimpleNamespace(has_unfinished_requests=lambda: waits)  # type: ignore[attr-defined]
 
     def shutdown(timeout: float | None = None) -> None:
         time.sleep(lasts)

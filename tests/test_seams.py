@@ -411,7 +411,9 @@ def test_who_waits_for_an_answer_can_be_told() -> None:
 def test_api_processes_share_a_socket_and_their_loads() -> None:
     """What `Listening` reads and writes of vLLM's server."""
     from vllm.entrypoints.launchers import launcher
+    from vllm.v1.engine.output_processor import OutputProcessor
 
+    assert callable(OutputProcessor.has_unfinished_requests)
     assert launcher._NOT_ACCEPTING == listening._NOT_ACCEPTING
     for method, text in (
         ("startup", "self._track(self._accept(sock))"),

@@ -94,9 +94,13 @@ class Drain:
 
     @property
     def _has_failed(self) -> bool:
-        """Whether a process of the engine has ended other than it was told to."""
+        """Whether a process of the engine has ended other than it was told to, before all were answered.
+
+        After that a library that stumbles as the process ends takes nothing from anybody.
+        """
         ended: dict[str, int] = getattr(self._manager, "finished_procs", dict)()
-        return any(ended.values())
+        processor: Any = getattr(self._engine, "output_processor", None)
+        return any(ended.values()) and (processor is None or processor.has_unfinished_requests())
 
     def _tell_who_waits(self) -> None:
         handler = getattr(self._engine, "output_handler", None)  # None until the first request
