@@ -263,6 +263,57 @@ def test_it_goes_on_where_it_stopped_and_keeps_settings_apart(
         assert complaint in refused.stderr
 
 
+@pytest.mark.timeout(900)
+def test_a_short_file_of_scenes_is_replayed_whole(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Likelihoods of a model alone, as the command stands in docs/quality.md."""
+    rng = np.random.default_rng(0)
+    scenes = tmp_path / "scenes.npz"
+    held_out.save(scenes, ["a red bird", "grass", "two cups"], rng.integers(0, 64, (3, 64)))
+    model, out = checkpoints["tiny-hf"], tmp_path / "out"
+    asked = [
+        "--scenes-file",
+        str(scenes),
+        "--pictures",
+        "0",
+        "--presets",
+        "full,fitted",
+        "--budgets",
+        "0.5,1/3",
+    ]
+    command = [
+        str(Path(sys.executable).parent / "vllm-kvcompress"),
+        "eval",
+        str(model),
+        "-o",
+        str(out),
+        *asked,
+    ]
+    done = preloaded.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = {r["name"]: r for r in json.loads((out / "results.json").read_text())}
+    assert list(records) == ["full", "fitted-0.5", "fitted-1_3"]
+    for name, budget in (("fitted-0.5", 1 / 2), ("fitted-1_3", 1 / 3)):
+        assert 0 < records[name]["kl_guided"][0] < 20
+        assert records[name]["resident"] <= 64 * budget
+    held_out.save(scenes, ["a red bird", "grass", "two cups"], rng.integers(0, 64, (3, 64)))
+    changed = CliRunner().invoke(app, command[1:])
+    assert changed.exit_code == 1
+    assert "holds results with files" in changed.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no archive", None])
+def test_scenes_of_no_use_are_one_line_before_an_engine_starts(
+    checkpoints: dict[str, Path], tmp_path: Path, content: bytes | None
+) -> None:
+    scenes = tmp_path / "scenes.npz"
+    if content is not None:
+        scenes.write_bytes(content)
+    refused = in_this_process(checkpoints["tiny-hf"], tmp_path / "new", "--scenes-file", str(scenes))
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("vllm-kvcompress: scenes: cannot read ")
+    assert len(refused.stderr.strip().splitlines()) == 1
+
+
 def test_unknown_names_are_refused(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     for more, complaint in (
         (("--presets", "quest"), "preset: unknown 'quest'"),

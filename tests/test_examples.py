@@ -17,7 +17,8 @@ from PIL import Image
 from vllm_kvcompress.testing.server import Server
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RUN = {"demo.py", "offline.py", *(f"shapes/{name}.py" for name in shapes_process.SCRIPTS)}
+PROMPTS = "shapes/calibration_prompts.py"
+RUN = {"demo.py", "offline.py", PROMPTS, *(f"shapes/{name}.py" for name in shapes_process.SCRIPTS)}
 """What these tests run as a program."""
 
 
@@ -34,6 +35,13 @@ def test_no_example_is_left_out() -> None:
             beside = {str(Path(name).with_name(f"{module}.py")) for module in modules}
             left |= (beside & files) - reached
     assert reached == files
+
+
+def test_the_demo_models_calibration_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / PROMPTS), run_name="__main__")
+    prompts = capsys.readouterr().out
+    assert prompts == (EXAMPLES / "shapes/calibration.txt").read_text()
+    assert len(set(prompts.splitlines())) == 48
 
 
 def test_the_demo(

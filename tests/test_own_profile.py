@@ -9,8 +9,10 @@ from inprocess import Engine, in_process  # noqa: F401
 from test_calibrate import SMALL, Lines, log  # noqa: F401
 from test_cli import calibrate, invoke, one_line
 
+from vllm_kvcompress.heads import provide
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.heads.provide import OWN, cache_directory
+from vllm_kvcompress.models import compression
 from vllm_kvcompress.models.calibration import _prompts_hash
 
 PROMPTS = ["a red bird", "grass at night by the sea", "two cups", "", "a house", "snow"]
@@ -74,6 +76,35 @@ def test_another_budget_is_tried_on_its_pictures_and_kept_beside(
     assert (brought / OWN).read_bytes() == written
 
 
+def test_what_is_measured_anew_is_not_what_it_brings(brought: Path) -> None:
+    """``calibrate --force``."""
+    engine = Engine.get(brought, kvcompress={"budget": 0.45, "recalibrate": True}, **SMALL)
+    (text,) = engine.llm.collective_rpc("kvcompress_head_profile", args=([0.45, 0.45],))
+    profile = HeadProfile.model_validate_json(text)
+    assert profile.prompts is None
+    assert profile.prompts_hash == _prompts_hash()
+    assert [trial.budget for trial in profile.trials] == [28]
+    with pytest.raises(ValueError, match=r"^budget: 0 slots per head"):
+        engine.llm.collective_rpc("kvcompress_head_profile", args=([0.3, 0.01],))
+
+
+def test_a_cache_that_keeps_nothing_is_no_reason_to_measure_twice(
+    checkpoints: dict[str, Path],
+    log: Lines,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(provide, "cache_directory", lambda: Path("/proc/none"))
+    engine = Engine(checkpoints["tiny-hf"], kvcompress={"budget": 0.45}, **SMALL)
+    Engine.started["kept nowhere"] = engine
+    assert len(log.said("Head profile calibrated; not kept")) == 1
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(compression, "calibrate", never)
+    assert engine.llm.collective_rpc("kvcompress_head_profile", args=([0.45],))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -82,6 +113,9 @@ def test_another_budget_is_tried_on_its_pictures_and_kept_beside(
         ({"prompts": [[1]]}, "prompts: 1, but pictures of other than these"),
         ({"prompts": [[], *[[1]] * 4]}, "prompts: one is empty"),
         ({"prompts": [[2**40], *[[1]] * 4]}, "no token's id"),
+        ({"prompts": [[10**6], *[[1]] * 4], "trials": []}, "prompts are not of this model's tokens"),
+        ({"pictures": [[0] * 64] * 5, "trials": []}, "pictures are not of this model's tokens"),
+        ({"format": 1, "curves": None, "pictures": None, "prompts": None}, "format 1"),
     ],
 )
 def test_what_is_wrong_with_it_is_a_warning(

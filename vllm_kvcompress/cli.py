@@ -101,7 +101,7 @@ def calibrate(
 def _lines_of(path: Path) -> list[str]:
     """The prompts of a text file. Raises ValueError, one line, where it has too few or too many."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts: cannot read {path}: {error}") from error
     if not FEWEST_PROMPTS <= len(lines) <= MOST_PROMPTS:

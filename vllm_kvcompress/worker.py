@@ -88,12 +88,13 @@ def kvcompress_head_profile(
     config = parse_config(self.vllm_config.additional_config)
     if config.policy.types not in PROFILED and not source:
         return None
+    own = not config.recalibrate  # what was measured anew is in the cache, not beside the weights
     config = config.model_copy(update={"recalibrate": False, "head_profile": source or config.head_profile})
     model = self.model_runner.get_model()
     served = [CompressionConfig(budget=budget, max_types=config.max_types) for budget in budgets]
     pages, ranks = pages_of(shape_of(model), model.dtype), Ranks.of_engine().number
     wanted = [wanted_of(one, model.image.raster, pages, ranks) for one in served]
-    return profile_of(config, self.vllm_config, model, wanted).model_dump_json()
+    return profile_of(config, self.vllm_config, model, wanted, own).model_dump_json()
 
 
 def kvcompress_kept(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
+from vllm_kvcompress.config import parse_config
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -81,9 +83,15 @@ class HeadTypeSpec(AttentionSpec):
         return cdiv(self.context, self.block_size)
 
     def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
+        """What vLLM wants to have room for at least: a picture with the longest prompt that is let in.
+
+        Texts may be longer; those that find no room are refused one by one (`admission`).
+        """
+        limit = parse_config(vllm_config.additional_config).limits.prompt_tokens
         longest = min(self.context, vllm_config.model_config.max_model_len)
         most = max(
-            self.blocks_for(max(longest - tokens, 1), size) for size, (_, tokens) in enumerate(self.sizes)
+            self.blocks_for(min(max(longest - tokens, 1), limit), size)
+            for size, (_, tokens) in enumerate(self.sizes)
         )
         return most * self.page_size_bytes
 

@@ -59,7 +59,7 @@ def parse_budget(text: str) -> float:
     """``"0.2"`` or ``"1/6"`` -> a share in (0, 1]. Raises ValueError."""
     try:
         budget = float(Fraction(text.strip()))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"budget: {text!r} is not a number or a fraction such as 1/6") from None
     if not 0 < budget <= 1:
         raise ValueError(f"budget: {text} is not in (0, 1]")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ALL = ",".join(PRESETS)
 SHEET_COLUMNS = 8
+SCENES = 64
 KEPT_BUDGET = 0.2
 
 
@@ -31,7 +32,9 @@ def evaluate(
     ] = "",
     pictures: Annotated[int, typer.Option(min=0, help="Pictures a category and cell; 0 draws none.")] = 40,
     categories: Annotated[str, typer.Option(help="Categories of prompts, with commas.")] = "all",
-    scenes: Annotated[int, typer.Option(min=0, help="Known pictures that are replayed; 0 for none.")] = 64,
+    scenes: Annotated[
+        int | None, typer.Option(min=0, help="Known pictures that are replayed; 64, if there are as many.")
+    ] = None,
     scenes_file: Annotated[Path | None, typer.Option(help="Where from (.npz); else the model's own.")] = None,
     ablation: Annotated[bool, typer.Option(help="Also vary one setting of decoupled at a time.")] = False,
     guidance: Annotated[
@@ -60,11 +63,15 @@ def evaluate(
     from vllm_kvcompress.eval.cells import baselines as baseline_cells
     from vllm_kvcompress.eval.cells import grid
     from vllm_kvcompress.eval.engine import Room
+    from vllm_kvcompress.eval.held_out import known
     from vllm_kvcompress.eval.pictures import Asked
     from vllm_kvcompress.eval.prompts import CATEGORIES
     from vllm_kvcompress.eval.run import Evaluation
 
     image = _check_family(model, pictures, size)
+    there = known(model, scenes_file) if scenes != 0 else None  # looked at before an engine starts
+    if scenes is None:
+        scenes = min(SCENES, SCENES if there is None else there)
     chosen = CATEGORIES if categories == "all" else tuple(name.strip() for name in categories.split(","))
     unknown = [name for name in chosen if name not in CATEGORIES]
     if unknown:

@@ -7,6 +7,7 @@ through the model's own VQ encoder (transformers' layout).
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +22,31 @@ def save(path: Path, captions: Sequence[str], codes: NDArray[np.integer]) -> Non
     np.savez_compressed(path, captions=np.array(captions), codes=np.asarray(codes, np.uint16))
 
 
-def load(path: Path, number: int) -> tuple[list[str], NDArray[np.int64]]:
-    """The first ``number`` captions and codes ``[number, tokens]``. Raises ValueError, one line."""
+def load(path: Path, number: int | None = None) -> tuple[list[str], NDArray[np.int64]]:
+    """The first ``number`` captions and codes ``[number, tokens]``, or all. Raises ValueError, one line."""
     try:
         with np.load(path) as file:
             captions, codes = file["captions"].tolist(), file["codes"].astype(np.int64)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
         raise ValueError(f"scenes: cannot read {path}: {error}; need arrays captions and codes") from None
-    if codes.ndim != 2 or len(codes) != len(captions):
-        raise ValueError(f"scenes: {path}: codes {list(codes.shape)} for {len(captions)} captions")
+    if codes.ndim != 2 or not isinstance(captions, list) or len(codes) != len(captions) or not len(codes):
+        raise ValueError(f"scenes: {path}: codes {list(codes.shape)} need as many captions, one at least")
+    if not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"scenes: {path}: captions are to be texts")
+    if number is None:
+        return captions, codes
     if len(codes) < number:
         raise ValueError(f"scenes: {path} holds {len(codes)}, {number} were asked for")
     return captions[:number], codes[:number]
+
+
+def known(model: str, file: Path | None = None) -> int | None:
+    """How many scenes a file holds, or the checkpoint; None if they are rendered, as many as one likes.
+
+    Raises ValueError, one line, for a file that can't be read.
+    """
+    beside = Path(model) / FILE
+    return len(load(file or beside)[0]) if file is not None or beside.exists() else None
 
 
 def scenes_for(model: str, number: int, file: Path | None = None) -> tuple[list[str], NDArray[np.int64]]:

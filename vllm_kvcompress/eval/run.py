@@ -4,6 +4,7 @@ A folder belongs to its settings: what is there already is kept, what is missing
 settings are refused rather than mixed in.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -22,9 +23,11 @@ from vllm_kvcompress.eval.likelihood import Likelihood, Trial, replay_batches
 from vllm_kvcompress.eval.online_drawing import draw_online
 from vllm_kvcompress.eval.pictures import Asked, draw, judge_all, true_scenes
 from vllm_kvcompress.heads.profile import HeadProfile
+from vllm_kvcompress.heads.provide import OWN
 from vllm_kvcompress.models.registry import image_model_of
 
 KEPT_SCENES = 4
+_LOOKED_AT = 1 << 20  # bytes at either end of a file
 GROUP = 8
 """Cells replayed between two savings."""
 
@@ -62,6 +65,7 @@ class Evaluation:
         mine = {"model": Path(self.model).name, **asdict(self.asked), "scenes": self.scenes}
         mine["categories"] = list(self.asked.categories)
         mine["scenes_file"] = self.scenes_file and str(self.scenes_file.resolve())
+        mine["files"] = _digest(Path(self.model), self.scenes_file)
         for unimportant in ("batch", "room"):
             mine.pop(unimportant)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -70,6 +74,7 @@ class Evaluation:
             _write(path, mine)
             return
         there = json.loads(path.read_text())
+        there.setdefault("files", mine["files"])  # of a folder from before they were looked at
         for name, value in mine.items():
             if there.get(name) != value:
                 raise ValueError(
@@ -81,7 +86,9 @@ class Evaluation:
         """Replay every cell that has not been; of each cell by name."""
         path = self.folder / "likelihood.json"
         done = json.loads(path.read_text()) if path.exists() else {}
-        missing = [cell for cell in self.cells if cell.name not in done]
+        missing = [
+            cell for cell in self.cells if done.get(cell.name, {"refused": "never tried"}).get("refused")
+        ]
         if missing:
             in_process(_replay, self, missing, path)
             done = json.loads(path.read_text())
@@ -110,7 +117,9 @@ class Evaluation:
                         _write(judged, {"refused": str(error).splitlines()[0], "verdicts": []})
                         continue
                     raw.parent.mkdir(exist_ok=True)
-                    np.savez_compressed(raw, pictures=pixels)
+                    part = raw.with_suffix(".part.npz")  # a reader never sees half a file
+                    np.savez_compressed(part, pictures=pixels)
+                    part.replace(raw)
                 truth = truth or _truth()
                 with np.load(raw) as file:
                     _write(judged, judge_all(file["pictures"], self.asked, truth))
@@ -140,11 +149,24 @@ class Evaluation:
 
 
 def _judged_by_this_judge(path: Path) -> bool:
-    """Whether verdicts are there, and have all that a verdict has now."""
+    """Whether verdicts are there, and have all that a verdict has now. What was refused is tried again."""
     if not path.exists():
         return False
     verdicts = json.loads(path.read_text())["verdicts"]
-    return all(field.name in one for one in verdicts for field in fields(Verdict))
+    return bool(verdicts) and all(field.name in one for one in verdicts for field in fields(Verdict))
+
+
+def _digest(model: Path, scenes: Path | None) -> str:
+    """Of what results hang on: the weights by their sizes and ends, the model's own profile, the scenes."""
+    found = hashlib.sha256()
+    files = [*model.glob("*.safetensors"), *model.glob("*.bin"), *model.glob(OWN), *model.glob(held_out.FILE)]
+    for path in [*sorted(files), *([scenes] if scenes is not None and scenes.is_file() else [])]:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            ends = file.read(_LOOKED_AT)
+            file.seek(max(0, size - _LOOKED_AT))
+            found.update(f"{path.name} {size}".encode() + ends + file.read(_LOOKED_AT))
+    return found.hexdigest()[:16]
 
 
 def _truth() -> Any:
@@ -181,11 +203,17 @@ def _replay(evaluation: Evaluation, cells: Sequence[Cell], path: Path) -> None:
 def _scenes(evaluation: Evaluation, llm: Any, number: int) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, codes) of held-out pictures."""
     captions, codes = held_out.scenes_for(evaluation.model, number, evaluation.scenes_file)
-    raster = image_model_of(llm.model_config.hf_config).raster
+    image = image_model_of(llm.model_config.hf_config)
+    raster = image.raster
     if codes.shape[1] != raster.lines * raster.columns:
         raise ValueError(
             f"scenes: pictures of {codes.shape[1]} codes, where one of {raster.name} has "
             f"{raster.lines * raster.columns}: name the size with --size, or other scenes with --scenes-file"
+        )
+    if codes.min() < 0 or codes.max() >= image.codes:
+        raise ValueError(
+            f"scenes: codes from {codes.min()} to {codes.max()}, but this model's are from 0 to "
+            f"{image.codes - 1}: name scenes of its own codes with --scenes-file"
         )
     return list(zip(asking(llm, captions), codes.tolist(), strict=True))
 

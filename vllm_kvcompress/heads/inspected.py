@@ -63,7 +63,7 @@ def budget_of(text: str) -> float | Literal["auto"]:
     """``"0.15"``, ``"1/6"`` or ``"auto"``. Raises ValueError, one line."""
     try:
         return AUTO if text.strip() == AUTO else float(Fraction(text.strip()))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"budget: {text!r} is neither a share such as 0.15 or 1/6, nor auto") from None
 
 

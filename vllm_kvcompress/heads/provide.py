@@ -108,13 +108,17 @@ def provide_profile(
     return profile
 
 
-def own_profile(content: bytes | None, mark: ModelMark) -> tuple[HeadProfile | None, ModelMark]:
+def own_profile(
+    content: bytes | None, mark: ModelMark, check: Callable[[HeadProfile], None] = lambda profile: None
+) -> tuple[HeadProfile | None, ModelMark]:
     """The profile that a checkpoint brings beside its weights, and the mark to keep it under.
 
     Parameters
     ----------
     content : bytes, optional
         Of its `OWN` file. One that is of other weights, or can't be read, is a warning: it is left alone.
+    check : callable
+        Raises ValueError, one line, for what the model can't take.
     """
     if content is None:
         return None, mark
@@ -123,7 +127,9 @@ def own_profile(content: bytes | None, mark: ModelMark) -> tuple[HeadProfile | N
             raise ValueError(f"{len(content)} bytes; {MOST_BYTES} at most")
         profile = HeadProfile.parse(content, OWN)
         mark.check(profile)
-        profile.loss_curves  # noqa: B018 - raises where it has none
+        if profile.format == 1:
+            raise ValueError("it has locality scores only (format 1)")
+        check(profile)
     except ValueError as error:
         logger.warning("The model's own head profile is set aside: %s", error)
         return None, mark

@@ -30,6 +30,11 @@ class Wanted:
     ranks: int = 1
     tolerance: float = TOLERANCE
 
+    def check(self, curves: LossCurves) -> None:
+        """Raise ValueError, one line, where no head type is small enough for the budget; quick."""
+        if self.budget != AUTO and curves.slots.min() > self.budget:
+            fit(curves, self.budget, 1)  # says what would be
+
     def fits(self, curves: LossCurves) -> dict[Weighing, Assignment]:
         """The fits of all `WEIGHINGS` that differ, `SQUARES`' first.
 

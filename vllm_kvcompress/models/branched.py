@@ -67,6 +67,7 @@ class BranchedImageModel(nn.Module):
         self.hidden_size = text.hidden_size
         self.dtype: torch.dtype = torch.get_default_dtype()  # what vLLM loads the model in
         self.fingerprint = ""  # of the weights, set when they are loaded
+        self.head_profile: Any = None  # the profile that this process has measured
         self.trials: dict[Any, Any] = {}  # of fits, by wish and curves: an evaluation asks again and again
         self.compressed = (
             CompressedCache(vllm_config, lambda config: plan_cache(config, self))

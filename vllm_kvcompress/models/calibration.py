@@ -156,11 +156,8 @@ def trying(
     if profile.pictures is None or not are_known:
         _not_tried("head_profile holds no pictures of this version's calibration; calibrate again")
         return None
+    check_pictures(profile, model)
     ranks, prompts = Ranks.of_engine(), profile.prompts or prompts_of(vllm_config, model)
-    if not _are_pictures(profile.pictures, model.image, len(prompts)):
-        raise ValueError("head_profile: pictures are not of this model's tokens; calibrate again")
-    if any(len(one) > _room(model) or max(one) >= model.image.text_vocab for one in prompts):
-        raise ValueError("head_profile: prompts are not of this model's tokens; calibrate again")
     known = [Picture(len(ids), [*ids, *one]) for ids, one in zip(prompts, profile.pictures, strict=True)]
     subject = subject_of(vllm_config, model)
     if subject.device.type == "cpu" and _work(model, known[:FEWEST], len(WEIGHINGS)) > TOO_MUCH_ON_CPU:
@@ -195,6 +192,17 @@ def _weights(model: "BranchedImageModel") -> int:
     """Numbers in the decoder's matrices, by their layers' sizes: a CPU's packed ones are no parameters."""
     layers: list[Any] = [one for one in model.language_model.modules() if isinstance(one, LinearBase)]
     return sum(one.input_size_per_partition * one.output_size_per_partition for one in layers)
+
+
+def check_pictures(profile: HeadProfile, model: "BranchedImageModel") -> None:
+    """Raise ValueError, one line, unless a profile's curves, pictures and prompts are of this model."""
+    profile.loss_curves.check_grid(model.image.raster)
+    number = len(PROMPTS) if profile.prompts is None else len(profile.prompts)
+    if profile.pictures is not None and not _are_pictures(profile.pictures, model.image, number):
+        raise ValueError("head_profile: pictures are not of this model's tokens; calibrate again")
+    for one in profile.prompts or ():
+        if len(one) > _room(model) or max(one) >= model.image.text_vocab:
+            raise ValueError("head_profile: prompts are not of this model's tokens; calibrate again")
 
 
 def _are_pictures(pictures: Sequence[Sequence[int]], image: "ImageModel", number: int = len(PROMPTS)) -> bool:

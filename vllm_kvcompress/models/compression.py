@@ -25,7 +25,7 @@ from vllm_kvcompress.heads.provide import AUTO, OWN, ModelMark, keep, own_profil
 from vllm_kvcompress.heads.resized import resized
 from vllm_kvcompress.heads.tried import Trial, Wanted, try_fits
 from vllm_kvcompress.log import logger_for
-from vllm_kvcompress.models.calibration import calibrate, of_this_version, shape_of, trying
+from vllm_kvcompress.models.calibration import calibrate, check_pictures, of_this_version, shape_of, trying
 from vllm_kvcompress.models.files import beside_weights
 from vllm_kvcompress.models.ranks import Ranks
 from vllm_kvcompress.policy import Raster
@@ -98,35 +98,45 @@ def profile_of(
     vllm_config: "VllmConfig",
     model: "BranchedImageModel",
     wanted: Sequence[Wanted] = (),
+    brought: bool = True,
 ) -> HeadProfile:
     """The head profile that the configuration names; fits for what is wanted are tried, where none were.
 
-    All ranks call it together. Raises ValueError, one line: a profile that can't be used, or a wish that no
-    fit meets.
+    ``brought``: whether one that the model brings will do. All ranks call it together. Raises ValueError, one
+    line: a profile that can't be used, or a wish that no fit meets, before anything is tried.
     """
     shape = shape_of(model)
     name = Path(vllm_config.model_config.model).name
     mark, own = ModelMark(name, model.fingerprint, shape.layers, shape.kv_heads), None
     ranks = Ranks.of_engine()
-    if config.head_profile == AUTO and not config.recalibrate:
+    if config.head_profile == AUTO and brought and not config.recalibrate:
         own, mark = ranks.agree(_own_profile(vllm_config, model, mark) if ranks.first else (None, mark))
+
+    def measured() -> HeadProfile:
+        # Where the cache can't keep it, an evaluation would measure again for each of its cells.
+        if model.head_profile is None or config.recalibrate:
+            model.head_profile = calibrate(vllm_config, model)
+        return model.head_profile
+
     profile = provide_profile(
-        config.head_profile, mark, lambda: calibrate(vllm_config, model),
+        config.head_profile, mark, measured,
         lambda cached: own is not None or of_this_version(cached, model.image), config.recalibrate,
         ranks.agree, ranks.first, own,
     )  # fmt: skip
     if wanted:
         profile.loss_curves.check_grid(model.image.raster)
-    missing = [one for one in wanted if profile.trial(one) is None]
+    missing = [one for one in dict.fromkeys(wanted) if profile.trial(one) is None]
+    for one in missing:
+        one.check(profile.loss_curves)
     if not missing:
         return profile
     memory: dict[tuple[Wanted, str], Trial] = getattr(model, "trials", {})
-    measured = _of_curves(profile)
-    unknown = [one for one in missing if (one, measured) not in memory]
+    curves = _of_curves(profile)
+    unknown = [one for one in missing if (one, curves) not in memory]
     tried = trying(vllm_config, model, profile) if unknown else None
     if tried is not None:
-        memory |= {(one, measured): try_fits(profile.loss_curves, one, tried) for one in unknown}
-    found = [memory[one, measured] for one in missing if (one, measured) in memory]
+        memory |= {(one, curves): try_fits(profile.loss_curves, one, tried) for one in unknown}
+    found = [memory[one, curves] for one in missing if (one, curves) in memory]
     profile = profile.model_copy(update={"trials": [*profile.trials, *found]})
     if tried is not None and ranks.first:
         if config.head_profile == AUTO:
@@ -146,13 +156,9 @@ def _own_profile(
 ) -> tuple[HeadProfile | None, ModelMark]:
     """What the checkpoint brings, if it is of these weights and this grid."""
     served = vllm_config.model_config
-    own, marked = own_profile(beside_weights(served.model, served.revision, OWN), mark)
-    raster = model.image.raster
-    if own is not None and (own.loss_curves.raster.lines, own.loss_curves.raster.width) != (
-        raster.lines, raster.width
-    ):  # fmt: skip
-        return None, mark  # a model of several sizes brings that of one
-    return own, marked
+    return own_profile(
+        beside_weights(served.model, served.revision, OWN), mark, lambda own: check_pictures(own, model)
+    )
 
 
 def _of_curves(profile: HeadProfile) -> str:

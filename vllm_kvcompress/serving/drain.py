@@ -81,7 +81,10 @@ class Drain:
             self._engine.check_admission = self._refuse  # type: ignore[method-assign]
             self._close_connections()
             if self._siblings is not None:
-                self._wait(timeout, self._siblings)
+                try:
+                    self._wait(timeout, self._siblings)
+                except Exception:
+                    logger.exception("A drain has failed; the server ends")
         began = time.monotonic()
         self._shutdown(timeout=timeout)
         # What is still there when its time is over vLLM kills itself.

@@ -53,11 +53,12 @@ class Listening:
         """vLLM's tasks that accept, and from what; not those that connect what was accepted."""
         tasks = tuple(getattr(self._server, "_accept_tasks", ()))
         accept = getattr(getattr(type(self._server), "_accept", None), "__code__", None)
-        return {
-            task: inspect.getcoroutinelocals(routine)["sock"]
-            for task in tasks
-            if getattr(routine := task.get_coro(), "cr_code", None) is accept
-        }
+        found = {}
+        for task in tasks:
+            routine = task.get_coro()
+            if getattr(routine, "cr_code", None) is accept:
+                found[task] = inspect.getcoroutinelocals(routine).get("sock")
+        return {task: listening for task, listening in found.items() if listening is not None}  # else ended
 
     async def _stop(self, gone: Container[int]) -> None:
         loads, index = self._server.peer_loads
