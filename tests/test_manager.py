@@ -1,7 +1,9 @@
 """Block managers against a model: vLLM's own pool and coordinator, requests that come and go at random."""
 
 from math import ceil, lcm
+from types import SimpleNamespace
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -33,6 +35,20 @@ def spec(kind: int, page: int, capacity: int, *others: int) -> HeadTypeSpec:
         context=CONTEXT,
         others=tuple((slots, IMAGE // 2) for slots in others),
     )
+
+
+@pytest.mark.parametrize(("limits", "prompt"), [({}, 40), ({"limits": {"prompt_tokens": 12}}, 12)])
+def test_the_least_memory_is_a_picture_with_the_longest_prompt_let_in(limits: dict, prompt: int) -> None:
+    """Not a text of the whole context: those that find no room are refused one by one."""
+    config = SimpleNamespace(
+        additional_config={"kvcompress": limits}, model_config=SimpleNamespace(max_model_len=40 + IMAGE)
+    )
+    least = spec(0, 5, 20).max_memory_usage_bytes(config)  # type: ignore[arg-type]
+    assert least == -(-(prompt + 20) // 5) * (1 << 14)
+    several = spec(0, 5, 20, 60).max_memory_usage_bytes(config)  # type: ignore[arg-type]
+    longer = prompt if limits else 40 + IMAGE // 2  # before a picture of half the tokens
+    most = min(longer + 60, CONTEXT)
+    assert several == -(-most // 5) * (1 << 14)
 
 
 def manager_of(specs: list[HeadTypeSpec], blocks: int) -> KVCacheManager:
