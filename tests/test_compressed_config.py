@@ -273,6 +273,7 @@ def test_the_start_up_line_says_what_windows_there_are(section: dict[str, Any], 
     [
         ({"model_config__logits_processors": ["ours", "theirs"]}, "drop --logits-processors"),
         ({"scheduler_config__async_scheduling": True}, "V1 model runner: set --no-async-scheduling"),
+        ({"scheduler_config__scheduler_cls": "their.Scheduler"}, "another scheduler: drop --scheduler-cls"),
     ],
 )
 def test_windows_that_can_not_be_had(changes: dict[str, Any], mend: str) -> None:

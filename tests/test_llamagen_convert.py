@@ -289,3 +289,13 @@ def test_the_command(sources: Sources) -> None:
     assert (done.exit_code, done.stdout) == (0, f"{sources.out}: vllm serve {sources.out}\n")
     again = CliRunner().invoke(app, [*said, "--heads", "2"])
     assert "is there already: left as it is" in again.output
+
+
+@pytest.mark.parametrize("source", ["missing.pt", "FoundationVision/LlamaGen"])
+def test_what_is_not_there_is_said_so(source: str, tmp_path: Path) -> None:
+    """A name on the hub too."""
+    failed = CliRunner().invoke(app, ["convert", source, "-o", str(tmp_path / "out")])
+    assert failed.exit_code == 1
+    (line,) = failed.stderr.splitlines()
+    assert line.startswith(f"vllm-kvcompress: {source} is not there: download it first")
+    assert not (tmp_path / "out").exists()

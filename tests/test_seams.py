@@ -427,6 +427,25 @@ def test_api_processes_share_a_socket_and_their_loads() -> None:
 # --- Runners, model, benchmark client ---
 
 
+def test_windows_are_drafts_without_a_speculator() -> None:
+    """Patch 4 on the V1 runner; on V2 what room a diffusion model's canvas has."""
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    prepares = inspect.unwrap(GPUModelRunner._prepare_inputs)
+    assert list(inspect.signature(prepares).parameters) == [
+        "self",
+        "scheduler_output",
+        "num_scheduled_tokens",
+    ]
+    assert "return (\n            logits_indices,\n            spec_decode_metadata," in inspect.getsource(
+        prepares
+    )
+    places = inspect.getsource(VllmConfig.num_speculative_tokens.fget)  # whatever the model is
+    assert "return self.diffusion_config.canvas_length" in places
+    assert "is_diffusion" not in places
+
+
 def test_request_tracker_is_a_logits_processor_of_both_runners() -> None:
     from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 KEY = "kvcompress"
 BACKEND = "kvcompress"
+SCHEDULER = "vllm_kvcompress.scheduler.ImageScheduler"
 Choice = Literal["auto", "torch", "cpu", "triton"]  # of kernels
 PROFILED = ("profile", "fitted")  # where head types come from in presets that need a head profile
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names of an 8-bit cache of e4m3 numbers

@@ -42,6 +42,11 @@ def convert(
     """
     of_llamagen: dict[str, Any] = {"grid": grid, "heads": heads}
     of_lumina: dict[str, Any] = {"tokenizer": tokenizer, "size": size}
+    if not source.exists():
+        raise ValueError(
+            f"{source} is not there: download it first, for instance with "
+            f"`hf download {source} --local-dir FOLDER`, and name the folder or file"
+        )
     converter: Callable[..., bool]
     if (source / "config.json").is_file():
         from vllm_kvcompress.models.lumina.convert import convert as converter

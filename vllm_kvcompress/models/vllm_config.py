@@ -14,6 +14,7 @@ from vllm_kvcompress.config import (
     FP8,
     KEY,
     PROFILED,
+    SCHEDULER,
     CompressionConfig,
     is_compressed,
     parse_config,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 logger = logger_for(__name__)
 
 ATTENTION_OP = "vllm::kvcompress_attend"
-SCHEDULER = "vllm_kvcompress.scheduler.ImageScheduler"
 REQUEST_TRACKER = "vllm_kvcompress.requests_v1:RequestTracker"
 
 

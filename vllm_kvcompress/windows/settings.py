@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
-from vllm_kvcompress.config import KEY, MAX_WINDOW, CompressionConfig, parse_config
+from vllm_kvcompress.config import KEY, MAX_WINDOW, SCHEDULER, CompressionConfig, parse_config
 from vllm_kvcompress.policy import AUTO
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def reserve_places(vllm_config: "VllmConfig") -> None:
 def _clashes(vllm_config: "VllmConfig") -> tuple[tuple[bool, str], ...]:
     listed = len(vllm_config.model_config.logits_processors or ())
     scheduler = vllm_config.scheduler_config
+    foreign = scheduler.scheduler_cls not in (None, SCHEDULER)
     return (
+        (foreign and not vllm_config.use_v2_model_runner, "another scheduler: drop --scheduler-cls"),
         (
             listed > 1 or bool(entry_points(group=LOGITSPROCS_GROUP)),
             "logits processors of other packages, which see one place a row: drop --logits-processors",
