@@ -185,20 +185,17 @@ def _written(name: str) -> str:
 
 
 def _check_profile(config: CompressionConfig, types: HeadTypes) -> None:
-    """Raise ValueError, one line, for a setting of head profiles that nothing would come of."""
-    preset = f"preset {config.preset}" if config.head_types is None else f"head_types {types}"
-    uses, decoupled = types in PROFILED, "leave it out, or set preset to decoupled"
-    for name, is_idle, mend in (
-        ("threshold", config.threshold is not None and types != "profile",
-         f"{preset} has no locality threshold; {decoupled}"),
-        ("head_profile", config.head_profile != AUTO and not uses,
-         f"{preset} needs no head profile; {decoupled} or fitted"),
-        ("recalibrate", config.recalibrate and not uses,
-         f"{preset} needs no head profile; leave it out"),
+    """Raise ValueError, one line, for settings of head profiles that contradict the others.
+
+    One that the preset merely has no use for is none: a comparison of presets gives all of them one profile.
+    """
+    for name, is_wrong, mend in (
+        ("threshold", config.threshold is not None and types == "fitted",
+         "preset fitted has no locality threshold; leave it out, or set preset to decoupled"),
         ("recalibrate", config.recalibrate and config.head_profile != AUTO,
          "the file that head_profile names is taken as it is; leave one of the two out"),
     ):  # fmt: skip
-        if is_idle:
+        if is_wrong:
             raise ValueError(f"additional_config.{KEY}.{name}: {mend}")
 
 

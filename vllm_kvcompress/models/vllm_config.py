@@ -162,7 +162,9 @@ def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> Non
             raise ValueError(f"{error}{of_which}") from None
     text = vllm_config.model_config.hf_config.get_text_config()
     kv_heads = text.num_key_value_heads
-    if config.head_profile != AUTO and config.policy.types in PROFILED:
+    if config.head_profile != AUTO and config.policy.types not in PROFILED:
+        logger.info("head_profile is not read: preset %s needs none", config.preset)
+    elif config.head_profile != AUTO:
         from vllm_kvcompress.heads.profile import HeadProfile  # where such a model is served, not before
 
         profile = HeadProfile.load(config.head_profile)
