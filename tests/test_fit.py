@@ -152,6 +152,10 @@ def test_the_smallest_budget_within_a_tolerance() -> None:
         assert predict(curves, found.mean_slots - 24) > tolerance
     nothing = smallest_budget(curves, 1e-30)
     assert [rule.evicts for rule in nothing.rules] == [False]
+    whole = curves.candidates[-1]
+    assert not whole.evicts
+    with pytest.raises(ValueError, match=r"^budget: auto finds none within tolerance 1e-30; raise it"):
+        smallest_budget(LossCurves(curves.candidates[:-1], curves.losses[..., :-1]), 1e-30)
 
 
 def test_too_small_a_budget_is_one_line() -> None:

@@ -195,7 +195,10 @@ def predict(curves: LossCurves, budget: float, types: int = MAX_TYPES) -> float:
 def smallest_budget(
     curves: LossCurves, tolerance: float, types: int = MAX_TYPES, pages: Pages | None = None, ranks: int = 1
 ) -> Assignment:
-    """The fit of the smallest budget, in quarters of a line, whose predicted loss is within ``tolerance``."""
+    """The fit of the smallest budget, in quarters of a line, whose predicted loss is within ``tolerance``.
+
+    Raises ValueError, one line, where none is.
+    """
     first = curves.candidates[0]
     step = max(1, first.line // 4)
     budgets = [*range(int(curves.slots.min()), first.image, step), first.image]
@@ -209,6 +212,10 @@ def smallest_budget(
     found = fit(curves, budgets[high], types, pages, ranks)
     while found.loss is not None and found.loss > tolerance:  # what pages cost comes on top
         high += 1
+        if high == len(budgets):  # curves without the candidate that keeps all
+            raise ValueError(
+                f"budget: auto finds none within tolerance {tolerance:g}; raise it, or name a budget"
+            )
         found = fit(curves, budgets[high], types, pages, ranks)
     return found
 
