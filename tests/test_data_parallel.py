@@ -74,27 +74,32 @@ def test_metrics_say_which_engine_drew(server: Server, answers: list[openai.type
     assert metric(server, "image_kv_resident_bytes_total", model_name="janus") == held
 
 
+def to_draw(server: Server) -> float:
+    """Pictures that the engines have taken in."""
+    held = ("num_requests_running", "num_requests_waiting")
+    return sum(metric(server, name, model_name="janus") for name in held)
+
+
 def test_a_drain_of_all_processes_answers_everybody(server: Server) -> None:
     """The last of those that ask the server."""
     before = Crowd(server.url, MIXED).wait()
     assert all(told.whole for told in before)
     assert server.process is not None
     words = Writer(server.url)
-    crowd = Crowd(server.url, MIXED * 2)
+    crowd = Crowd(server.url, MIXED)
+    # On a busy machine clients are sent hardly faster than they are answered: there must be work for seconds.
+    long = Crowd(server.url, [{"seed": 50 + 10 * n, "n": 10} for n in range(12)])
     crowd.wait_sent()
-    # On a busy machine the last of them are sent when the first are answered: work for both servers.
-    long = Crowd(server.url, [{"seed": 50 + 10 * n, "n": 10} for n in range(6)])
     long.wait_sent()
-    time.sleep(0.3)  # taken in by the one or the other
-    assert long.unanswered > 1
+    time.sleep(0.5)  # taken in by the one or the other
+    assert to_draw(server) > 30
     os.kill(server.process.pid, signal.SIGTERM)
     time.sleep(0.3)
     late = ask(server.url, seed=1)
-    assert long.unanswered
     assert (late.status, late.error) == (503, SHUTTING_DOWN), late
     assert all(one.whole for one in long.wait())
     told = crowd.wait()
-    assert [one.pictures for one in told] == [one.pictures for one in before] * 2
+    assert [one.pictures for one in told] == [one.pictures for one in before]
     assert all(one.whole for one in told)
     assert words.wait() == WORDS
     assert server.process.wait(60) == 0
