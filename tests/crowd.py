@@ -39,8 +39,14 @@ class Told:
         return self.whole or (self.broke is None and bool(self.error) and "\n" not in (self.error or ""))
 
 
-def ask(url: str, limit_s: float = 60, told: Told | None = None, **fields: Any) -> Told:
-    """One request, to its end; ``told`` is filled on the way."""
+def ask(
+    url: str,
+    limit_s: float = 60,
+    told: Told | None = None,
+    client: httpx.Client | None = None,
+    **fields: Any,
+) -> Told:
+    """One request, to its end; ``told`` is filled on the way. A client is slow to make on a busy machine."""
     told = told or Told(fields)
 
     def trace(event: str, info: Any) -> None:
@@ -48,7 +54,7 @@ def ask(url: str, limit_s: float = 60, told: Told | None = None, **fields: Any) 
 
     try:
         with (
-            httpx.Client(verify=False, timeout=limit_s) as client,
+            client or httpx.Client(verify=False, timeout=limit_s) as client,
             client.stream(
                 "POST", url + PATH, json={"prompt": "a red bird", **fields}, extensions={"trace": trace}
             ) as answer,

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import openai
 import preloaded
 import pytest
@@ -93,10 +94,12 @@ def test_a_drain_of_all_processes_answers_everybody(server: Server) -> None:
     crowd.wait_sent()
     long.wait_sent()
     time.sleep(0.5)  # taken in by the one or the other
+    client = httpx.Client(timeout=LIMIT_S)
     assert to_draw(server) > 20
     os.kill(server.process.pid, signal.SIGTERM)
-    time.sleep(0.3)
-    late = ask(server.url, seed=1)
+    while server.log.read_text(errors="replace").count("stopping engine client mode=drain") < 2:
+        time.sleep(0.02)
+    late = ask(server.url, client=client, seed=1)
     assert (late.status, late.error) == (503, SHUTTING_DOWN), late
     assert all(one.whole for one in long.wait())
     told = crowd.wait()

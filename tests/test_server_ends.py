@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import httpx
 import preloaded
 import psutil
 import pytest
@@ -152,8 +153,9 @@ def test_a_crash_among_several_api_servers(start: Callable[..., Server], name: s
         killed = time.monotonic()
         told_in_time(crowd, before, killed, may_break=name != "EngineCore")  # the clients of what was killed
         assert any(one.clean for one in crowd.told if one.ended > killed)
+        client = httpx.Client(timeout=60)
         asked = time.monotonic()  # the parent still holds the socket
-        late = ask(server.url, seed=1)
+        late = ask(server.url, client=client, seed=1)
         assert late.clean or "refused" in (late.broke or ""), late
         assert late.ended - asked < 1, late
         assert exit_status(server) == 1
