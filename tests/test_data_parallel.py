@@ -93,8 +93,9 @@ def test_a_drain_of_all_processes_answers_everybody(server: Server) -> None:
     while server.log.read_text(errors="replace").count("stopping engine client mode=drain") < 2:
         time.sleep(0.02)
     late = ask(server.url, client=client, seed=1)
-    assert long.unanswered, "all was drawn before"
-    assert (late.status, late.error) == (503, SHUTTING_DOWN), late
+    # Refused, at once, where a fast machine had answered everybody by then; never reset.
+    is_over = long.unanswered == 0 and "refused" in (late.broke or "")
+    assert is_over or (late.status, late.error) == (503, SHUTTING_DOWN), late
     assert all(one.whole for one in long.wait())
     told = crowd.wait()
     assert [one.pictures for one in told] == [one.pictures for one in before]
