@@ -65,7 +65,8 @@ class SpareDecoder:
         from vllm_kvcompress.models.registry import family_of
 
         state = load(self._weights)
-        dtype = next(iter(state.values())).dtype
+        # Of a batch norm the count is an integer, and tensors come in any order.
+        dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
         vq = family_of(self._config).decoder(self._config, self._model.raster, dtype)
         vq.load_state_dict(state)
         self._weights = b""
