@@ -87,7 +87,7 @@ def test_a_drain_of_all_processes_answers_everybody(server: Server) -> None:
     long = Crowd(server.url, [{"seed": 50 + 10 * n, "n": 10} for n in range(12)], LIMIT_S)
     crowd.wait_sent()
     long.wait_sent()
-    time.sleep(0.5)  # taken in by the one or the other
+    time.sleep(1)  # taken in by the one or the other
     client = httpx.Client(timeout=LIMIT_S)
     os.kill(server.process.pid, signal.SIGTERM)
     while server.log.read_text(errors="replace").count("stopping engine client mode=drain") < 2:
