@@ -143,16 +143,19 @@ def _measure(
         limit_mm_per_prompt={"image": 0},  # no chats here: the vision tower is not needed
         **sharing(options),
     )
-    source = ""
     try:
-        if prompts is not None:
-            [profile] = llm.collective_rpc("kvcompress_calibrate", args=(prompts,))
+        if prompts is None:
+            [profile], source = llm.collective_rpc("kvcompress_head_profile"), ""
+        else:
+            # The second time it is read from where the first has been saved by then.
+            [profile], source = (
+                llm.collective_rpc("kvcompress_calibrate", args=(prompts,)),
+                str(output.absolute()),
+            )
+        yield HeadProfile.model_validate_json(profile)
+        if budgets:
+            [profile] = llm.collective_rpc("kvcompress_head_profile", args=(budgets, source))
             yield HeadProfile.model_validate_json(profile)
-            source = str(output.absolute())  # where that lies by now
-        for asked in [[], budgets] if budgets else [[]]:
-            if asked or not source:
-                [profile] = llm.collective_rpc("kvcompress_head_profile", args=(asked, source))
-                yield HeadProfile.model_validate_json(profile)
     finally:
         llm.llm_engine.engine_core.shutdown()
 

@@ -14,7 +14,6 @@ from unittest import mock
 
 import numpy as np
 
-from vllm_kvcompress.config import KEY, PROFILED, parse_config
 from vllm_kvcompress.heads.curves import LossCurves, candidate_types
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.policy.raster import Raster
@@ -121,7 +120,7 @@ class Workload:
         when it is first served.
         """
         g = self.geometry
-        if g is None or parse_config({KEY: section}).policy.types not in PROFILED:
+        if g is None:
             return section
         path = OUT / "profiles" / f"{g.layers}x{g.kv_heads}-{self.lines}x{self.width}.json"
         if not path.exists():

@@ -83,7 +83,9 @@ class Drain:
             if self._siblings is not None:
                 try:
                     self._wait(timeout, self._siblings)
-                except Exception:
+                except (
+                    Exception
+                ):  # of vLLM's insides that `Listening` reads: whatever it is, the engine is stopped
                     logger.exception("A drain has failed; the server ends")
         began = time.monotonic()
         self._shutdown(timeout=timeout)
