@@ -143,15 +143,12 @@ def _measure(
         limit_mm_per_prompt={"image": 0},  # no chats here: the vision tower is not needed
         **sharing(options),
     )
+    source = "" if prompts is None else str(output.absolute())  # where the first is saved before the second
     try:
         if prompts is None:
-            [profile], source = llm.collective_rpc("kvcompress_head_profile"), ""
+            [profile] = llm.collective_rpc("kvcompress_head_profile")
         else:
-            # The second time it is read from where the first has been saved by then.
-            [profile], source = (
-                llm.collective_rpc("kvcompress_calibrate", args=(prompts,)),
-                str(output.absolute()),
-            )
+            [profile] = llm.collective_rpc("kvcompress_calibrate", args=(prompts,))
         yield HeadProfile.model_validate_json(profile)
         if budgets:
             [profile] = llm.collective_rpc("kvcompress_head_profile", args=(budgets, source))

@@ -136,7 +136,7 @@ def _profiles() -> str:
         return f"{folder} is not writable, heads are measured at every start: set VLLM_CACHE_ROOT"
     if existing == folder:
         try:
-            provide._check_private(folder)
+            provide.check_private(folder)
         except ValueError as error:
             return f"neither read nor kept, heads are measured at every start: {error}"
     return f"kept in {folder}, writable"

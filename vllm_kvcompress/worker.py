@@ -57,11 +57,22 @@ def kvcompress_decoder_weights(self: Any) -> bytes | None:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
 
 
-def kvcompress_calibrate(self: Any, prompts: Sequence[str]) -> str:
-    """The head profile that is measured on these prompts, as JSON. Raises ValueError, one line."""
-    from vllm_kvcompress.models.calibration import calibrate
+def kvcompress_calibrate(self: Any, prompts: Sequence[str] | None = None, lines: int = 0) -> str:
+    """The head profile that is measured anew, as JSON.
 
-    return calibrate(self.vllm_config, self.model_runner.get_model(), own=prompts).model_dump_json()
+    Parameters
+    ----------
+    prompts : sequence of str, optional
+        The user's, instead of the built-in ones.
+    lines : int
+        Of the neighbourhood that locality scores are measured with; 0: the default.
+
+    Raises ValueError, one line, for a prompt that the model can't draw.
+    """
+    from vllm_kvcompress.models.calibration import NEIGHBOURHOOD_LINES, calibrate
+
+    model = self.model_runner.get_model()
+    return calibrate(self.vllm_config, model, lines or NEIGHBOURHOOD_LINES, prompts).model_dump_json()
 
 
 def kvcompress_head_profile(
@@ -112,6 +123,5 @@ def kvcompress_kept(
 
 METHODS = (
     kvcompress_decode_image, kvcompress_decode_images, kvcompress_decoder_weights, kvcompress_calibrate,
-    kvcompress_head_profile,
-    kvcompress_kept,
+    kvcompress_head_profile, kvcompress_kept,
 )  # fmt: skip

@@ -253,19 +253,12 @@ class Profiles:
             return section
         path = self.folder / f"lines-{lines or 2}.json"
         if not path.exists():
-            [text] = self.llm.collective_rpc(kvcompress_calibrate, args=(lines or 2,))
+            [text] = self.llm.collective_rpc("kvcompress_calibrate", args=(None, lines or 0))
             HeadProfile.model_validate_json(text).save(path)
         section["head_profile"] = str(path)
         if quantile is not None:
             section["threshold"] = float(np.quantile(HeadProfile.load(path).scores, quantile))
         return section
-
-
-def kvcompress_calibrate(self: Any, lines: int) -> str:
-    """A head profile measured with a neighbourhood of ``lines`` lines, as JSON (a worker method)."""
-    from vllm_kvcompress.models.calibration import calibrate
-
-    return calibrate(self.vllm_config, self.model_runner.get_model(), lines).model_dump_json()
 
 
 def _write(path: Path, content: Any) -> None:

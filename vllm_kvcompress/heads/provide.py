@@ -141,7 +141,7 @@ def keep(profile: HeadProfile, mark: ModelMark, now: str = "calibrated") -> None
     path = mark.path
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _check_private(path.parent)
+        check_private(path.parent)
         profile.save(path)
     except (OSError, ValueError) as error:
         logger.warning("Head profile %s; not kept for the next start: %s", now, error)
@@ -164,7 +164,7 @@ def _cached(path: Path, mark: ModelMark) -> HeadProfile | None:
     try:
         if not path.exists():
             return None
-        _check_private(path.parent)
+        check_private(path.parent)
         profile = HeadProfile.load(path)
         mark.check(profile)
     except (OSError, ValueError) as error:
@@ -173,7 +173,7 @@ def _cached(path: Path, mark: ModelMark) -> HeadProfile | None:
     return profile
 
 
-def _check_private(folder: Path) -> None:
+def check_private(folder: Path) -> None:
     """Raise ValueError, one line, if others can write there: a planted profile changes pictures."""
     status = folder.stat()
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in (0, os.geteuid()):
