@@ -97,6 +97,16 @@ class Engine:
         # One engine's end would take the process groups of all; they end together, in stop_all.
         self.llm.llm_engine.engine_core._finalizer.detach()
         self.image = image_model(self.llm.llm_engine.model_config)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """What the files say of the weights before an engine starts is what was loaded: here, of every model."""
+        from vllm_kvcompress.models.stored import stored_fingerprint
+
+        served = self.llm.llm_engine.model_config
+        if list(Path(served.model).glob("*.safetensors")):
+            mark = stored_fingerprint(served.model, None, served.hf_config)
+            assert mark == self.model.fingerprint, "checked before the start, and wrongly"
 
     @property
     def core(self) -> Any:

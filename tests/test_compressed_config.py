@@ -557,10 +557,14 @@ def test_an_engine_refuses_more_ranks_than_kv_heads(checkpoints: dict[str, Path]
         ({"threshold": 2}, r"^head_profile: .*p.json: threshold: .*; calibrate again$"),
         ({"layers": 1, "scores": [[0.1, 0.9]]}, r"^head_profile: layers is 1, the served model's is 2"),
         ({"kv_heads": 1, "scores": [[0.1]] * 2}, r"^head_profile: kv_heads is 1, the served model's is 2"),
+        (
+            {"model_hash": "beef"},
+            r"^head_profile: model_hash is 'beef', the served model's is '[0-9a-f]{16}'",
+        ),
         ({"preset": "fitted"}, r"^head_profile: .*\(format 1\), preset fitted needs loss curves"),
         ({"preset": "fitted", "grid": 6}, r"^head_profile: measured on lines of 6 in pictures of 36 tokens"),
     ],
-    ids=["missing", "broken", "layers", "heads", "format", "grid"],
+    ids=["missing", "broken", "layers", "heads", "weights", "format", "grid"],
 )
 def test_a_profile_is_looked_at_before_the_engine_starts(
     checkpoints: dict[str, Path], tmp_path: Path, changes: dict[str, Any] | None, match: str

@@ -1,9 +1,11 @@
 """The compressed cache inside vLLM's engine: what is drawn, and what is held while it is drawn."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dense_janus import DenseHead, draw_dense
@@ -11,6 +13,7 @@ from inprocess import KERNELS, Engine, in_process  # noqa: F401
 from oracle import draw as oracle_draw
 from oracle import write_profile
 from parity import load_reference
+from test_calibrate import Lines, log  # noqa: F401
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -167,8 +170,6 @@ def rules(policy: Policy, raster: Raster, spatial: list[list[int]]) -> Callable[
 
 
 def test_the_dense_simulation_is_the_oracle() -> None:
-    import numpy as np
-
     gen = np.random.default_rng(0)
     for decay, ring in ((0.0, False), (0.5, False), (1.0, False), (0.0, True)):
         rule = HeadRule(9, 4, 24, anchors=2, recent=7 if ring else 3, ring=ring, decay=decay)
@@ -547,16 +548,46 @@ def test_two_pictures_of_one_request(tiny: Path) -> None:
     assert {len(one.token_ids) for one in both.outputs} == {64}
 
 
-def test_a_trial_cache_is_let_go(tiny: Path) -> None:
+def test_a_trial_cache_is_let_go(tiny: Path, log: Lines) -> None:
     """vLLM frees the small cache that it captures graphs with by binding an empty tensor."""
-    cache = compressed(tiny, "auto", budget=0.3).model.compressed
-    kept = [layer.kv_cache for layer in cache.caches]
+    engine = compressed(tiny, "auto", budget=0.3)
+    cache, config = engine.model.compressed, engine.llm.llm_engine.vllm_config.cache_config
+    kept, blocks = [layer.kv_cache for layer in cache.caches], config.num_gpu_blocks
+    assert (
+        cache._vllm_config.cache_config.num_gpu_blocks
+        == blocks
+        == engine.scheduler.kv_cache_config.num_blocks
+    )
     assert cache._types
-    for layer in cache.caches:
-        layer.kv_cache = torch.tensor([])
-    assert not cache._types
-    assert not cache._all_layers
+
+    def let_go() -> None:
+        for layer in cache.caches:
+            layer.kv_cache = torch.tensor([])
+        assert not cache._types
+        assert not cache._all_layers
+
+    let_go()
+    log.lines.clear()
+    bound = [memory for memory in kept if memory.numel()]
+    owner = np.zeros(max(memory.untyped_storage().nbytes() for memory in bound), np.uint8)
+    lives, trial = weakref.ref(owner), torch.from_numpy(owner)
+    del owner
+    config.num_gpu_blocks = None  # as it is until the real cache is there
+    for layer, memory in zip(cache.caches, kept, strict=True):
+        if memory.numel():
+            whole = trial.view(memory.dtype)
+            layer.bind_kv_cache(
+                torch.as_strided(whole, memory.shape, memory.stride(), memory.storage_offset())
+            )
+    del trial, whole
+    assert cache._types
+    assert lives() is not None
+    let_go()
+    assert lives() is None, "nothing holds its memory"
+    assert not log.said("kvcompress: preset")
+    config.num_gpu_blocks = blocks
     for layer, memory in zip(cache.caches, kept, strict=True):
         if memory.numel():
             layer.bind_kv_cache(memory)
     assert len(cache._types) == len(cache._layout.rules)
+    assert len(log.said("kvcompress: preset")) == 1

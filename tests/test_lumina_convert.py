@@ -18,6 +18,7 @@ from vllm.transformers_utils.config import get_config
 from vllm_kvcompress import last_word
 from vllm_kvcompress.cli import app
 from vllm_kvcompress.models.conversion import _take
+from vllm_kvcompress.models.lumina import convert as lumina_convert
 from vllm_kvcompress.models.lumina import unconverted
 from vllm_kvcompress.models.lumina.config import LuminaConfig
 from vllm_kvcompress.models.lumina.convert import VQ, VQ_PREFIX, convert
@@ -154,6 +155,15 @@ def test_what_is_elsewhere_is_asked_for(sources: Sources) -> None:
     assert "--size: 30 is no multiple of 8 pixels" in sources.refused(size=30)
     sources.convert(size=64)
     assert json.loads((sources.out / "config.json").read_text())["size"] == 64
+
+
+def test_a_size_unlike_the_names_is_taken_and_said(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(lumina_convert.logger, "warning", lambda text, *args: said.append(text % args))
+    sources.model = sources.model.rename(sources.model.with_name("Lumina-mGPT-7B-768"))
+    sources.convert(size=64)
+    assert json.loads((sources.out / "config.json").read_text())["size"] == 64
+    assert said == ["--size: pictures of 64 pixels, where the folder's name says 768"]
 
 
 def test_the_source_is_not_written_over(sources: Sources) -> None:

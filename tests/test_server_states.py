@@ -38,6 +38,7 @@ ARGS = (
     *("--kv-cache-memory-bytes", str(2 << 20), "--attention-backend", "kvcompress"),
     *("--shutdown-timeout", "60"),
 )
+WINDOWS = (5, 1, "auto", 16)  # of the servers, one after another: a seed's picture is the same in all
 SEQUENCES = int(os.environ.get("STATES", "5"))
 RESTARTS = int(os.environ.get("RESTARTS", "1"))
 SEEDS = st.integers(0, 5)
@@ -54,8 +55,11 @@ class Site:
         self.server = self._started()
 
     def _started(self) -> Server:
-        log = self._folder / f"server-{self.did['drain']}.log"
-        server = Server(self._model, log, ARGS, env={"VLLM_CACHE_ROOT": self._cache}, start=preloaded.Popen)
+        number = self.did["drain"]
+        window = json.dumps({"kvcompress": {"window": WINDOWS[number % len(WINDOWS)]}})
+        args = (*ARGS, "--additional-config", window)
+        log = self._folder / f"server-{number}.log"
+        server = Server(self._model, log, args, env={"VLLM_CACHE_ROOT": self._cache}, start=preloaded.Popen)
         return server.__enter__()
 
     @property

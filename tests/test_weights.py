@@ -1,18 +1,21 @@
 """Checkpoint tensors -> parameters: every one loaded, knowingly skipped, or named in one line."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from parity import load_reference
+from safetensors.torch import save_file
 from torch import nn
 from vllm.model_executor.model_loader.weight_utils import pt_weights_iterator, safetensors_weights_iterator
 
-from vllm_kvcompress.models.checkpoint import check_checkpoint
+from vllm_kvcompress.models.checkpoint import INDEX, check_checkpoint
 from vllm_kvcompress.models.config import raster_of
 from vllm_kvcompress.models.janus_config import MultiModalityConfig
+from vllm_kvcompress.models.stored import stored_fingerprint
 from vllm_kvcompress.models.vq import VQDecoder
 from vllm_kvcompress.models.weights import (
     CheckpointError,
@@ -151,6 +154,43 @@ def test_layouts_have_one_fingerprint_and_other_weights_have_not(tmp_path_factor
         prints.append(model.fingerprint)
     assert prints[0] == prints[1] != prints[2]
     assert len(prints[0]) == 16
+
+
+def test_files_that_cannot_tell_the_fingerprint_do_not(tmp_path, path, config, stored):
+    """Engines of every family compare it with what they have loaded: `inprocess.Engine`."""
+    model = Model(config)
+    load_weights(model, stored.items())
+    assert stored_fingerprint(str(path), None, config) == model.fingerprint
+    pickled = make_checkpoint(tmp_path / "bin", file_format="bin")
+    assert stored_fingerprint(str(pickled), None, config) == ""
+    assert stored_fingerprint("nobody/has-this-model", None, config) == ""
+    names, shards = list(stored), ("a.safetensors", "b.safetensors")
+    halves = [{name: stored[name] for name in names[n::2]} for n in (0, 1)]
+    weight_map = {name: shard for shard, half in zip(shards, halves, strict=True) for name in half}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    for shard, half in zip(shards, halves, strict=True):
+        assert stored_fingerprint(str(tmp_path), None, config) == ""
+        save_file(half, tmp_path / shard)
+    assert stored_fingerprint(str(tmp_path), None, config) == model.fingerprint
+    (tmp_path / shards[1]).write_bytes((tmp_path / shards[1]).read_bytes()[:-1])
+    assert stored_fingerprint(str(tmp_path), None, config) == ""
+
+
+def test_what_is_at_hand_of_a_repository_tells_the_fingerprint(tmp_path, monkeypatch, path, config):
+    """As the hub's client leaves it; half a download tells nothing."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    kept = tmp_path / "models--some--model"
+    shutil.copytree(path, kept / "snapshots" / "abc")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abc")
+    expected = stored_fingerprint(str(path), None, config)
+    assert expected != ""
+    assert stored_fingerprint("some/model", None, config) == expected
+    weights = kept / "snapshots" / "abc" / "model.safetensors"
+    weights.rename(weights.with_name("model-00001-of-00002.safetensors"))
+    assert stored_fingerprint("some/model", None, config) == ""
 
 
 def test_what_decides_logits_is_in_the_fingerprint(config, stored):

@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_kvcompress.requests_v1 import RequestTracker
 from vllm_kvcompress.rows import RequestFacts, RequestRows
 from vllm_kvcompress.sampling import is_narrow, move_up
-from vllm_kvcompress.windows.v2 import Places, next_drafts, standing
+from vllm_kvcompress.windows.v2 import Known, Places, next_drafts, standing
 
 # vLLM's processors change nothing for a request that names no ids (``sampling.names_ids``), and ours never.
 _HARMLESS = (LogitBiasState, PenaltiesState, BadWordsState, RequestTracker)
@@ -28,7 +28,7 @@ class ImageSampler(Sampler):
     """vLLM's sampler; over image codes alone where the logits are, and for rows that draw."""
 
     rows: RequestRows
-    num_speculative_tokens: int = 0
+    num_speculative_tokens: int = 1  # vLLM's name for a row's places at most: its last token and the drafts
     _row_of: Tensor | None = None  # batch row of each place
 
     @classmethod
@@ -46,8 +46,13 @@ class ImageSampler(Sampler):
         """Whether logits of codes alone will do: another package's processor may look at any id."""
         return all(type(processor) in _HARMLESS for processor in self.logits_processors)
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether any row may have drafts: a step without needs none of their bookkeeping."""
+        return self.num_speculative_tokens > 1
+
     def __call__(self, logits: Tensor, input_batch: InputBatch) -> SamplerOutput:
-        if not self.num_speculative_tokens:
+        if not self.has_windows:
             output = super().__call__(logits, input_batch)
             return move_up(output, self.rows) if is_narrow(logits, self.rows) else output
         starts = async_tensor_h2d(input_batch.cu_num_logits_np, device=logits.device, dtype=torch.int64)
@@ -86,7 +91,7 @@ class ImageSampler(Sampler):
         output.sampled_token_ids = samples
         states, index = self.req_states, batch.idx_mapping
         states.draft_tokens[index] = next_drafts(
-            samples, places.counts, stands, states.all_token_ids.gpu[index], first, prefix, width,
+            samples, places.counts, stands, Known(states.all_token_ids.gpu, index), first, prefix, width,
             states.draft_tokens.shape[1], rows.model.eol,
         ).to(states.draft_tokens.dtype)  # fmt: skip
         rows.accept(stands)
@@ -98,7 +103,7 @@ class ImageSampler(Sampler):
         """As vLLM's; ``how`` is ``use_fused_sampler``, from vLLM 0.33 on after ``has_topp_only_rows``."""
         where = expanded_idx_mapping, idx_mapping_np, pos
         model = self.rows.model
-        if self.num_speculative_tokens:
+        if self.has_windows:
             how = (*how[:-1], False)  # the fused sampler's noise is not a function of the position
         few = None if top_k is None else top_k.clamp(max=model.codes)
         # vLLM reckons with all ids whether a row has top-p alone; a top-k beyond the codes is none either.

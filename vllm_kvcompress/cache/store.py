@@ -101,7 +101,6 @@ class CompressedCache(nn.Module):
         )
         self._vllm_config = vllm_config
         self._compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
-        self._line = ""  # what was decided, until it has been said
         self._drafted: dict[int, Tensor] = {}  # block tables of the step's rows with drafts, by type
         self._held: list[Any] = []  # and what their attention left, by layer
         self._recorder: Recorder | None = None
@@ -144,9 +143,7 @@ class CompressedCache(nn.Module):
         self._all_layers[kind] = HeadType(pages, rule, all_index, empty, sized)
         self._step = ()
         if len(self._types) == len(layout.rules):
-            self._line = layout.summary and f"{layout.summary}; {at_once(layout, kv_cache.shape[0])}"
-            if kv_cache.device.type != "cuda":
-                self._say()
+            self._say(kv_cache.shape[0])
 
     def whole(self, kind: int) -> HeadType:
         """A head type's pages of all layers."""
@@ -156,13 +153,18 @@ class CompressedCache(nn.Module):
         """Forget a head type's pages, so that their memory can go."""
         self._types.pop(kind, None)
         self._all_layers.pop(kind, None)
-        self._step = ()
+        self._step, self._drafted = (), {}
+        self._held.clear()
 
-    def _say(self) -> None:
-        """The start-up line, once; on CUDA at the first step, since a small trial cache comes first."""
-        if self._line:
-            logger.info("%s", self._line)
-            self._line = ""
+    def _say(self, blocks: int) -> None:
+        """The start-up lines; not of the small cache that vLLM captures its trial graphs with.
+
+        Its blocks are not yet those of the configuration (v1/worker/gpu/cudagraph_utils.py,
+        ``_init_minimal_kv_cache_for_profiling``; v1/worker/gpu_worker.py, ``initialize_from_config``).
+        """
+        assert self._layout is not None
+        if self._layout.summary and self._vllm_config.cache_config.num_gpu_blocks is not None:
+            logger.info("%s; %s", self._layout.summary, at_once(self._layout, blocks))
             logger.info("%s", describe(self._vllm_config, self._window_bytes()))
 
     def _window_bytes(self) -> int:
@@ -193,8 +195,6 @@ class CompressedCache(nn.Module):
             return {}
         plans: dict[int, StepPlan] = {kind: metadata[n] for kind, n in enumerate(CACHES) if n in metadata}
         step = tuple(plans.values())
-        if plans and self._types:
-            self._say()
         if len(step) != len(self._step) or any(a is not b for a, b in zip(step, self._step, strict=True)):
             self._step = step
             for kind, plan in plans.items():

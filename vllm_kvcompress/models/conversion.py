@@ -148,7 +148,8 @@ def is_written(folder: Path, overwrite: bool) -> bool:
     if not folder.exists() or (overwrite and _is_empty(folder)):
         return False
     if not _is_converted(folder):
-        raise CheckpointError(f"-o: {folder} exists and is no converted model: name another")
+        mend = ", or --overwrite, as it is empty" if _is_empty(folder) else ""
+        raise CheckpointError(f"-o: {folder} exists and is no converted model: name another{mend}")
     return not overwrite
 
 

@@ -21,7 +21,7 @@ from vllm_kvcompress.config import (
     pixels_of,
 )
 from vllm_kvcompress.log import logger_for
-from vllm_kvcompress.models.checkpoint import check_files
+from vllm_kvcompress.models.checkpoint import READ, check_files
 from vllm_kvcompress.models.config import ModelSettings, text_vocab_size
 from vllm_kvcompress.models.pictures import check_pictures, looks
 from vllm_kvcompress.models.registry import family_of, image_model, serves, store_defaults
@@ -88,6 +88,7 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
             )
         if is_compressed(vllm_config):
             check_conflicts(vllm_config, image_model(model_config).rasters)
+            check_weights(vllm_config)
             compilation = vllm_config.compilation_config
             if current_platform.is_cuda_alike() and compilation.splitting_ops is None:
                 # Piecewise CUDA graphs must not swallow the cache's bookkeeping. vLLM's own operations stay
@@ -168,7 +169,7 @@ def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> Non
         from vllm_kvcompress.heads.profile import HeadProfile  # where such a model is served, not before
 
         profile = HeadProfile.load(config.head_profile)
-        profile.check_model("", "", text.num_hidden_layers, kv_heads)  # its hash, when the weights are there
+        profile.check_model("", "", text.num_hidden_layers, kv_heads)  # its hash: `check_weights`
         if config.policy.types == "fitted":
             profile.loss_curves.check_grid(rasters[0])
     refused = (
@@ -207,6 +208,24 @@ def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> Non
     for clash, mend in refused:
         if clash:
             raise ValueError(f"--attention-backend kvcompress does not work with {mend}")
+
+
+def check_weights(vllm_config: "VllmConfig") -> None:
+    """Refuse, in one line, a named head profile of other weights than those on the disk.
+
+    Where that can't be told yet (a model to be downloaded, pickled weights), it is when they are loaded.
+    """
+    config, served_model = parse_config(vllm_config.additional_config), vllm_config.model_config
+    named = config.head_profile != AUTO and config.policy.types in PROFILED
+    if not named or str(vllm_config.load_config.load_format) not in READ:
+        return
+    from vllm_kvcompress.heads.profile import HeadProfile
+    from vllm_kvcompress.models.stored import stored_fingerprint
+
+    mark = stored_fingerprint(served_model.model, served_model.revision, served_model.hf_config)
+    text = served_model.hf_config.get_text_config()
+    profile = HeadProfile.load(config.head_profile)
+    profile.check_model("", mark, text.num_hidden_layers, text.num_key_value_heads)
 
 
 def resolve_tokens(model_config: "ModelConfig", settings: ModelSettings) -> None:

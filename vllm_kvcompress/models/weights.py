@@ -279,8 +279,7 @@ def load_weights(model: "BranchedImageModel", weights: Iterable[tuple[str, Tenso
         lm_head.tie_weights(model.language_model.embed_tokens)
     ledger.close()
     for name, tensor in small.items():
-        if name != "lm_head.weight" or "gen_head.weight" not in small:  # a text's head draws nothing
-            mark.add(name, tensor)
+        mark.add(name, tensor)
 
     if "gen_embed.weight" in small:
         # gen_aligner(gen_embed(code)) for every code: one look-up instead of two matrix products.

@@ -37,6 +37,38 @@ class Places:
         return torch.where(nth < self.counts[:, None], flat[at], fill)
 
 
+@dataclass(frozen=True)
+class Known:
+    """Ids known before a step, ``[rows, positions]``.
+
+    vLLM keeps all requests' in the host's memory, where a GPU reads them: so only cells that are asked for.
+
+    Parameters
+    ----------
+    table : Tensor
+        ``[slots, positions]``.
+    slots : Tensor
+        ``[rows]``: where in it each row of the batch is.
+    """
+
+    table: Tensor
+    slots: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As a tensor's."""
+        return len(self.slots), self.table.shape[1]
+
+    def gather(self, dim: int, positions: Tensor) -> Tensor:
+        """As a tensor's, along positions (``dim`` 1): ``[rows, n]`` -> ids at these."""
+        return self.table[self.slots[:, None], positions]
+
+    def __getitem__(self, cell: tuple[int, int | slice]) -> Tensor:
+        """A row's ids at a position, or at some."""
+        row, positions = cell
+        return self.table[self.slots[row], positions]
+
+
 def standing(samples: Tensor, inputs: Tensor, counts: Tensor, limit: Tensor) -> Tensor:
     """How many samples stand.
 
@@ -58,7 +90,7 @@ def standing(samples: Tensor, inputs: Tensor, counts: Tensor, limit: Tensor) -> 
 
 
 def next_drafts(
-    samples: Tensor, counts: Tensor, stands: Tensor, known: Tensor, places: Tensor, prefix: Tensor,
+    samples: Tensor, counts: Tensor, stands: Tensor, known: Tensor | Known, places: Tensor, prefix: Tensor,
     line: Tensor | int, count: int, eol: int = -1,
 ) -> Tensor:  # fmt: skip
     """Drafts for the places after the tokens that stand.
@@ -70,7 +102,7 @@ def next_drafts(
     ----------
     samples, counts, stands : Tensor
         As in `standing`, and what it returned.
-    known : Tensor
+    known : Tensor or Known
         ``[rows, positions]`` ids known before this step.
     places : Tensor
         ``[rows]`` position of the token that each row's first place fed.

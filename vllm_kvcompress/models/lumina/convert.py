@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import ChameleonConfig
 
+from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.checkpoint import VQ_SIZES, check_channels, check_numbers, header, weight_files
 from vllm_kvcompress.models.config import ModelSettings
 from vllm_kvcompress.models.conversion import (
@@ -32,6 +33,8 @@ from vllm_kvcompress.models.lumina.family import BOS, FAMILY, PAD, SEPARATOR, UN
 from vllm_kvcompress.models.lumina.vq import TamingDecoder
 from vllm_kvcompress.models.weights import CheckpointError, Ledger
 from vllm_kvcompress.policy.raster import Raster
+
+logger = logger_for(__name__)
 
 VQ = "vq.safetensors"
 VQ_PREFIX = "model.vqmodel."
@@ -177,6 +180,8 @@ def _size(source: Path, said: int | None) -> int:
             "--size: neither the option nor the folder's name (Lumina-mGPT-7B-768) says for which pictures "
             "the model was trained; give 512, 768 or 1024"
         )
+    if named and size != int(named[-1]):
+        logger.warning("--size: pictures of %d pixels, where the folder's name says %s", size, named[-1])
     return size
 
 
