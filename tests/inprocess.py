@@ -100,7 +100,7 @@ class Engine:
         self._check_files()
 
     def _check_files(self) -> None:
-        """What the files say of the weights before an engine starts is what was loaded: here, of every model."""
+        """What the files say of the weights before an engine starts is what was loaded, of every model."""
         from vllm_kvcompress.models.stored import stored_fingerprint
 
         served = self.llm.llm_engine.model_config

@@ -548,7 +548,7 @@ def test_two_pictures_of_one_request(tiny: Path) -> None:
     assert {len(one.token_ids) for one in both.outputs} == {64}
 
 
-def test_a_trial_cache_is_let_go(tiny: Path, log: Lines) -> None:
+def test_a_trial_cache_is_let_go(tiny: Path, log: Lines) -> None:  # noqa: F811
     """vLLM frees the small cache that it captures graphs with by binding an empty tensor."""
     engine = compressed(tiny, "auto", budget=0.3)
     cache, config = engine.model.compressed, engine.llm.llm_engine.vllm_config.cache_config

@@ -141,7 +141,7 @@ def groups(mode: str) -> list[Group | HttpGroup]:
             Group("memory", janus("janus-1b-memory", 6, (0, 4, 23), 8), (STOCK, OURS), (FIT,), 3, 64),
             HttpGroup("http", shapes("shapes-http", ()), (STOCK, OURS), 2, 32),
             Group("long", long_image("long", 4, (0, 11, 32, 63)), (STOCK, OURS), (4,), 2),
-            Group("lumina", lumina_1024("lumina", 2, (0, 11, 32, 63)), (STOCK, LONG), (1, 4), 3),
+            Group("lumina", lumina_1024("lumina", 6, (0, 11, 32, 63)), (STOCK, LONG), (1, 4), 3),
             Group("emu3", emu3("emu3", 2, (0, 15, 45, 89)), (STOCK, LONG), (1, 4), 3),
             Group(
                 "types",

@@ -1,9 +1,9 @@
-"""Whole pictures of the published grid, 576 of 576 tokens, in windows on the V2 runner: as drawn one by one on V1.
+"""Whole pictures of the published grid, 576 of 576 tokens, in windows on V2, as V1 draws them one by one.
 
 By hand: ``make soak``, or ``python -m pytest tests/soak/soak_windows.py``. Every run of the suite has smaller
-pictures and more ways to go wrong (tests/test_windows_engine.py, tests/test_v2_runner.py). Every preset and vLLM's
-own attention, the longest windows, with the package's drafts and with the truth in their place; Triton's
-kernels in its interpreter, in float32 on the CPU, against C++ kernels.
+pictures and more ways to go wrong (tests/test_windows_engine.py, tests/test_v2_runner.py). Every preset and
+vLLM's own attention, the longest windows, with the package's drafts and with the truth in their place;
+Triton's kernels in its interpreter, in float32 on the CPU, against C++ kernels.
 """
 
 import sys
@@ -43,8 +43,9 @@ def test_windows_of_the_v2_runner_draw_the_v1_runners_pictures(
     model: Path, tmp_path: Path, cache: str
 ) -> None:
     args: dict[str, Any] = {
-        "model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 640, "max_num_seqs": 4,
-        "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 2**27, "limit_mm_per_prompt": {"image": 0},
+        "model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 640,
+        "max_num_seqs": 4, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 2**27,
+        "limit_mm_per_prompt": {"image": 0},
     }  # fmt: skip
     section: dict[str, Any] = {}
     if cache != STOCK:
