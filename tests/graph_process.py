@@ -59,19 +59,23 @@ class NoWaiting(TorchDispatchMode):
 
 
 class Recording:
-    """A decode step of ``SIZE`` rows, recorded from vLLM's dummy batch as its CUDA graphs are."""
+    """A decode step of ``SIZE`` rows, recorded from vLLM's dummy batch as its CUDA graphs are.
+
+    With windows every row has ``runner.decode_query_len`` places.
+    """
 
     def __init__(self, runner: Any, config: Any) -> None:
         from vllm.forward_context import set_forward_context
         from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
-        self.context = lambda: set_forward_context(state.attn_metadata, config, num_tokens=SIZE)
+        tokens = SIZE * runner.decode_query_len
+        self.context = lambda: set_forward_context(state.attn_metadata, config, num_tokens=tokens)
         buffers, self.replays = runner.input_buffers, 0
         state = prepare_inputs_to_capture(
-            SIZE, SIZE, runner.model_state, buffers, runner.block_tables, runner.attn_groups,
-            runner.kv_cache_config, full_cudagraph=True, max_query_len=1,
+            SIZE, tokens, runner.model_state, buffers, runner.block_tables, runner.attn_groups,
+            runner.kv_cache_config, full_cudagraph=True, max_query_len=runner.decode_query_len,
         )  # fmt: skip
-        inputs = {"input_ids": buffers.input_ids[:SIZE], "positions": buffers.positions[:SIZE]}
+        inputs = {"input_ids": buffers.input_ids[:tokens], "positions": buffers.positions[:tokens]}
         model = runner.model
         model._full_graphs = True
         self.mode = NoWaiting()
@@ -101,7 +105,7 @@ def watch_host_side(runner: Any, steps: list[int]) -> list[int]:
     """
     from vllm_kvcompress.attention.backend import StepPlanner
 
-    model, widths, seen = runner.model, [], [0]
+    model, widths, seen, places = runner.model, [], [0], runner.decode_query_len
     compute, build = model.compute_logits, StepPlanner.build
 
     def compute_logits(hidden: torch.Tensor) -> torch.Tensor:
@@ -114,7 +118,8 @@ def watch_host_side(runner: Any, steps: list[int]) -> list[int]:
         return logits
 
     def build_plan(self: Any, prefix: int, common: Any, *args: Any) -> Any:
-        if common.max_query_len > 1:
+        given = self.rows.places or [1]
+        if common.max_query_len > 1 and set(given) != {places}:
             return build(self, prefix, common, *args)
         with NoWaiting():
             return build(self, prefix, common, *args)
@@ -136,20 +141,22 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     manager = runner.cudagraph_manager
     recording = Recording(runner, runner.vllm_config)
     cache = poison(runner)
-    full = BatchExecutionDescriptor(CUDAGraphMode.FULL, SIZE, SIZE, uniform_token_count=1)
+    places = runner.decode_query_len
+    full = BatchExecutionDescriptor(CUDAGraphMode.FULL, SIZE * places, SIZE, uniform_token_count=places)
     eager, rows = manager.dispatch, []
 
     def dispatch(
         num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kw: Any
     ) -> Any:
-        if uniform_token_count == 1:
+        if uniform_token_count == places:
             rows.append(num_reqs)
             return full
         return eager(num_reqs, num_tokens, uniform_token_count, *args, **kw)
 
     manager.dispatch, manager.run_fullgraph = dispatch, recording.run
     widths = watch_host_side(runner, rows)
-    drawn = draw(engine, job["waves"][0], 0)
+    held: list[Any] = []
+    drawn = draw(engine, job["waves"][0], 0, held=held)
     types = runner.model.compressed._all_layers.values()
     fields = [getattr(t.pages, name) for t in types for name in ("kv", "score", "token", "victim")]
     null_block = torch.cat([field[0].contiguous().view(torch.uint8).flatten() for field in fields])
@@ -164,6 +171,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "null_block_untouched": bool((null_block == 0xFF).all()),
         "poisoned": int((cache == 0xFF).sum()),
         "support": sorted(support),
+        "held": held,
     }
 
 

@@ -264,5 +264,10 @@ def test_a_changed_claim_is_found():
     assert report.claimed(document) == [("x.json", part)]
     assert report.claimed(document.replace("at least", "at most")) != [("x.json", part)]
     assert report.with_claim(f"a\n{report.PLACE}\nb", part) == f"a\n{part}\nb"
-    with pytest.raises(ValueError, match="neither <!-- benchmark"):
-        report.with_claim("nothing here", part)
+    two = "".join(f"<!-- benchmark: {name}.json -->\n<!-- /benchmark -->\n" for name in ("old", "x"))
+    assert report.with_claim(two, part) == two.replace(
+        "<!-- benchmark: x.json -->\n<!-- /benchmark -->", part
+    )
+    for document in ("nothing here", two.replace(": x", ": y")):
+        with pytest.raises(ValueError, match="neither <!-- benchmark"):
+            report.with_claim(document, part)

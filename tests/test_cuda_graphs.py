@@ -4,6 +4,7 @@ A recorded step of more rows than ever run stands in for the graph (tests/graph_
 what the torch reference draws eagerly, in a cache full of NaN, with rows that come and go.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +23,60 @@ PICTURE = 25
 REQUESTS = slice(3)  # a picture, one without guidance in chunks, one with a negative prompt that comes later
 
 
-def jobs(model: Path, kernels: str) -> list[dict[str, Any]]:
-    section = {"preset": "fitted", "budget": 0.4, "kernels": kernels}
-    args = {"attention_backend": "kvcompress", "additional_config": {"kvcompress": section}}
+WINDOW = 3
+
+
+def jobs(model: Path, kernels: str, windows: Sequence[int] = (1, WINDOW)) -> list[dict[str, Any]]:
     waves = [mixed_requests(Prompts(model))[REQUESTS]]
-    return [{"name": "fitted", "args": {**SETTINGS, "model": str(model), **args}, "waves": waves}]
+
+    def job(window: int) -> dict[str, Any]:
+        section = {"preset": "fitted", "budget": 0.4, "kernels": kernels, "window": window}
+        args = {"attention_backend": "kvcompress", "additional_config": {"kvcompress": section}}
+        return {"name": str(window), "args": {**SETTINGS, "model": str(model), **args}, "waves": waves}
+
+    return [job(window) for window in windows]
 
 
 @pytest.fixture(scope="module")
 def drawn(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder, model = tmp_path_factory.mktemp("graphs"), checkpoints["five-hf"]
     graph = EngineProcess(folder / "graph", V2, jobs(model, "triton"), script="graph_process.py")
-    return {"eager": run_here(jobs(model, "torch"))["fitted"], "graph": graph.finish()["fitted"]}
+    eager = run_here(jobs(model, "torch", [1]))["1"]
+    replayed = graph.finish()
+    return {"eager": eager, "graph": replayed["1"], "windows": replayed[str(WINDOW)]}
 
 
-def test_replayed_steps_draw_the_reference_tokens(drawn: dict[str, Any]) -> None:
-    assert drawn["graph"]["waves"] == drawn["eager"]["waves"]
-    assert all(len(tokens) == PICTURE for tokens in drawn["graph"]["waves"][0])
+graphs = pytest.mark.parametrize("graph", ["graph", "windows"])
 
 
-def test_steps_were_replayed_with_padding_rows(drawn: dict[str, Any]) -> None:
-    rows = drawn["graph"]["rows"]
-    assert drawn["graph"]["replays"] == len(rows) >= PICTURE
+@graphs
+def test_replayed_steps_draw_the_reference_tokens(drawn: dict[str, Any], graph: str) -> None:
+    assert drawn[graph]["waves"] == drawn["eager"]["waves"]
+    assert all(len(tokens) == PICTURE for tokens in drawn[graph]["waves"][0])
+
+
+@graphs
+def test_steps_were_replayed_with_padding_rows(drawn: dict[str, Any], graph: str) -> None:
+    rows = drawn[graph]["rows"]
+    assert drawn[graph]["replays"] == len(rows) >= (PICTURE if graph == "graph" else PICTURE // WINDOW)
     assert {1, 2, 3} <= set(rows)
     assert max(rows) < SIZE
-    assert drawn["graph"]["operations"] > 50
+    assert drawn[graph]["operations"] > 50
 
 
-def test_logits_of_decode_steps_are_of_codes_and_wait_for_nothing(drawn: dict[str, Any]) -> None:
+def test_windows_in_graphs_take_fewer_steps(drawn: dict[str, Any]) -> None:
+    def steps(graph: str) -> list[int]:
+        return [report["kv_cache"]["steps"] for report in drawn[graph]["held"][0]]
+
+    assert steps("graph") == [PICTURE] * 3
+    assert max(steps("windows")) < PICTURE, "some drafts stood"
+
+
+@graphs
+def test_logits_of_decode_steps_are_of_codes_and_wait_for_nothing(drawn: dict[str, Any], graph: str) -> None:
     """An operation that waits would have ended the process: in the recorded step, its plan or its logits."""
-    assert len(drawn["graph"]["widths"]) == drawn["graph"]["replays"]
-    assert set(drawn["graph"]["widths"]) == {TINY.codebook}
+    assert len(drawn[graph]["widths"]) == drawn[graph]["replays"]
+    assert set(drawn[graph]["widths"]) == {TINY.codebook}
 
 
 def test_what_waits_is_recognised() -> None:
@@ -72,14 +96,16 @@ def test_what_waits_is_recognised() -> None:
         numbers[torch.tensor([1, 2])].where(numbers[:2] > 1, 0.0)
 
 
-def test_padding_rows_write_nowhere(drawn: dict[str, Any]) -> None:
+@graphs
+def test_padding_rows_write_nowhere(drawn: dict[str, Any], graph: str) -> None:
     """Their block tables point at block 0, which belongs to no request."""
-    assert drawn["graph"]["null_block_untouched"]
-    assert drawn["graph"]["poisoned"] > 0
+    assert drawn[graph]["null_block_untouched"]
+    assert drawn[graph]["poisoned"] > 0
 
 
 def test_the_backend_says_so(drawn: dict[str, Any]) -> None:
     assert drawn["graph"]["support"] == ["UNIFORM_SINGLE_TOKEN_DECODE"]
+    assert drawn["windows"]["support"] == ["UNIFORM_BATCH"]
 
 
 @pytest.mark.parametrize(
@@ -106,4 +132,6 @@ def test_support(section: dict[str, Any], device: str, support: AttentionCGSuppo
 
     assert StepPlanner.get_cudagraph_support(Config(), None) is support  # type: ignore[arg-type]
     Config.diffusion_config = object()
-    assert StepPlanner.get_cudagraph_support(Config(), None) is AttentionCGSupport.NEVER  # type: ignore[arg-type]
+    windows = StepPlanner.get_cudagraph_support(Config(), None)  # type: ignore[arg-type]
+    never = support is AttentionCGSupport.NEVER
+    assert windows is (support if never else AttentionCGSupport.UNIFORM_BATCH)

@@ -135,6 +135,10 @@ class RequestRows:
         self.places: list[int] | None = None  # this step's tokens to sample after, by row; None: one each
         self.window: Window | None = None  # their drafts (the V1 runner)
         self.shared_plan: Any = None  # where its rows start, and what the step's head types have in common
+        # Of a window step that a CUDA graph may hold: each head type's plan, the rows' places and lengths.
+        self.fixed: dict[int, Any] = {}
+        self.window_counts = torch.zeros(max_rows, dtype=torch.int32)
+        self.window_lengths = torch.zeros(max_rows, dtype=torch.int32)
         self.on_accept: Callable[[Sequence[int] | Tensor], None] | None = (
             None  # a cache that holds drafts back
         )
@@ -150,6 +154,8 @@ class RequestRows:
         )
         self.negative, self.negative_length = self.negative.to(device), self.negative_length.to(device)
         self.token_rows, self._tokens = self.token_rows.to(device), self._tokens.to(device)
+        self.window_counts = self.window_counts.to(device)
+        self.window_lengths = self.window_lengths.to(device)
         self.begins = None if self.begins is None else self.begins.to(device)
         self.size = None if self.size is None else self.size.to(device)
         self._grids = self._grids.to(device)

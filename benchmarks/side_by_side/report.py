@@ -206,15 +206,20 @@ def claimed(text: str) -> list[tuple[str, str]]:
 
 
 def with_claim(text: str, part: str) -> str:
-    """The document with its marked part, or the mark where one should be, replaced.
+    """The document with its part of the same file, the mark where one should be, or its only part replaced.
 
-    Raises ValueError if it has neither.
+    Raises ValueError if it has none of them.
     """
-    if not _MARKED.search(text):
-        if PLACE not in text:
-            raise ValueError(f"the document has neither {PLACE} nor a <!-- benchmark: FILE --> part")
-        return text.replace(PLACE, part, 1)
-    return _MARKED.sub(lambda _: part, text, count=1)
+    (mine,) = (name for name, _ in claimed(part))
+    there = claimed(text)
+    for name, old in there:
+        if name == mine or (len(there) == 1 and PLACE not in text):
+            return text.replace(old, part, 1)
+    if PLACE not in text:
+        raise ValueError(
+            f"the document has neither {PLACE} nor one <!-- benchmark: FILE --> part, nor one of {mine}"
+        )
+    return text.replace(PLACE, part, 1)
 
 
 def write(data: Data, path: Path, plots: list[str]) -> Path:

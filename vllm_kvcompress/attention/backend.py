@@ -20,11 +20,13 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvcompress.attention import kernels
+from vllm_kvcompress.attention.layer import CACHES
 from vllm_kvcompress.attention.pages import Plan
 from vllm_kvcompress.attention.prefill_plan import PrefillPlan
-from vllm_kvcompress.attention.window import WindowPlan
+from vllm_kvcompress.attention.window import FixedPlan, WindowPlan
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.rows import request_rows
+from vllm_kvcompress.windows.settings import longest, window_config
 
 
 @dataclass
@@ -66,27 +68,42 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Full graphs of decode steps where no kernel of such a step looks at the host."""
-        if vllm_config.diffusion_config is not None:  # windows, which are planned on the host
-            return AttentionCGSupport.NEVER
+        """Full graphs of decode steps where no kernel of such a step looks at the host.
+
+        With windows they are of steps in which every row has a whole one.
+        """
         config = parse_config(vllm_config.additional_config)
         used = kernels.choose(config.kernels, vllm_config.device_config.device_type)
-        if used == "triton" and not config.policy.refinements["stratify"]:  # chosen in torch, on the host
-            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-        return AttentionCGSupport.NEVER
+        if used != "triton" or config.policy.refinements["stratify"]:  # chosen in torch, on the host
+            return AttentionCGSupport.NEVER
+        if vllm_config.diffusion_config is not None:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.rows = request_rows(vllm_config)
+        self._kind = CACHES.index(layer_names[0])
+        support, config = self.get_cudagraph_support(vllm_config, kv_cache_spec), window_config(vllm_config)
+        self._places = longest(config) if support is AttentionCGSupport.UNIFORM_BATCH else 0
+        self._window_rows = min(config.window_rows, vllm_config.scheduler_config.max_num_seqs)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> StepPlan:
+        """As `build`; a batch of several tokens a row is one of windows, which has no requests yet."""
+        m = common_attn_metadata
+        if m.max_query_len > 1 and m.max_query_len == self._places:
+            return self._fixed(m)
+        return self.build(0, m)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StepPlan:
         m = common_attn_metadata
-        prefix, length = self.rows.prefix[: m.num_reqs], m.seq_lens[: m.num_reqs].to(torch.int32)
-        begins = None if self.rows.begins is None else self.rows.begins[: m.num_reqs]
-        size = None if self.rows.size is None else self.rows.size[: m.num_reqs]
-        every = Plan(prefix, length, begins, size)
+        if self._places and set(self.rows.places or ()) == {self._places}:
+            return self._fixed(m)
+        self.rows.fixed = {}
+        every = self._every(m)
+        begins, size = every.begins, every.size
         table = m.block_table_tensor[: m.num_reqs]
         if m.max_query_len == 1:
             return StepPlan(m.query_start_loc, table, None, None, every)
@@ -115,6 +132,39 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
         prompts = PrefillPlan.of(ends, prefixes, lengths, table.device, firsts, sizes)
         made = StepPlan(m.query_start_loc, table, rows, tokens, plan, prompts, window)
         self.rows.shared_plan = ends, made
+        return made
+
+    def _every(self, m: CommonAttentionMetadata) -> Plan:
+        """All rows of the step."""
+        mine = slice(m.num_reqs)
+        begins, size = (None if x is None else x[mine] for x in (self.rows.begins, self.rows.size))
+        return Plan(self.rows.prefix[mine], m.seq_lens[mine].to(torch.int32), begins, size)
+
+    def _fixed(self, m: CommonAttentionMetadata) -> StepPlan:
+        """Of a step in which every row has a whole window: tensors that keep their addresses alone.
+
+        Rows beyond those that may have windows are captured, since vLLM captures them, but never drawn.
+        """
+        table, shared = m.block_table_tensor[: m.num_reqs], self.rows.shared_plan
+        if shared is not None and shared[0] == self._places:
+            made = replace(shared[1], block_table=table)
+        else:
+            every, mine = self._every(m), slice(min(m.num_reqs, self._window_rows))
+            starts = m.query_start_loc[: m.num_reqs + 1]
+            counts, lengths = self.rows.window_counts[mine], self.rows.window_lengths[mine]
+            torch.sub(starts[1:][mine], starts[:-1][mine], out=counts)
+            lengths.copy_(torch.where(counts > 0, every.length[mine] - counts + 1, 0))
+            rows = Plan(
+                every.prefix[mine],
+                lengths,
+                *(None if x is None else x[mine] for x in (every.begins, every.size)),
+            )
+            window = FixedPlan.of(self._places, starts[:-1][mine], counts, rows)
+            none = self.rows.token_rows[:0]
+            nobody = Plan(every.prefix[:0], every.length[:0])
+            made = StepPlan(m.query_start_loc, table, none, none, nobody, None, window)
+            self.rows.shared_plan = self._places, made
+        self.rows.fixed[self._kind] = made
         return made
 
     def _window(self, starts: list[int], every: Plan) -> WindowPlan | None:

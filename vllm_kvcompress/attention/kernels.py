@@ -29,16 +29,18 @@ class Kernels(NamedTuple):
         Largest head size, most query heads per KV head.
     verify, commit : callable
         As `window.verify` and `window.commit`; what the one returns only the other understands.
+    room, held : callable or None
+        As `triton_window.room`, which `verify` then takes too, and `triton_window.held`: for CUDA graphs.
     """
 
     name: str
     decode: Callable[[Tensor, Tensor, Tensor, Sequence[HeadType], Plan, float, Tensor], None]
     select_all: Callable[[Sequence[HeadType], Plan], None]
     limits: tuple[int, int] | None = None
-    verify: Callable[[Tensor, Tensor, Tensor, Sequence[HeadType], WindowPlan, float, Tensor], Any] = (
-        window.verify
-    )
+    verify: Callable[..., Any] = window.verify
     commit: Callable[[Sequence[Any], Sequence[int] | Tensor], None] = window.commit
+    room: Callable[[Sequence[HeadType], Tensor, int, int, int], Any] | None = None
+    held: Callable[[Sequence[HeadType], WindowPlan, Any], Any] | None = None
 
     def check_shape(self, head_size: int, group: int) -> None:
         """Raise ValueError, one line, if they can't serve a model of this shape.
@@ -114,7 +116,7 @@ def kernels_for(kernels: Choice, device_type: str, cache_dtype: torch.dtype | No
 
         shown = "triton (interpreted)" if interpreted() else "triton"
         return Kernels(shown, triton_decode.decode, triton_select.select_all, triton_decode.LIMITS,
-            triton_window.verify, triton_window.commit,
+            triton_window.verify, triton_window.commit, triton_window.room, triton_window.held,
         )  # fmt: skip
     if name == "cpu":
         return Kernels(

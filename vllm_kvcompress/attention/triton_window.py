@@ -26,7 +26,7 @@ from vllm_kvcompress.attention.triton_decode import (
 from vllm_kvcompress.attention.triton_kinds import RING, SCORES, KindArgs, of_row, packed, pick, sized
 from vllm_kvcompress.attention.window import WindowPlan
 
-__all__ = ["commit", "launch_commit", "launch_verify", "verify"]
+__all__ = ["Room", "commit", "held", "launch_commit", "launch_verify", "room", "verify"]
 
 PLACES = 16  # of a row at most: the least rows of a matrix product
 NEVER = tl.constexpr(1 << 20)  # a place that no window has
@@ -221,6 +221,25 @@ def _commit(
 
 
 @dataclass
+class Room:
+    """A layer's memory between `verify` and `commit`, at one address whatever the step.
+
+    Parameters
+    ----------
+    k, v : Tensor
+        ``[rows * places, 2 * Hkv, D]``.
+    logits, tops : Tensor
+        As in `Held`.
+    """
+
+    k: Tensor
+    v: Tensor
+    logits: Tensor
+    tops: Tensor
+    group: int
+
+
+@dataclass
 class Held:
     """A layer between `verify` and `commit`."""
 
@@ -233,10 +252,35 @@ class Held:
     group: int
 
 
+def room(types: Sequence[HeadType], k: Tensor, group: int, rows: int, places: int) -> Room:
+    """Memory for so many rows of a layer; ``k`` has its heads, head size and dtype."""
+    _, _, kept = _kinds(longest_first(types))
+    shape = (rows * places, *k.shape[1:])
+    return Room(
+        torch.empty(shape, dtype=k.dtype, device=k.device),
+        torch.empty(shape, dtype=k.dtype, device=k.device),
+        *_scratch(rows, kept, k, group),
+        group,
+    )
+
+
+def _scratch(rows: int, kept: int, k: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Logits of all queries, and each query's maximum and sum."""
+    logits = torch.empty(rows * kept * PLACES * group, dtype=torch.float32, device=k.device)
+    tops = torch.empty(rows * k.shape[1] * PLACES * group * 2, dtype=torch.float32, device=k.device)
+    return logits, tops
+
+
+def held(types: Sequence[HeadType], plan: WindowPlan, room: Room) -> Held:
+    """What `verify` has left in a room, also where a CUDA graph ran in its place."""
+    return Held(longest_first(types), plan, room.k, room.v, room.logits, room.tops, room.group)
+
+
 def launch_verify(
-    q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], plan: WindowPlan, scale: float, out: Tensor
-) -> tuple[Launch, Held]:
-    """`verify`'s launch, and what it leaves; scratch is allocated here.
+    q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], plan: WindowPlan, scale: float, out: Tensor,
+    room: Room | None = None,
+) -> tuple[Launch, Held]:  # fmt: skip
+    """`verify`'s launch, and what it leaves; scratch is allocated here, if no room is given.
 
     Raises ValueError for what the kernel can't do.
     """
@@ -245,12 +289,11 @@ def launch_verify(
     check_inputs(q, k, v, types, out, group)
     kinds, align, kept = _kinds(types)
     rows = len(plan.rows)
-    held = Held(
-        types, plan, k, v,
-        torch.empty(rows * kept * PLACES * group, dtype=torch.float32, device=q.device),
-        torch.empty(rows * k.shape[1] * PLACES * group * 2, dtype=torch.float32, device=q.device),
-        group,
-    )  # fmt: skip
+    if room is None:
+        held = Held(types, plan, k, v, *_scratch(rows, kept, k, group), group)
+    else:
+        k, v = room.k[: len(k)].copy_(k), room.v[: len(v)].copy_(v)
+        held = Held(types, plan, k, v, room.logits, room.tops, group)
     width = max(16, triton.next_power_of_2(dim))
     one = group == 1
     block = max(16, 8192 // (width * q.element_size() * (1 if one else 2)))
@@ -269,10 +312,11 @@ def launch_verify(
 
 
 def verify(
-    q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], plan: WindowPlan, scale: float, out: Tensor
-) -> Held:
+    q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], plan: WindowPlan, scale: float, out: Tensor,
+    room: Room | None = None,
+) -> Held:  # fmt: skip
     """As `window.verify`, for what `triton_decode.decode` takes; nothing is read on the host."""
-    launch, held = launch_verify(q, k, v, types, plan, scale, out)
+    launch, held = launch_verify(q, k, v, types, plan, scale, out, room)
     _verify[launch.grid](*launch.args, **launch.constants)
     return held
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvcompress.attention.line import Line, attend_line
-from vllm_kvcompress.attention.pages import HeadType, begins_of
+from vllm_kvcompress.attention.pages import HeadType, Plan, begins_of
 
 
 @dataclass
@@ -52,6 +52,40 @@ class WindowPlan:
         """Start, count, prefix and the first token's index in the picture, of each row."""
         first = (self.length - 1 - self.prefix).tolist()
         return list(zip(self.starts, self.counts, self.prefix.tolist(), first, strict=True))
+
+
+@dataclass
+class FixedPlan(WindowPlan):
+    """Rows that all have as many places, by tensors that keep their addresses from step to step.
+
+    Parameters
+    ----------
+    tables : tuple of Tensor
+        ``starts`` and ``counts``, ``[n]`` int32 on the device. A row that only fills up a captured batch has
+        length and count 0, whatever the lists say.
+    """
+
+    tables: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, places: int, starts: Tensor, counts: Tensor, plan: Plan) -> "FixedPlan":
+        """``plan`` has the rows; lengths up to and including each window's first token."""
+        rows = list(range(len(counts)))
+        return cls(
+            rows, [row * places for row in rows], [places] * len(rows), plan.prefix, plan.length, plan.begins,
+            plan.size, (starts, counts),
+        )  # fmt: skip
+
+    @property
+    def on_device(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """As `WindowPlan.on_device`."""
+        assert self.tables is not None
+        return self.tables
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return sum(self.counts)
 
 
 def verify(

@@ -2,26 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import CompilationMode
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvcompress.attention.backend import KVCompressBackend, StepPlan
 from vllm_kvcompress.attention.cpu import use_huge_pages
 from vllm_kvcompress.attention.kernels import Kernels
 from vllm_kvcompress.attention.layer import CACHES
-from vllm_kvcompress.attention.pages import HeadType, Plan, pages_from_bytes
+from vllm_kvcompress.attention.pages import HeadType, pages_from_bytes
 from vllm_kvcompress.attention.prefill import prefill
 from vllm_kvcompress.attention.recorder import Recorder
 from vllm_kvcompress.cache.layout import CacheLayout, at_once
 from vllm_kvcompress.cache.scratch import decode_bytes, window_bytes
 from vllm_kvcompress.cache.spec import HeadTypeSpec
+from vllm_kvcompress.cache.window_steps import WindowSteps
 from vllm_kvcompress.config import MAX_WINDOW as LANES
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.windows.settings import describe, longest, window_config
@@ -96,13 +94,11 @@ class CompressedCache(nn.Module):
         self._types: dict[int, list[HeadType]] = {}
         self._all_layers: dict[int, HeadType] = {}
         self._step: tuple[StepPlan, ...] = ()
+        self._windows = WindowSteps(vllm_config, self._types, self._all_layers)
         self.caches = nn.ModuleList(
             HeadTypeCache(name, kind, self, vllm_config) for kind, name in enumerate(CACHES)
         )
         self._vllm_config = vllm_config
-        self._compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
-        self._drafted: dict[int, Tensor] = {}  # block tables of the step's rows with drafts, by type
-        self._held: list[Any] = []  # and what their attention left, by layer
         self._recorder: Recorder | None = None
 
     def layout(self, vllm_config: "VllmConfig") -> CacheLayout:
@@ -153,8 +149,8 @@ class CompressedCache(nn.Module):
         """Forget a head type's pages, so that their memory can go."""
         self._types.pop(kind, None)
         self._all_layers.pop(kind, None)
-        self._step, self._drafted = (), {}
-        self._held.clear()
+        self._step = ()
+        self._windows.forget()
 
     def _say(self, blocks: int) -> None:
         """The start-up lines; not of the small cache that vLLM captures its trial graphs with.
@@ -202,10 +198,7 @@ class CompressedCache(nn.Module):
                 table = plan.block_table if rows is None else plan.block_table[rows]
                 for held in (*self._types[kind], self._all_layers[kind]):
                     held.block_table = table
-            window = step[0].window if step else None
-            self._drafted = (
-                {kind: plan.block_table[window.rows] for kind, plan in plans.items()} if window else {}
-            )
+            self._windows.begin(plans)
         return plans
 
     @property
@@ -266,46 +259,19 @@ class CompressedCache(nn.Module):
         assert at is not None
         out.zero_()  # the batch may be filled up
         if plan.prefill is not None:
-            whole = self._with_tables(layer, {kind: plan.block_table for kind, plan in plans.items()})
+            whole = self._windows.with_tables(layer, {kind: plan.block_table for kind, plan in plans.items()})
             prefill(q, k, v, whole, plan.prefill, scale, out)
         if len(at):
             part = torch.empty_like(q[at])
             kernels.decode(q[at], k[at], v[at], types, plan.decode, scale, part)
             out[at] = part
         if plan.window is not None:
-            if layer == 0:
-                self._held = []
-            mine = self._with_tables(layer, self._drafted)
-            if self._compiled:  # the graph gives their memory to what comes next, before `commit`
-                k, v = k.clone(), v.clone()
-            self._held.append(kernels.verify(q, k, v, mine, plan.window, scale, out))
-
-    def _with_tables(self, layer: int, tables: dict[int, Tensor]) -> list[HeadType]:
-        """A layer's head types, with these block tables by type."""
-        return [
-            replace(t, block_table=table)
-            for kind, table in tables.items()
-            if len((t := self._types[kind][layer]).head_index)
-        ]
+            self._windows.attend(q, k, v, layer, kernels, scale, out)
 
     def commit(self, standing: Sequence[int] | Tensor) -> None:
-        """Keep what stands of the step's windows, and choose victims where that ends a line.
-
-        ``standing`` says how many tokens, for every row of the batch.
-        """
-        window = self._step[0].window if self._step else None
-        if window is None or not self._held:
-            return
-        assert self.kernels is not None
-        if isinstance(standing, Tensor):
-            kept = standing[async_tensor_h2d(window.rows, device=standing.device)].to(torch.int32)
-        else:
-            kept = torch.tensor([standing[row] for row in window.rows], dtype=torch.int32)
-        self.kernels.commit(self._held, kept)
-        self._held = []
-        every = [replace(self._all_layers[kind], block_table=table) for kind, table in self._drafted.items()]
-        ends = window.length + kept - 1
-        self.kernels.select_all(every, Plan(window.prefix, ends, None, window.size))
+        """As `WindowSteps.commit`."""
+        if self.kernels is not None:
+            self._windows.commit(standing, self.kernels)
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
