@@ -96,13 +96,13 @@ class CompressedCache(nn.Module):
         self._types: dict[int, list[HeadType]] = {}
         self._all_layers: dict[int, HeadType] = {}
         self._step: tuple[StepPlan, ...] = ()
+        self._drafted: dict[int, Tensor] = {}  # block tables of the step's rows with drafts, by type
+        self._held: list[Any] = []  # and what their attention left, by layer
         self.caches = nn.ModuleList(
             HeadTypeCache(name, kind, self, vllm_config) for kind, name in enumerate(CACHES)
         )
         self._vllm_config = vllm_config
         self._compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
-        self._drafted: dict[int, Tensor] = {}  # block tables of the step's rows with drafts, by type
-        self._held: list[Any] = []  # and what their attention left, by layer
         self._recorder: Recorder | None = None
 
     def layout(self, vllm_config: "VllmConfig") -> CacheLayout:
