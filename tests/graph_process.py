@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from interpreter import settle
+from replaced_drafts import replaced
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -118,8 +119,7 @@ def watch_host_side(runner: Any, steps: list[int]) -> list[int]:
         return logits
 
     def build_plan(self: Any, prefix: int, common: Any, *args: Any) -> Any:
-        given = self.rows.places or [1]
-        if common.max_query_len > 1 and set(given) != {places}:
+        if common.max_query_len != places or set(self.rows.places or [1]) != {places}:
             return build(self, prefix, common, *args)
         with NoWaiting():
             return build(self, prefix, common, *args)
@@ -156,14 +156,19 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     manager.dispatch, manager.run_fullgraph = dispatch, recording.run
     widths = watch_host_side(runner, rows)
     held: list[Any] = []
-    drawn = draw(engine, job["waves"][0], 0, held=held)
+    drawn: list[Any] = []
+    for wave, (requests, how) in enumerate(zip(job["waves"], job["drafts"], strict=True)):
+        known = drawn[-1] if drawn else [[] for _ in requests]
+        truth = {tuple(asked["ids"]): tokens for asked, tokens in zip(requests, known, strict=True)}
+        with replaced(how, truth):
+            drawn.append(draw(engine, requests, wave, held=held))
     types = runner.model.compressed._all_layers.values()
     fields = [getattr(t.pages, name) for t in types for name in ("kv", "score", "token", "victim")]
     null_block = torch.cat([field[0].contiguous().view(torch.uint8).flatten() for field in fields])
     builders = [group.get_metadata_builder(0) for groups in runner.attn_groups for group in groups]
     support = {type(b).get_cudagraph_support(runner.vllm_config, b.kv_cache_spec).name for b in builders}
     return {
-        "waves": [drawn],
+        "waves": drawn,
         "replays": recording.replays,
         "rows": rows,
         "widths": widths,
