@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import CompilationMode
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
@@ -99,6 +100,7 @@ class CompressedCache(nn.Module):
             HeadTypeCache(name, kind, self, vllm_config) for kind, name in enumerate(CACHES)
         )
         self._vllm_config = vllm_config
+        self._compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
         self._recorder: Recorder | None = None
 
     def layout(self, vllm_config: "VllmConfig") -> CacheLayout:
@@ -266,7 +268,7 @@ class CompressedCache(nn.Module):
             kernels.decode(q[at], k[at], v[at], types, plan.decode, scale, part)
             out[at] = part
         if plan.window is not None:
-            self._windows.attend(q, k, v, layer, kernels, scale, out)
+            self._windows.attend(q, k, v, layer, kernels, scale, out, self._compiled)
 
     def commit(self, standing: Sequence[int] | Tensor) -> None:
         """As `WindowSteps.commit`."""

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm.config import CompilationMode
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvcompress.attention.backend import StepPlan
@@ -41,7 +40,6 @@ class WindowSteps:
         self, vllm_config: "VllmConfig", layers: Mapping[int, list[HeadType]], whole: Mapping[int, HeadType]
     ) -> None:
         self._vllm_config, self._layers, self._whole = vllm_config, layers, whole
-        self._compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
         self._window: WindowPlan | None = None
         self._tables: dict[int, Tensor] = {}  # block tables of the rows with drafts
         self._held: list[Any] = []  # what attention has left, by layer
@@ -60,9 +58,13 @@ class WindowSteps:
         self._rooms.clear()
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: int, kernels: Kernels, scale: float, out: Tensor
-    ) -> None:
-        """The rows with drafts, in one layer; arguments as `CompressedCache.attend`."""
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, kernels: Kernels, scale: float, out: Tensor,
+        compiled: bool,
+    ) -> None:  # fmt: skip
+        """The rows with drafts, in one layer; arguments as `CompressedCache.attend`.
+
+        ``compiled``: whether the model is, which gives the memory of k and v to what comes next.
+        """
         window, mine = self._window, self.with_tables(layer, self._tables)
         assert window is not None
         if isinstance(window, FixedPlan):
@@ -71,7 +73,7 @@ class WindowSteps:
             return
         if layer == 0:
             self._held = []
-        if self._compiled:  # the graph gives their memory to what comes next, before `commit`
+        if compiled:
             k, v = k.clone(), v.clone()
         self._held.append(kernels.verify(q, k, v, mine, window, scale, out))
 
