@@ -34,7 +34,7 @@ test-fast: .venv/.ready
 # By hand: two groups of the benchmark; 300 pictures per preset with aborts in between, four minutes; whole pictures by
 # two ranks, four minutes; ends of servers, four minutes; then 10,000 over HTTP, ten minutes.
 soak: .venv/.ready
-	@$(PY) -m pytest tests/soak/soak_benchmark.py tests/soak/soak_pictures.py tests/soak/soak_ranks.py tests/soak/soak_ends.py tests/soak/soak_server.py -rP
+	@$(PY) -m pytest tests/soak/soak_benchmark.py tests/soak/soak_pictures.py tests/soak/soak_ranks.py tests/soak/soak_windows.py tests/soak/soak_families.py tests/soak/soak_ends.py tests/soak/soak_server.py -rP
 
 # An interrupted run goes on where it stopped. BENCH="--only bars --minutes 15" makes it shorter.
 bench: .venv/.ready

@@ -1,21 +1,20 @@
-"""Whole pictures of the published grid, 576 of 576 tokens, in windows on V2, as V1 draws them one by one.
+"""Whole pictures of the published grid on the V2 runner, in windows and one by one: 576 of 576 the same.
 
 By hand: ``make soak``, or ``python -m pytest tests/soak/soak_windows.py``. Every run of the suite has smaller
 pictures and more ways to go wrong (tests/test_windows_engine.py, tests/test_v2_runner.py). Every preset and
-vLLM's own attention, the longest windows, with the package's drafts and with the truth in their place;
-Triton's kernels in its interpreter, in float32 on the CPU, against C++ kernels.
+vLLM's own attention, greedy and seeded, the longest windows, with the package's drafts and with the truth in
+their place, in float32 on the CPU, vLLM's own kernels in Triton's interpreter.
 """
 
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from engine_process import V1, V2, EngineProcess
+from engine_process import V2, EngineProcess
 from oracle import write_profile
 from test_v2_runner import Prompts, drafted_requests
 
@@ -53,20 +52,20 @@ def test_windows_of_the_v2_runner_draw_the_v1_runners_pictures(
         section = {"preset": cache, "budget": 0.3, "head_profile": str(model.parent / "profile.json")}
     three = drafted_requests(Prompts(model))
 
-    def drawn(env: dict[str, str], window: int, drafts: list[Any]) -> dict[str, Any]:
+    def job(window: int, drafts: list[Any]) -> dict[str, Any]:
         settings = args | {"additional_config": {"kvcompress": {**section, "window": window}}}
-        job = {"name": cache, "args": settings, "waves": [three for _ in drafts], "drafts": drafts}
-        return EngineProcess(tmp_path / str(window), env, [job]).finish()[cache]
+        return {"name": str(window), "args": settings, "waves": [three for _ in drafts], "drafts": drafts}
 
     began = time.monotonic()
-    with ThreadPoolExecutor() as pool:
-        plain = pool.submit(drawn, V1, 1, [None])
-        windowed = pool.submit(drawn, V2, WINDOW, [None, TRUTH]).result()
-    (wanted,) = plain.result()["waves"]
+    drawn = EngineProcess(tmp_path, V2, [job(1, [None]), job(WINDOW, [None, TRUTH])]).finish()
+    (wanted,), windowed = drawn["1"]["waves"], drawn[str(WINDOW)]
     assert windowed["runner"] == "vllm.v1.worker.cpu.model_runner"
     assert [len(tokens) for tokens in wanted] == [TOKENS] * PICTURES
     assert len({tuple(tokens) for tokens in wanted}) == PICTURES
-    assert windowed["waves"] == [wanted, wanted]
+    for wave in windowed["waves"]:
+        for number, (mine, theirs) in enumerate(zip(wave, wanted, strict=True)):
+            apart = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), None)
+            assert apart is None, f"picture {number} from token {apart} on"
     own, truth = ([report["kv_cache"]["steps"] for report in wave] for wave in windowed["held"])
     assert max(own) < TOKENS, "some drafts stood"
     lines = TOKENS // LINE
