@@ -21,6 +21,7 @@ from starlette.datastructures import State
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.launcher import NoSignalServer
 from vllm.exceptions import RetryableRequestError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_kvcompress import plugin
 from vllm_kvcompress.patches import images_route
@@ -273,7 +274,7 @@ def test_without_a_timeout_it_ends_as_it_did(told: list[str]) -> None:
 
 
 def test_an_engine_of_its_own_finishes_by_itself(told: list[str]) -> None:
-    """It is stopped at once; between its end and the HTTP server's nobody is told of a dead engine."""
+    """It is stopped at once, and its client refuses until the HTTP server ends (of texts: while it lives)."""
     engine, began = Shared(owner=True), time.monotonic()
     engine.shutdown(timeout=60)
     assert time.monotonic() - began < 1
@@ -288,9 +289,14 @@ async def test_who_waits_for_an_engine_that_was_stopped_is_told() -> None:
     engine, waits = Shared(owner=True, timeout=0), asyncio.get_running_loop().create_future()
     engine.output_processor = SimpleNamespace(propagate_error=waits.set_result)  # type: ignore[attr-defined]
     engine.output_handler = asyncio.create_task(asyncio.sleep(60))  # type: ignore[attr-defined]
+    calls = [asyncio.get_running_loop().create_future() for _ in range(2)]
+    calls[0].set_result("answered")
+    engine.engine_core.utility_results = dict(enumerate(calls))
     await asyncio.to_thread(engine.shutdown, 0)
     told = await asyncio.wait_for(waits, 1)
     assert (str(told), told.http_status) == (drain.SHUTTING_DOWN, 503)
+    with pytest.raises(EngineDeadError):  # a call to the workers
+        await asyncio.wait_for(calls[1], 1)
     engine.output_handler.cancel()  # type: ignore[attr-defined]
 
 

@@ -7,7 +7,8 @@ its clients at once, and only then is the engine stopped (``vllm/entrypoints/cli
 ``run_multi_api_server``; ``launchers/launcher.py``, ``handle_shutdown``). The same signal, and five seconds,
 are what the others get when an engine or an API process has died.
 
-However it ends, vLLM then cancels the task that hands answers out, and tells nobody who waits for one.
+However it ends, vLLM then cancels the task that hands answers out, and tells nobody who waits for one, or for
+a call to the workers.
 """
 
 import time
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import State
 from vllm.exceptions import GracefulHTTPError, RetryableRequestError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.serving.listening import Listening
@@ -113,8 +115,16 @@ class Drain:
             return
         error = GracefulHTTPError(SHUTTING_DOWN, HTTPStatus.SERVICE_UNAVAILABLE)
         processor: Any = self._engine.output_processor  # type: ignore[attr-defined]
+        core: Any = getattr(self._engine, "engine_core", None)
+
+        def tell() -> None:
+            processor.propagate_error(error)
+            for call in list(getattr(core, "utility_results", {}).values()):
+                if not call.done():
+                    call.set_exception(EngineDeadError())
+
         with suppress(RuntimeError):  # the event loop has ended: nobody is left
-            handler.get_loop().call_soon_threadsafe(processor.propagate_error, error)
+            handler.get_loop().call_soon_threadsafe(tell)
 
     def _wait(self, timeout: float, siblings: Siblings) -> None:
         if siblings.anybody_is_gone:  # those that drain have only just heard of it
