@@ -70,7 +70,7 @@ class Drain:
         self._drains = bool(engine.vllm_config.shutdown_timeout)
         is_shared = resources is not None and self._manager is None
         self._siblings = Siblings() if is_shared and self._drains else None
-        self._shutdown = engine.shutdown
+        self._shutdown, self._stops = engine.shutdown, False
         engine.shutdown = self._drained  # type: ignore[method-assign]
 
     def _drained(self, timeout: float | None = None) -> None:
@@ -89,10 +89,14 @@ class Drain:
                     Exception
                 ):  # of vLLM's insides that `Listening` reads: whatever it is, the engine is stopped
                     logger.exception("A drain has failed; the server ends")
-        began = time.monotonic()
+        # A dead engine ends the HTTP server, and this is called again while it still waits for the process.
+        has_failed = was_dead and self._stops
+        began, self._stops = time.monotonic(), True
         self._shutdown(timeout=timeout)
+        self._stops = has_failed
         # What is still there when its time is over vLLM kills itself.
-        if self._drains and timeout and time.monotonic() - began < timeout and self._has_failed:
+        has_failed |= not was_dead and time.monotonic() - began < (timeout or 0) and self._has_failed
+        if self._drains and timeout and has_failed:
             logger.error("The engine has died while it drained")
             if self._crashed is not None:
                 self._crashed()
@@ -103,11 +107,15 @@ class Drain:
     def _has_failed(self) -> bool:
         """Whether a process of the engine has ended other than it was told to, before all were answered.
 
-        After that a library that stumbles as the process ends takes nothing from anybody.
+        After that a library that stumbles as the process ends takes nothing from anybody. An engine that says
+        it has died, of a worker's death say, leaves nobody waiting: who waited has been told.
         """
+        handler: Any = getattr(self._engine, "output_handler", None)
+        said_so = handler is not None and handler.done() and not handler.cancelled()
         ended: dict[str, int] = getattr(self._manager, "finished_procs", dict)()
         processor: Any = getattr(self._engine, "output_processor", None)
-        return any(ended.values()) and (processor is None or processor.has_unfinished_requests())
+        waits = processor is None or processor.has_unfinished_requests()
+        return any(ended.values()) and (waits or said_so)
 
     def _tell_who_waits(self) -> None:
         handler = getattr(self._engine, "output_handler", None)  # None until the first request
