@@ -122,6 +122,7 @@ MIXED = [
     {"seed": 7, "n": 10},
     {"seed": 8, "n": 10},
     {"seed": 2, "stream": True, "partial_images": 2},
+    {"seed": 9, "stream": True, "partial_lines": 1, "kept": True},
 ]
 
 

@@ -17,12 +17,14 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_kvcompress.models.config import ImageModel
 from vllm_kvcompress.models.prompt import lengthened
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.serving.images import PATH, ImagesEndpoint
+from vllm_kvcompress.serving.kept import KEPT_METHOD
 
 # Nothing square, and no size a power of two.
 MODEL = ImageModel(raster=Raster(lines=6, width=5, patch=3), text_vocab=300, codes=200, bos=1, pad=2, boi=3)
@@ -49,11 +51,13 @@ def code(seed, position):
 class FakeEngine:
     """Has what the route uses of ``EngineClient``; aborts as ``AsyncLLM.generate`` does."""
 
-    def __init__(self):
+    def __init__(self, compressed=False):
         self.renderer = SimpleNamespace(get_tokenizer=lambda: "tokenizer")
         self.model_config = SimpleNamespace(max_model_len=100)
         self.vllm_config = SimpleNamespace(
-            shutdown_timeout=0, additional_config={}, attention_config=SimpleNamespace(backend=None)
+            shutdown_timeout=0,
+            additional_config={},
+            attention_config=SimpleNamespace(backend=AttentionBackendEnum.CUSTOM if compressed else None),
         )
         self.input_processor = None
         self.errored = self.is_running = self.should_keep_api_server_alive = False
@@ -64,6 +68,9 @@ class FakeEngine:
         self.decoded_lines, self.calls = [], []
         self.step = lambda position: asyncio.sleep(0)
         self.decode_step = lambda: asyncio.sleep(0)
+        self.asking = self.most_asking = 0
+        self.kept_step = lambda: asyncio.sleep(0)
+        self.is_bad = lambda codes: False
         self.draw_code = code
         self.admission_error = None
         self.finish_reason = "length"
@@ -107,6 +114,8 @@ class FakeEngine:
         self.aborted.append(request_id)
 
     async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        if method == KEPT_METHOD:
+            return await self._kept()
         assert method == "kvcompress_decode_images"
         (pictures,) = args
         assert pictures
@@ -117,7 +126,20 @@ class FakeEngine:
             await self.decode_step()
         finally:
             self.decoding -= 1
+        if any(self.is_bad(codes) for codes, _ in pictures):
+            raise ValueError("a picture that can't be decoded")
         return [None, [self._decoded(codes) for codes, _ in pictures], None]
+
+    async def _kept(self):
+        """Two ranks of which each has a head of one type, which keeps all."""
+        self.asking += 1
+        self.most_asking = max(self.most_asking, self.asking)
+        try:
+            await self.kept_step()
+        finally:
+            self.asking -= 1
+        width, tokens = MODEL.raster.width, MODEL.raster.tokens
+        return [(width, [("full", 1, [1] * width + [0] * (tokens - width))])] * 2
 
     def _decoded(self, codes):
         lines, rest = divmod(len(codes), MODEL.raster.width)

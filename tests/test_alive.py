@@ -51,6 +51,7 @@ async def test_a_crash_that_somebody_else_has_seen_ends_the_process(monkeypatch:
 
     monkeypatch.setattr(watch, "_answers_have_left", answers_have_left)
     await asyncio.to_thread(watch.crashed)
+    watch._listener_ended(asyncio.get_running_loop().create_future())  # which is stopped with the engine
     await asyncio.wait_for(ended.wait(), 1)
     watch._said_so = False
     watch._task.cancel()

@@ -21,6 +21,7 @@ from starlette.datastructures import State
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.launcher import NoSignalServer
 from vllm.exceptions import RetryableRequestError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_kvcompress import plugin
 from vllm_kvcompress.patches import images_route
@@ -273,7 +274,7 @@ def test_without_a_timeout_it_ends_as_it_did(told: list[str]) -> None:
 
 
 def test_an_engine_of_its_own_finishes_by_itself(told: list[str]) -> None:
-    """It is stopped at once; between its end and the HTTP server's nobody is told of a dead engine."""
+    """It is stopped at once, and its client refuses until the HTTP server ends (of texts: while it lives)."""
     engine, began = Shared(owner=True), time.monotonic()
     engine.shutdown(timeout=60)
     assert time.monotonic() - began < 1
@@ -288,26 +289,36 @@ async def test_who_waits_for_an_engine_that_was_stopped_is_told() -> None:
     engine, waits = Shared(owner=True, timeout=0), asyncio.get_running_loop().create_future()
     engine.output_processor = SimpleNamespace(propagate_error=waits.set_result)  # type: ignore[attr-defined]
     engine.output_handler = asyncio.create_task(asyncio.sleep(60))  # type: ignore[attr-defined]
+    calls = [asyncio.get_running_loop().create_future() for _ in range(2)]
+    calls[0].set_result("answered")
+    engine.engine_core.utility_results = dict(enumerate(calls))
     await asyncio.to_thread(engine.shutdown, 0)
     told = await asyncio.wait_for(waits, 1)
     assert (str(told), told.http_status) == (drain.SHUTTING_DOWN, 503)
+    with pytest.raises(EngineDeadError):  # a call to the workers
+        await asyncio.wait_for(calls[1], 1)
     engine.output_handler.cancel()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
-    ("code", "lasts", "waits", "crashed"),
-    [(-9, 0, True, True), (1, 0, True, True), (0, 0, True, False), (-9, 0.2, True, False),
-     (-6, 0, False, False)],
+    ("code", "lasts", "waits", "says_so", "crashed"),
+    [(-9, 0, True, False, True), (1, 0, True, False, True), (0, 0, True, False, False),
+     (-9, 0.2, True, False, False), (-6, 0, False, False, False), (1, 0, False, True, True)],
 )  # fmt: skip
 def test_an_engine_of_its_own_that_dies_while_it_drains(
-    code: int, lasts: float, waits: bool, crashed: bool, told: list[str]
+    code: int, lasts: float, waits: bool, says_so: bool, crashed: bool, told: list[str]
 ) -> None:
     """Its process fails before all are answered, and before its time is over, when vLLM kills it."""
     engine, heard = Shared(owner=True), []
     del engine.shutdown  # the class's
     ended: dict[str, int] = {}
     engine.engine_core.resources.engine_manager = SimpleNamespace(finished_procs=lambda: ended)
-    engine.output_processor = SimpleNamespace(has_unfinished_requests=lambda: waits)  # type: ignore[attr-defined]
+    processor = SimpleNamespace(has_unfinished_requests=lambda: waits, propagate_error=lambda error: None)
+    engine.output_processor = processor  # type: ignore[attr-defined]
+    loop = SimpleNamespace(call_soon_threadsafe=lambda tell: tell())
+    engine.output_handler = SimpleNamespace(  # type: ignore[attr-defined]
+        done=lambda: says_so, cancelled=lambda: False, get_loop=lambda: loop
+    )
 
     def shutdown(timeout: float | None = None) -> None:
         time.sleep(lasts)
@@ -317,3 +328,21 @@ def test_an_engine_of_its_own_that_dies_while_it_drains(
     drain.Drain(engine, engine.state, lambda: heard.append(True))  # type: ignore[arg-type]
     engine.shutdown(timeout=0.1)
     assert bool(heard) == crashed == bool(told)
+
+
+def test_a_dead_engine_whose_process_outlives_the_server() -> None:
+    """Its clients are told, which ends the HTTP server: the engine is stopped again, and still there."""
+    engine, heard, ends = Shared(owner=True), [], threading.Event()
+    del engine.shutdown  # the class's
+    engine.engine_core.resources.engine_manager = SimpleNamespace(finished_procs=dict)
+    calls = iter((lambda: ends.wait(5), lambda: True))
+    engine.shutdown = lambda timeout=None: next(calls)()  # type: ignore[method-assign]
+    drain.Drain(engine, engine.state, lambda: heard.append(True))  # type: ignore[arg-type]
+    first = threading.Thread(target=engine.shutdown, args=(60,))
+    first.start()
+    time.sleep(0.05)
+    engine.errored = True  # type: ignore[attr-defined]
+    engine.shutdown(60)
+    assert heard
+    ends.set()
+    first.join()

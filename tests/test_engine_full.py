@@ -15,6 +15,9 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_kvcompress.models.prompt import image_prompt_ids, negative_ids
 from vllm_kvcompress.models.registry import image_model
+from vllm_kvcompress.serving.decoder import DECODE_METHOD
+from vllm_kvcompress.serving.encode import Pixels
+from vllm_kvcompress.serving.spare import WEIGHTS_METHOD, SpareDecoder
 
 TEXTS = (
     "a cat",
@@ -120,6 +123,19 @@ def test_pixels_equal_transformers(llm, reference, greedy):
         assert (ours.int() - expected.int()).abs().max() <= 1
         assert (ours != expected).float().mean() < 1e-3  # where rounding straddles a truncation
         assert expected.float().std() > 20
+
+
+@pytest.mark.parametrize("layout", ["llm", "original"])
+def test_a_decoder_without_its_engine_has_the_same_pixels(request, layout, model):
+    """What a draining server decodes with, whole pictures and lines of them."""
+    llm = request.getfixturevalue(layout)
+    [weights] = llm.collective_rpc(WEIGHTS_METHOD)
+    spare = SpareDecoder(llm.model_config.hf_config, weights)
+    picture = torch.randint(0, model.codes, (TOKENS,), generator=torch.Generator().manual_seed(7)).tolist()
+    for part in (picture, picture[: 5 * model.raster.width]):
+        [[decoded]] = llm.collective_rpc(DECODE_METHOD, args=([(part, 0)],))
+        assert spare.decode(part) == Pixels(*decoded)
+        assert len(set(decoded[2])) > 100  # a picture, not one repeated value
 
 
 def test_a_resumed_picture_goes_on_as_if_drawn_in_one_go(llm, prompts, greedy, model):

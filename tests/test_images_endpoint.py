@@ -17,6 +17,7 @@ from images_fakes import (
     SIZE,
     AsgiCall,
     FakeEngine,
+    code,
     draw,
     expected_rgb,
     http_client,
@@ -31,6 +32,7 @@ from PIL import Image
 from vllm.exceptions import VLLMValidationError
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineGenerateError
 
 from vllm_kvcompress.config import Limits
 from vllm_kvcompress.serving import alive, drain
@@ -467,6 +469,46 @@ async def test_a_decoder_that_fails_is_not_the_clients_fault(client, engine):
     await still_serves(client)
 
 
+async def test_a_picture_that_cant_be_decoded_is_its_own_clients_error(client, engine):
+    """Not that of those who were decoded in the same call."""
+    bad = [code(50, position) for position in range(TOKENS)]
+    engine.is_bad = lambda codes: codes == bad
+    first = asyncio.Event()
+    engine.decode_step = first.wait
+    early = asyncio.create_task(draw(client, seed=9))
+    await until(lambda: engine.decoding)
+    fine = [asyncio.create_task(draw(client, seed=seed)) for seed in (1, 2)]
+    broken = asyncio.create_task(draw(client, 500, seed=50))
+    await until(lambda: len(engine.params) == 4 and not engine.running)
+    first.set()
+    for seed, task in zip((9, 1, 2), (early, *fine), strict=True):
+        assert rgb((await task)["data"][0]["b64_json"]) == expected_rgb(seed)
+    assert (await broken)["error"]["message"] == "the picture could not be decoded"
+    assert engine.calls == [1, 3, 1, 1, 1]
+
+
+TRACE = 'it broke\n  File "/root/secret/place.py", line 3, in draw\n    break()\nin /root/secret'
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError(TRACE), ValueError(TRACE), EngineGenerateError()],
+    ids=lambda error: type(error).__name__,
+)
+async def test_an_error_that_nobody_foresaw_is_one_line(client, engine, error):
+    """vLLM keeps the lines, tells a ValueError as a 400, and its engine's wrapper says nothing."""
+
+    async def fail(position):
+        raise error
+
+    engine.step = fail
+    told = (await draw(client, 500))["error"]
+    streamed = (await client.post(PATH, json={"prompt": "a cat", "stream": True})).text
+    event = json.loads(streamed[streamed.index("data: ") + 6 :])
+    for one in (told, event["error"]):
+        assert (one["code"], one["message"]) == (500, "the picture failed: the server's log says why")
+
+
 async def test_an_engine_that_dies_while_it_decodes(client, engine, monkeypatch):
     """Nobody tells the call."""
     monkeypatch.setattr(alive, "LOOK_S", 0.01)
@@ -496,6 +538,33 @@ async def test_an_engine_that_dies_while_it_draws(client, engine, monkeypatch):
     await still_serves(client)
 
 
+async def test_an_engine_that_dies_while_it_is_asked_what_it_keeps(monkeypatch):
+    """Nobody tells this call either, and nobody waits for tokens meanwhile."""
+    monkeypatch.setattr(alive, "LOOK_S", 0.01)
+    engine = FakeEngine(compressed=True)
+    engine.kept_step = asyncio.Event().wait
+    engine.step = lambda position: asyncio.Event().wait() if position == TOKENS - 1 else asyncio.sleep(0)
+    async with http_client(await make_app(engine)) as client:
+        asked = {"prompt": "a cat", "stream": True, "partial_lines": 1, "kept": True}
+        streamed = asyncio.create_task(client.post(PATH, json=asked))
+        await until(lambda: engine.asking)
+        engine.errored = True
+        assert (await asyncio.wait_for(streamed, 5)).text.startswith("event: error")
+        assert not engine.running
+        assert (engine.asking, engine.decoding) == (0, 0)
+        engine.errored, engine.step = False, lambda position: asyncio.sleep(0)
+        await still_serves(client)
+
+
+async def test_who_comes_after_a_drained_engine_has_ended(client, engine, app, monkeypatch):
+    """The server goes on for a moment: an engine that was told to end is no dead one."""
+    monkeypatch.setattr(engine, "check_admission", drain.Drain._refuse)
+    engine.errored = True
+    for stream in (False, True):
+        assert (await draw(client, 503, stream=stream))["error"]["message"] == drain.SHUTTING_DOWN
+    assert not app.state.server.should_exit
+
+
 async def test_a_drain_that_is_over_before_the_picture(client, engine, monkeypatch):
     """The engine was told to end: not an error of the server's, and worth another try elsewhere."""
     monkeypatch.setattr(alive, "LOOK_S", 0.01)
@@ -507,6 +576,19 @@ async def test_a_drain_that_is_over_before_the_picture(client, engine, monkeypat
     engine.errored = True
     assert (await asyncio.wait_for(asked, 5))["error"]["message"] == drain.SHUTTING_DOWN
     assert drain.SHUTTING_DOWN in (await asyncio.wait_for(streamed, 5)).text
+
+
+async def test_a_drain_that_is_over_while_an_unfinished_picture_is_decoded(client, engine, monkeypatch):
+    monkeypatch.setattr(alive, "LOOK_S", 0.01)
+    engine.step = lambda position: asyncio.Event().wait() if position == TOKENS - 1 else asyncio.sleep(0)
+    engine.decode_step = asyncio.Event().wait
+    streamed = {"prompt": "a cat", "stream": True, "partial_lines": 1}
+    asked = asyncio.create_task(client.post(PATH, json=streamed))
+    await until(lambda: engine.decoding)
+    monkeypatch.setattr(engine, "check_admission", drain.Drain._refuse)
+    engine.errored = True
+    assert drain.SHUTTING_DOWN in (await asyncio.wait_for(asked, 5)).text
+    assert not engine.running
 
 
 async def test_one_picture_that_fails_stops_the_others(client, engine):

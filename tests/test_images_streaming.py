@@ -24,6 +24,8 @@ from images_fakes import (
 )
 from vllm.sampling_params import RequestOutputKind
 
+from vllm_kvcompress.serving import decoder
+
 TOKENS, LINES = MODEL.raster.tokens, MODEL.raster.lines
 
 
@@ -111,6 +113,36 @@ async def test_a_busy_decoder_skips_partial_pictures(client, engine):
     assert [event["type"] for event in await streamed] == ["image_generation.completed"]
     await other
     assert engine.decoded_lines == [LINES, LINES]
+
+
+async def test_partial_pictures_are_rested_for(client, engine, monkeypatch):
+    """Lines that are drawn sooner than one was decoded are not shown; the whole picture does not wait."""
+    monkeypatch.setattr(decoder, "CREDIT_S", 0)
+    engine.decode_step = lambda: asyncio.sleep(0.2)
+    assert [event["type"] for event in await events(client, partial_lines=1)] == [
+        "image_generation.partial_image", "image_generation.completed"
+    ]  # fmt: skip
+    assert engine.decoded_lines == [1, LINES]
+
+
+async def test_many_streams_ask_one_at_a_time_what_is_kept():
+    """All ranks stop for an answer; the other streams do without, and are not held up."""
+    engine, answered = FakeEngine(compressed=True), asyncio.Event()
+    engine.kept_step = answered.wait
+    async with http_client(await make_app(engine)) as client:
+        asked = {"partial_lines": 1, "kept": True}
+        streams = [asyncio.create_task(events(client, seed=seed, **asked)) for seed in range(8)]
+        await until(lambda: sum(stream.done() for stream in streams) == 7)
+        assert (engine.asking, engine.most_asking) == (1, 1)
+        answered.set()
+        *partial, last = await next(stream for stream in streams if not stream.done())
+        everything = [event for stream in streams for event in await stream]
+    assert last["type"] == "image_generation.completed"
+    [kept] = partial[0]["kept"]["types"]
+    drawn = MODEL.raster.width
+    assert kept == {"name": "full", "heads": 2, "percent": [100] * drawn + [0] * (TOKENS - drawn)}
+    assert sum(event["type"].endswith("completed") for event in everything) == 8
+    assert engine.most_asking == 1
 
 
 async def test_keep_alive_comments(engine):

@@ -396,13 +396,15 @@ def test_an_api_process_that_ends_stops_its_client_off_the_loop() -> None:
 
 
 def test_who_waits_for_an_answer_can_be_told() -> None:
-    """Where `Drain` puts an error in their queues, and how it comes out as a 503."""
+    """Where `Drain` puts an error in their queues and calls, and how it comes out as a 503."""
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import AsyncMPClient
     from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.engine.utils import CoreEngineProcManager
 
     assert "self.output_handler = asyncio.create_task(" in inspect.getsource(AsyncLLM._run_output_handler)
     assert list(inspect.signature(OutputProcessor.propagate_error).parameters) == ["self", "e"]
+    assert "self.utility_results[call_id] = future" in inspect.getsource(AsyncMPClient._call_utility_async)
     generate = inspect.getsource(AsyncLLM.generate)
     assert generate.index("GracefulHTTPError") < generate.index("EngineGenerateError() from")
     assert inspect.signature(CoreEngineProcManager.finished_procs).return_annotation == dict[str, int]

@@ -131,7 +131,8 @@ def test_a_crash_is_told_to_everybody(start: Callable[..., Server], name: str) -
 
 
 def test_a_server_that_is_stopped_leaves_nobody_hanging(start: Callable[..., Server]) -> None:
-    server = start("stop", *COMPRESSED)
+    slow = ("--additional-config", '{"kvcompress": {"window": 1}}')  # or all are answered by then
+    server = start("stop", *COMPRESSED, *slow)
     with crowded(server) as (crowd, before, process):
         words = Writer(server.url)
         time.sleep(0.3)  # taken in

@@ -40,7 +40,7 @@ class Limits(BaseModel):
     body_seconds : float
         Until such a body must be there: no client holds a connection for ever.
     request_id : int
-        Characters of ``X-Request-Id`` that are kept.
+        Characters of ``X-Request-Id`` that the images route keeps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

@@ -37,15 +37,16 @@ def test_stops(start: Callable[..., Server], time: int) -> None:  # noqa: F811
     ends.test_a_server_that_is_stopped_leaves_nobody_hanging(start)
 
 
-def test_crashes_while_draining(start: Callable[..., Server], time: int) -> None:  # noqa: F811
+@pytest.mark.parametrize("name", ["EngineCore", "Worker"])
+def test_crashes_while_draining(start: Callable[..., Server], name: str, time: int) -> None:  # noqa: F811
     """vLLM has told the engine to end, and does not look how it does."""
     slow = ("--additional-config", '{"kvcompress": {"window": 1}}')
-    server = start(f"drained-{time}", "--shutdown-timeout", "60", *slow)
+    server = start(f"drained-{name}-{time}", "--shutdown-timeout", "60", *slow)
     with ends.crowded(server) as (crowd, before, process):
-        engine = ends.child(process, "VLLM::EngineCore")
+        victim = ends.child(process, f"VLLM::{name}")
         process.send_signal(signal.SIGTERM)
         clock.sleep(0.5)
-        engine.kill()
+        victim.kill()
         killed = clock.monotonic()
         ends.told_in_time(crowd, before, killed)
         assert ends.exit_status(server) == 1

@@ -74,7 +74,8 @@ class EngineWatch:
 
     def _listener_ended(self, _: "asyncio.Future[Any]") -> None:
         """vLLM listens to the engine until that says it dies, or is stopped."""
-        self._said_so = self._manager is not None and not self._manager.manager_stopped.is_set()
+        # It is stopped with the engine, too: who has said by then that it crashed is not contradicted.
+        self._said_so |= self._manager is not None and not self._manager.manager_stopped.is_set()
 
     def crashed(self) -> None:
         """The engine has died, and not because it was stopped. Any thread may say so."""

@@ -7,7 +7,8 @@ its clients at once, and only then is the engine stopped (``vllm/entrypoints/cli
 ``run_multi_api_server``; ``launchers/launcher.py``, ``handle_shutdown``). The same signal, and five seconds,
 are what the others get when an engine or an API process has died.
 
-However it ends, vLLM then cancels the task that hands answers out, and tells nobody who waits for one.
+However it ends, vLLM then cancels the task that hands answers out, and tells nobody who waits for one, or for
+a call to the workers.
 """
 
 import time
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import State
 from vllm.exceptions import GracefulHTTPError, RetryableRequestError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.serving.listening import Listening
@@ -68,7 +70,7 @@ class Drain:
         self._drains = bool(engine.vllm_config.shutdown_timeout)
         is_shared = resources is not None and self._manager is None
         self._siblings = Siblings() if is_shared and self._drains else None
-        self._shutdown = engine.shutdown
+        self._shutdown, self._stops = engine.shutdown, False
         engine.shutdown = self._drained  # type: ignore[method-assign]
 
     def _drained(self, timeout: float | None = None) -> None:
@@ -87,10 +89,14 @@ class Drain:
                     Exception
                 ):  # of vLLM's insides that `Listening` reads: whatever it is, the engine is stopped
                     logger.exception("A drain has failed; the server ends")
-        began = time.monotonic()
+        # A dead engine ends the HTTP server, and this is called again while it still waits for the process.
+        has_failed = was_dead and self._stops
+        began, self._stops = time.monotonic(), True
         self._shutdown(timeout=timeout)
+        self._stops = has_failed
         # What is still there when its time is over vLLM kills itself.
-        if self._drains and timeout and time.monotonic() - began < timeout and self._has_failed:
+        has_failed |= not was_dead and time.monotonic() - began < (timeout or 0) and self._has_failed
+        if self._drains and timeout and has_failed:
             logger.error("The engine has died while it drained")
             if self._crashed is not None:
                 self._crashed()
@@ -101,11 +107,15 @@ class Drain:
     def _has_failed(self) -> bool:
         """Whether a process of the engine has ended other than it was told to, before all were answered.
 
-        After that a library that stumbles as the process ends takes nothing from anybody.
+        After that a library that stumbles as the process ends takes nothing from anybody. An engine that says
+        it has died, of a worker's death say, leaves nobody waiting: who waited has been told.
         """
+        handler: Any = getattr(self._engine, "output_handler", None)
+        said_so = handler is not None and handler.done() and not handler.cancelled()
         ended: dict[str, int] = getattr(self._manager, "finished_procs", dict)()
         processor: Any = getattr(self._engine, "output_processor", None)
-        return any(ended.values()) and (processor is None or processor.has_unfinished_requests())
+        waits = processor is None or processor.has_unfinished_requests()
+        return any(ended.values()) and (waits or said_so)
 
     def _tell_who_waits(self) -> None:
         handler = getattr(self._engine, "output_handler", None)  # None until the first request
@@ -113,8 +123,16 @@ class Drain:
             return
         error = GracefulHTTPError(SHUTTING_DOWN, HTTPStatus.SERVICE_UNAVAILABLE)
         processor: Any = self._engine.output_processor  # type: ignore[attr-defined]
+        core: Any = getattr(self._engine, "engine_core", None)
+
+        def tell() -> None:
+            processor.propagate_error(error)
+            for call in list(getattr(core, "utility_results", {}).values()):
+                if not call.done():
+                    call.set_exception(EngineDeadError())
+
         with suppress(RuntimeError):  # the event loop has ended: nobody is left
-            handler.get_loop().call_soon_threadsafe(processor.propagate_error, error)
+            handler.get_loop().call_soon_threadsafe(tell)
 
     def _wait(self, timeout: float, siblings: Siblings) -> None:
         if siblings.anybody_is_gone:  # those that drain have only just heard of it

@@ -41,7 +41,7 @@ from vllm_kvcompress.serving.protocol import (
     shown,
 )
 from vllm_kvcompress.serving.spare import SpareDecoder
-from vllm_kvcompress.serving.streaming import EventStream, picture_events
+from vllm_kvcompress.serving.streaming import EventStream, foreseen, picture_events
 from vllm_kvcompress.serving.tasks import all_or_none, until_disconnect
 from vllm_kvcompress.serving.wishes import granted
 
@@ -201,9 +201,14 @@ class ImagesEndpoint:
             notes.append(f"model {shown(request.model)} is not served here: {drew} drew this")
         if request.kept and not self._painter.compressed:
             notes.append("kept: this server has a full cache, which keeps every token")
-        response = await until_disconnect(
-            raw_request.receive, self._respond(self._painter, request, notes, raw_request)
-        )
+        try:
+            response = await until_disconnect(
+                raw_request.receive, self._respond(self._painter, request, notes, raw_request)
+            )
+        except Exception as error:
+            if (told := foreseen(error)) is error:
+                raise
+            raise told from error
         return Response(status_code=CLIENT_CLOSED_REQUEST) if response is None else response
 
     async def _respond(

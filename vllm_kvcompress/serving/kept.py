@@ -1,9 +1,10 @@
 """What the compressed cache keeps of a picture that is being drawn, asked of the engine's workers."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_kvcompress.config import is_compressed
 from vllm_kvcompress.log import logger_for
+from vllm_kvcompress.serving.alive import unless_dead
 from vllm_kvcompress.serving.one_engine import OneEngine
 from vllm_kvcompress.serving.protocol import Kept, KeptOfType
 
@@ -19,7 +20,7 @@ logger = logger_for(__name__)
 
 
 class KeptReader:
-    """Asks for pictures of one server.
+    """Asks for pictures of one server, of one at a time: all ranks stop for an answer.
 
     Parameters
     ----------
@@ -31,8 +32,10 @@ class KeptReader:
 
     def __init__(self, engine: "EngineClient", model: "ImageModel") -> None:
         self._compressed = is_compressed(engine.vllm_config)
+        self._engine = engine
         self._workers = OneEngine(engine)
         self._rasters = model.rasters
+        self.busy = False  # somebody asks
 
     @property
     def compressed(self) -> bool:
@@ -43,14 +46,22 @@ class KeptReader:
         """What is kept of a picture now; None if it is not being drawn, or the engine does not say."""
         if not self._compressed:
             return None
+        self.busy = True
         try:
             for _ in range(self._workers.engines):
-                answers = await self._workers.call(KEPT_METHOD, (request_id, prefix, size))
+                answers = await unless_dead(self._engine, self._asked(request_id, prefix, size))
                 if ranks := [answer for answer in answers if answer is not None]:
                     return _over_ranks(ranks, self._rasters[size])
-        except Exception as error:  # an engine that drains answers no calls; the picture goes on
+        # An engine that drains answers no calls, and the picture goes on; one that has died gives no more
+        # outputs, and who waits for those is told.
+        except Exception as error:
             logger.debug("No word of what is kept: %s", error)
+        finally:
+            self.busy = False
         return None
+
+    async def _asked(self, *args: Any) -> list[Any]:
+        return await self._workers.call(KEPT_METHOD, args)
 
 
 def _over_ranks(ranks: list[tuple[int, list[tuple[str, int, list[int]]]]], raster: "Raster") -> Kept:

@@ -145,6 +145,8 @@ class Painter:
         EngineDeadError, GracefulHTTPError
             The engine takes no requests (more).
         """
+        if is_draining(self.engine):  # until the server has gone, which its engine does before
+            raise RetryableRequestError(SHUTTING_DOWN)
         if self.engine.errored:
             raise self.engine.dead_error
         size = nearest(request.size, self.model.names)
@@ -204,8 +206,9 @@ class Painter:
     async def draw(self, job: Job, index: int = 0) -> AsyncGenerator[Picture, None]:
         """Picture ``index`` of a job: its partial pictures, then the whole.
 
-        A partial picture is skipped, until the next line's end, while the decoder is busy: it never
-        makes a finished picture wait in line. Close the generator, or cancel its task, to abort.
+        A partial picture is skipped, until the next line's end, while the decoder is busy, so that it never
+        makes a finished picture wait in line; and while partial pictures, of all streams together, have had
+        their share of the time. Close the generator, or cancel its task, to abort.
 
         Raises
         ------
@@ -226,13 +229,19 @@ class Painter:
             async for output in outputs:
                 tokens += output.outputs[0].token_ids
                 lines = len(tokens) // raster.width
-                if output.finished or not due or lines < due[0] or self._decoder.busy:
+                if output.finished or not due or lines < due[0] or not self._takes_partial:
                     continue
-                due = [line for line in due if line > lines]
                 kept = None
                 if job.request.kept:
                     kept = await self._kept(f"{job.request_id}-{index}", len(job.prompt_ids), job.size)
-                yield Picture(await self._picture(tokens[: lines * raster.width], job), kept=kept)
+                    if not self._takes_partial:  # a finished one has come meanwhile, or the engine has died
+                        continue
+                due = [line for line in due if line > lines]
+                try:
+                    picture = await self._picture(tokens[: lines * raster.width], job, partial=True)
+                except EngineDeadError:  # the outputs end too, and know whether it was told to
+                    continue
+                yield Picture(picture, kept=kept)
         if output is None or not output.finished or len(tokens) != raster.tokens:
             reason = output.outputs[0].finish_reason if output is not None else None
             if reason == "abort":  # nobody else than the engine itself aborts what is still waited for
@@ -241,6 +250,11 @@ class Painter:
                 f"the picture ended after {len(tokens)} of {raster.tokens} tokens (finish reason {reason})"
             )
         yield Picture(await self._picture(tokens, job), output)
+
+    @property
+    def _takes_partial(self) -> bool:
+        """Whether this is the time for an unfinished picture, of any stream."""
+        return self._decoder.takes_partial and not self._kept.busy and not self.engine.errored
 
     async def _outputs(self, job: Job, index: int, streaming: bool) -> AsyncGenerator["RequestOutput", None]:
         """The engine's outputs for one picture; each holds the tokens since the one before."""
@@ -281,14 +295,14 @@ class Painter:
             stream_interval=raster.width if streaming else None,  # nobody looks between line ends
         )
 
-    async def _picture(self, tokens: list[int], job: Job) -> str:
+    async def _picture(self, tokens: list[int], job: Job, partial: bool = False) -> str:
         """Encoded picture of whole lines' token ids. Raises GenerationError."""
         request, raster = job.request, job.raster
         codes = [self.model.code(token) for token in raster.cells(tokens)]
         if any(not 0 <= code < self.model.codes for code in codes):
             raise GenerationError("the model drew a token that is not an image token")
         try:
-            pixels = await self._decoder.decode(codes, job.size)
+            pixels = await self._decoder.decode(codes, job.size, partial)
             return await asyncio.to_thread(
                 encode_base64, pixels, raster.pixel_size, request.file_format, request.output_compression
             )

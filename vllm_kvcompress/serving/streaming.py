@@ -9,7 +9,7 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve import create_error_response
-from vllm.exceptions import VLLMError
+from vllm.exceptions import GenerationError, VLLMError
 
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.serving.painter import Job, Painter, Picture
@@ -21,6 +21,14 @@ logger = logger_for(__name__)
 
 def _event(name: str, data: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+def foreseen(error: Exception) -> VLLMError:
+    """What a client is told of an error: of one that nobody foresaw, that the log has it, with its paths."""
+    if isinstance(error, VLLMError) and str(error):  # the engine wraps others, and says nothing
+        return error
+    logger.error("A picture failed", exc_info=error)
+    return GenerationError("the picture failed: the server's log says why")
 
 
 async def picture_events(
@@ -51,9 +59,7 @@ async def picture_events(
                     )
                 yield _event(event.type, event.model_dump(exclude_none=True))
     except Exception as error:
-        if not isinstance(error, VLLMError):
-            logger.exception("A streamed picture failed")
-        yield _event("error", {"type": "error", **create_error_response(error).model_dump()})
+        yield _event("error", {"type": "error", **create_error_response(foreseen(error)).model_dump()})
 
 
 class EventStream(StreamingResponse):
