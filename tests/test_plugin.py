@@ -63,7 +63,7 @@ NOTHING: dict[str, Any] = {
     "tokenizer": False, "backend": False, "custom": None, "methods": [], "admission": False, "route": False,
 }  # fmt: skip
 REGISTERED: dict[str, Any] = {
-    "architectures": MODELS, "checks": MODELS, "config": True, "convertors": ["chameleon"], "template": True,
+    "architectures": MODELS, "checks": [*MODELS, "TransformersMultiModalForCausalLM"], "config": True, "convertors": ["chameleon"], "template": True,
     "tokenizer": True, "backend": True, "custom": None, "admission": True, "route": True,
 }  # fmt: skip
 
