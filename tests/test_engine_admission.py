@@ -143,7 +143,7 @@ def test_what_is_longer_than_the_context(short: Engine) -> None:
 
 def test_a_text_that_the_pool_can_not_hold(checkpoints: dict[str, Path]) -> None:
     """It would wait for ever, and whoever comes after it."""
-    section = {"preset": "line_ar", "budget": 0.3}
+    section = {"preset": "line_ar", "budget": 0.3, "limits": {"prompt_tokens": 40}}
     settings: dict[str, Any] = {"max_model_len": 2000, "kv_cache_memory_bytes": 1 << 20}
     tight = Engine.get(checkpoints["gqa-hf"], kvcompress=section, **settings)
     room = tight.llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
