@@ -11,8 +11,12 @@ import typer
 from PIL import Image
 from vllm import LLM, SamplingParams
 
+from vllm_kvcompress.config import Limits
+from vllm_kvcompress.eval.engine import sizes
 from vllm_kvcompress.models.registry import family_of, image_model
 from vllm_kvcompress.room import sharing
+
+BLOCK = 256  # tokens of a block of vLLM's cache, and more than that: one is never given to a request
 
 
 def main(
@@ -26,20 +30,29 @@ def main(
         float | None, typer.Option(help="as for vllm serve: to run beside a server, less")
     ] = None,
     kv_cache_memory_bytes: Annotated[
-        int | None, typer.Option(help="as for vllm serve, instead; on CPUs 1 GiB if neither is given")
+        int | None,
+        typer.Option(help="as for vllm serve, instead; on CPUs what a picture takes, 1 GiB at least"),
     ] = None,
 ) -> None:
     """Draw PROMPT with MODEL."""
+    try:
+        # One picture with the longest prompt that is let in: vLLM wants memory for the whole context, and
+        # published ones are long.
+        length, token = sizes(model, prompt=Limits().prompt_tokens)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="model") from None
     room: dict[str, Any] = {"kv_cache_memory_bytes": kv_cache_memory_bytes}
     if gpu_memory_utilization is not None:
         room["gpu_memory_utilization"] = gpu_memory_utilization
     elif kv_cache_memory_bytes is None and not torch.cuda.is_available():
-        room["kv_cache_memory_bytes"] = 2**30  # vLLM would take most of the machine's memory
+        # vLLM would take most of the machine's memory.
+        room["kv_cache_memory_bytes"] = max(2**30, (length + BLOCK) * token)
     llm = LLM(
         model,
         attention_backend="kvcompress" if compressed else None,
         enforce_eager=True,
         max_num_seqs=1,
+        max_model_len=length,
         **sharing(room),
     )
     image = image_model(llm.model_config)

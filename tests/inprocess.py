@@ -160,7 +160,7 @@ def evaluate_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(model: str, section: dict[str, Any], *rest: Any) -> Any:
         size = rest[-1]
         config = {"kvcompress": {**section, **({"size": size} if size else {})}}
-        length, _ = engine._sizes(model, size)
+        length, _ = engine.sizes(model, size)
         using = Engine.get(Path(model), additional_config=config, max_model_len=length).llm
         monkeypatch.setattr(using.llm_engine.engine_core, "shutdown", lambda: None)
         return using

@@ -242,6 +242,29 @@ def test_a_whole_picture_can_be_scored_but_not_continued():
     assert "nothing is left to draw" in str(refusal(whole))
     assert admitted(whole, prompt_logprobs=0).max_tokens == 1
     assert "already holds 31 image tokens of 30" in str(refusal([*whole, 301], prompt_logprobs=0))
+    admitted(whole, context=len(whole) + 1, prompt_logprobs=0)
+    error = refusal(whole, context=len(whole), prompt_logprobs=0)  # vLLM draws a token after it
+    assert "34 tokens and the picture 1, but the context holds 34" in str(error)
+
+
+def test_a_text_must_fit_the_context():
+    """With any cache: an engine that reads a longer prompt dies."""
+    for room in (None, 10 * CONTEXT):
+        assert admitted([1] * (CONTEXT - 1), room=room, max_tokens=7).max_tokens == 7
+        for length in (CONTEXT, CONTEXT + 1, 5 * CONTEXT):
+            error = refusal([1] * length, room=room, max_tokens=1)
+            assert error.parameter == "prompt"
+            assert f"{length} tokens, but the context holds 64" in str(error)
+
+
+def test_what_the_context_ends_needs_no_more_room_than_the_context():
+    assert admitted([1, 50], room=CONTEXT, max_tokens=10**6).max_tokens == 10**6
+    assert refusal([1, 50], room=CONTEXT - 1, max_tokens=10**6).parameter == "max_tokens"
+
+
+def test_a_prompt_of_nothing_is_refused():
+    with pytest.raises(VLLMValidationError, match="the prompt has no tokens"):
+        admit_request(request(SamplingParams(), []), MODEL, CONTEXT)
 
 
 @pytest.mark.parametrize(

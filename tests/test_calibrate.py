@@ -17,7 +17,7 @@ from vllm_kvcompress.heads.calibrate import draw_full
 from vllm_kvcompress.heads.full import FullCache, scores_of
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.heads.provide import cache_directory
-from vllm_kvcompress.models.calibration import METRIC, subject_of
+from vllm_kvcompress.models.calibration import METRIC, default_threshold, subject_of
 
 SMALL = {"max_model_len": 128}
 
@@ -214,13 +214,33 @@ def test_an_unwritable_home_is_a_warning(
 def test_a_cache_that_others_can_write_is_not_trusted(
     checkpoints: dict[str, Path], tmp_path: Path, log: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither read nor written: what is planted there would be taken, were the folder the user's own."""
     folder = tmp_path / "profiles"
-    folder.mkdir()
-    folder.chmod(0o777)
+    folder.mkdir(mode=0o700)
     monkeypatch.setattr(provide, "cache_directory", lambda: folder)
-    Engine.started["open"] = Engine(checkpoints["tiny-hf"], kvcompress={}, **SMALL)
-    assert log.said("can be written by others; chmod go-w, or set VLLM_CACHE_ROOT")
-    assert not list(folder.iterdir())
+    wanted = {"preset": "decoupled"}  # by the scores; the default threshold would be measured again
+    first = Engine(checkpoints["tiny-hf"], kvcompress=wanted, **SMALL)
+    [path] = folder.iterdir()
+    measured = HeadProfile.load(path)
+    turned = [[1 - score for score in layer] for layer in measured.scores]
+    planted = measured.model_copy(update={"scores": turned, "threshold": default_threshold(turned)})
+    planted.save(path)
+    content = path.read_bytes()
+    second = Engine(checkpoints["tiny-hf"], kvcompress=wanted, **SMALL)
+    assert log.said(f"Head profile: {path}")
+    assert second.model.compressed._layout != first.model.compressed._layout, "another is another picture"
+    folder.chmod(0o777)
+    log.lines.clear()
+    third = Engine(checkpoints["tiny-hf"], kvcompress=wanted, **SMALL)
+    Engine.started |= {"private": first, "planted": second, "open": third}
+    said = "can be written by others; chmod go-w, or set VLLM_CACHE_ROOT"
+    assert [line.split(":")[0] for line in log.said(said)] == [
+        "Cached head profile set aside, the heads are measured again",
+        "Head profile calibrated; not kept for the next start",
+    ]
+    assert third.model.compressed._layout == first.model.compressed._layout
+    assert third.model.head_profile.scores == measured.scores
+    assert [(file, file.read_bytes()) for file in folder.iterdir()] == [(path, content)]
 
 
 def test_an_explicit_profile_is_read_and_the_cache_left_alone(
@@ -244,6 +264,12 @@ def test_presets_without_head_types_do_not_calibrate(
 ) -> None:
     Engine.get(checkpoints["tiny-hf"], kvcompress={"preset": preset}, **SMALL)
     assert not log.said("rofile")
+
+
+def test_what_keeps_everything_has_a_budget_of_1(checkpoints: dict[str, Path], log: Lines) -> None:
+    Engine.get(checkpoints["tiny-hf"], kvcompress={"preset": "full", "budget": 0.1}, **SMALL)
+    (line,) = log.said("kvcompress: preset")
+    assert line.startswith("kvcompress: preset full, budget 1; full: ")
 
 
 def test_the_start_up_line_says_everything(checkpoints: dict[str, Path], log: Lines) -> None:

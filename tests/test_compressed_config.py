@@ -12,10 +12,11 @@ import torch
 from inprocess import Engine, in_process  # noqa: F401
 
 from vllm_kvcompress.attention import kernels
-from vllm_kvcompress.config import CompressionConfig, parse_config
+from vllm_kvcompress.config import CompressionConfig, parse_config, unread
 from vllm_kvcompress.heads.curves import LossCurves, candidate_types
+from vllm_kvcompress.models import vllm_config as vllm_config_module
 from vllm_kvcompress.models.compression import plan_cache
-from vllm_kvcompress.models.vllm_config import check_conflicts
+from vllm_kvcompress.models.vllm_config import WITHOUT_BACKEND, TransformersCheck, check_conflicts
 from vllm_kvcompress.policy import PRESETS
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.windows import settings
@@ -153,6 +154,104 @@ def test_a_key_in_the_wrong_place_is_one_line(config: dict[str, Any], match: str
     with pytest.raises(ValueError, match=match) as caught:
         parse_config(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "lines"),
+    [
+        ({"preset": "full", "budget": 0.1}, ["budget is not read: preset full keeps everything"]),
+        ({"preset": "full", "budget": 1, "value_norm": False, "score": None}, []),
+        (
+            {"preset": "full", "anchor_tokens": 0, "recent_tokens": 3, "score": "averaged", "stratify": True},
+            [
+                f"{name} is not read: preset full keeps everything"
+                for name in ("anchor_tokens", "recent_tokens", "score", "stratify")
+            ],
+        ),
+        (
+            {"preset": "line_ar", "threshold": 0.5, "recalibrate": True},
+            [
+                f"{name} is not read: preset line_ar needs no head profile"
+                for name in ("threshold", "recalibrate")
+            ],
+        ),
+        ({"preset": "full", "threshold": 0.0}, ["threshold is not read: preset full needs no head profile"]),
+        ({"preset": "line_ar", "head_types": "profile", "threshold": 0.5, "recalibrate": True}, []),
+        (
+            {"preset": "decoupled", "head_types": "semantic", "threshold": 0.5},
+            ["threshold is not read: preset decoupled needs no head profile"],
+        ),
+        ({"preset": "decoupled", "threshold": 0.5, "recalibrate": True, "window_rows": 4}, []),
+        ({"preset": "h2o", "head_profile": "p.json"}, ["head_profile is not read: preset h2o needs none"]),
+        ({"preset": "h2o", "head_profile": "auto", "recalibrate": False}, []),
+        ({"window": 1, "window_rows": 4}, ["window_rows is not read: window 1 draws one token a step"]),
+        ({"window": 1, "budget": 0.5}, []),
+        ({"window": 2, "window_rows": 4, "budget": "auto", "max_types": 2}, []),
+        ({}, []),
+    ],
+)
+def test_settings_without_effect_are_told(section: dict[str, Any], lines: list[str]) -> None:
+    assert unread(parsed(**section)) == lines
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the check of the configuration says; vLLM may set up its loggers anew while it is made."""
+    lines: list[str] = []
+    monkeypatch.setattr(vllm_config_module.logger, "info", lambda text, *args: lines.append(text % args))
+    return lines
+
+
+def test_what_is_not_read_is_in_the_log(checkpoints: dict[str, Path], logged: list[str]) -> None:
+    """With either cache."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    full = {"preset": "full", "budget": 0.1, "head_profile": "p.json"}
+    for backend, section in (("kvcompress", full), (None, {"window": 1, "window_rows": 2})):
+        EngineArgs(
+            str(checkpoints["tiny-hf"]), dtype="float32", max_model_len=128, attention_backend=backend,
+            additional_config={"kvcompress": section},
+        ).create_engine_config()  # fmt: skip
+    assert [line for line in logged if "is not read" in line] == [
+        "head_profile is not read: preset full needs none",
+        "budget is not read: preset full keeps everything",
+        "window_rows is not read: window 1 draws one token a step",
+    ]
+
+
+def test_transformers_implementation_with_settings_of_ours(
+    checkpoints: dict[str, Path], logged: list[str]
+) -> None:
+    """Which would compress nothing; sections of others are theirs."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def configured(additional: dict[str, Any], backend: str | None = None) -> None:
+        EngineArgs(
+            str(checkpoints["tiny-hf"]), dtype="float32", max_model_len=128, model_impl="transformers",
+            attention_backend=backend, additional_config=additional,
+        ).create_engine_config()  # fmt: skip
+
+    with pytest.raises(ValueError, match=WITHOUT_BACKEND):
+        configured({"kvcompress": {"budget": 0.1}})
+    with pytest.raises(ValueError, match="has no setting 'bugdet'; did you mean budget"):
+        configured({"kvcompress": {"bugdet": 0.1}})
+    with pytest.raises(ValueError, match="kvcompress does not work with --model-impl transformers: drop one"):
+        configured({"kvcompress": {"budget": 0.1}}, "kvcompress")
+    for theirs in ({}, {"budget": 0.1, "window": "x"}, {"compress": {"budget": 0.1}}):
+        configured(theirs)
+    assert not logged
+    configured({"kvcompress": {"limits": {"pictures": 2}}, "size": "theirs"})
+    assert logged == ["additional_config.kvcompress is not read: --model-impl transformers"]
+
+
+def test_transformers_implementation_of_other_models_is_left_alone() -> None:
+    """Whatever their section looks like."""
+    config = vllm_config({"bugdet": 0.1})
+    config.model_config.hf_config.architectures = ["LlavaForConditionalGeneration"]
+    TransformersCheck.verify_and_update_config(config)
+    config.model_config.hf_config.architectures = ["JanusForConditionalGeneration"]
+    with pytest.raises(ValueError, match="no setting 'bugdet'"):
+        TransformersCheck.verify_and_update_config(config)
 
 
 @pytest.mark.parametrize(

@@ -83,18 +83,78 @@ def test_what_no_front_end_has_looked_at(engine: Engine) -> None:
         new([1, 50, engine.image.vocab]),
         new([1, -5, 50]),
     ]
-    if engine.section:
-        bad.append(new([1, 50, 51], max_tokens=10**6))  # a text that no pool can hold
     fine = [new(good, seed=1), new(good, seed=1, max_tokens=16), new(good, seed=1, max_tokens=10**6)]
     told = ended(engine, *bad[:4], fine[0], *bad[4:], *fine[1:])
     for request in bad:
         assert told[request.request_id] == (FinishReason.ERROR, 0), request.sampling_params
     for request in fine:
         assert told[request.request_id] == (FinishReason.LENGTH, TOKENS)
+    assert_as_before(engine, free)
+
+
+def assert_as_before(engine: Engine, free: int) -> None:
     assert engine.free == free
     assert not engine.scheduler.requests
     assert not engine.scheduler._prefixes
     assert not engine.scheduler._texts
+
+
+CONTEXT = 100
+
+
+@pytest.fixture(scope="module", params=["kvcompress", None], ids=["compressed", "full"])
+def short(checkpoints: dict[str, Path], request: pytest.FixtureRequest) -> Engine:
+    """Whose context is shorter than what its pool holds, and than prompts that the limits let in."""
+    section = {"kvcompress": {"preset": "line_ar", "budget": 0.3}} if request.param else {}
+    return Engine.get(checkpoints["gqa-hf"], request.param, max_model_len=CONTEXT, **section)
+
+
+def test_what_is_longer_than_the_context(short: Engine) -> None:
+    """vLLM's own front end refuses it: a token is drawn after any prompt, also where it is only scored."""
+    free, image = short.free, short.image.text_vocab
+    pool = short.llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+    if short.section:
+        assert pool is not None
+        assert pool > 4 * CONTEXT
+
+    def text(length: int, **fields: Any) -> EngineCoreRequest:
+        return new([1, *([50] * (length - 1))], **fields)
+
+    def scored(length: int) -> EngineCoreRequest:
+        prompt = [1, *([50] * (length - TOKENS - 2)), short.image.boi]
+        return new([*prompt, *([image] * TOKENS)], prompt_logprobs=0)
+
+    bad = [
+        new([]), text(CONTEXT), text(CONTEXT + 1, max_tokens=1), text(4 * CONTEXT), text(50 * CONTEXT),
+        text(CONTEXT + 1, prompt_logprobs=0), scored(CONTEXT), scored(CONTEXT + 1), scored(2 * CONTEXT),
+    ]  # fmt: skip
+    fine = [
+        text(CONTEXT - 1), text(CONTEXT - 1, max_tokens=10**6), scored(CONTEXT - 1),
+        text(3, max_tokens=10**6),  # which the context ends
+    ]  # fmt: skip
+    told = ended(short, *bad[:3], *fine, *bad[3:])
+    for request in bad:
+        assert told[request.request_id] == (FinishReason.ERROR, 0), len(request.prompt_token_ids or ())
+    for request in fine:
+        drawn = CONTEXT - len(request.prompt_token_ids or ())
+        assert told[request.request_id] == (FinishReason.LENGTH, drawn)
+    assert_as_before(short, free)
+
+
+def test_a_text_that_the_pool_can_not_hold(checkpoints: dict[str, Path]) -> None:
+    """It would wait for ever, and whoever comes after it."""
+    section = {"preset": "line_ar", "budget": 0.3, "limits": {"prompt_tokens": 40}}
+    settings: dict[str, Any] = {"max_model_len": 2000, "kv_cache_memory_bytes": 1 << 20}
+    tight = Engine.get(checkpoints["gqa-hf"], kvcompress=section, **settings)
+    room = tight.llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+    assert room is not None
+    assert 3 < room < 2000
+    free, bad = tight.free, [new([1, 50, 51], max_tokens=room - 2), new([1, 50, 51], max_tokens=10**6)]
+    fine = new([1, 50, 51], max_tokens=4)
+    told = ended(tight, *bad, fine)
+    assert [told[request.request_id] for request in bad] == [(FinishReason.ERROR, 0)] * 2
+    assert told[fine.request_id] == (FinishReason.LENGTH, 4)
+    assert_as_before(tight, free)
 
 
 def test_embeddings_are_refused(engine: Engine) -> None:

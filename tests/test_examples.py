@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -77,6 +78,17 @@ def test_a_picture_without_a_server(checkpoints: dict[str, Path], tmp_path: Path
     assert f"64 image tokens -> {output}\n" in done.stdout
     with Image.open(output) as picture:
         assert (picture.size, len(picture.getcolors(2**24)) > 100) == ((128, 128), True)
+
+
+def test_a_full_cache_need_not_hold_the_whole_context(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """vLLM wants memory for a request of the whole context: of Janus-Pro's, 32 MiB of this model's cache."""
+    model, output = tmp_path / "model", tmp_path / "cat.png"
+    shutil.copytree(checkpoints["tiny-hf"], model)
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 16384
+    (model / "config.json").write_text(json.dumps(config))
+    done = run("offline.py", model, "a cat", "-o", output, "--kv-cache-memory-bytes", 2**24)
+    assert f"64 image tokens -> {output}\n" in done.stdout
 
 
 def test_how_the_demos_model_was_made(tmp_path: Path) -> None:

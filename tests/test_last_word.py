@@ -77,6 +77,34 @@ def test_errors_of_a_server_that_runs_are_no_reasons(tmp_path: Path, monkeypatch
     assert last_word._kept() == "RuntimeError: no memory"
 
 
+class Told(ValueError):
+    """Of another package: its ``errors`` are not what pydantic calls so."""
+
+    def __init__(self, errors: object) -> None:
+        super().__init__("told,\ntwice")
+        self.errors = errors
+
+
+def log(error: Exception) -> None:
+    """As a logger does whose handler ours is."""
+    record = logging.makeLogRecord({"msg": "EngineCore encountered a fatal error."})
+    record.exc_info = (type(error), error, None)
+    last_word._Logged().handle(record)
+
+
+@pytest.mark.parametrize("errors", [["a"], {"a": "b"}, None, list, lambda: [{}], lambda needed: needed])
+def test_an_exception_with_errors_of_its_own(
+    errors: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever logs or raises it gets no other for it."""
+    monkeypatch.setenv(last_word._FILE, str(tmp_path / "reason"))
+    log(Told(errors))
+    assert last_word._kept() == "told, twice"
+    with pytest.raises(Told, match="told"), last_word.heard():
+        raise Told(errors)
+    assert last_word._kept() == "told, twice"
+
+
 SCRIPT = """
 import logging, os, subprocess, sys
 from vllm_kvcompress import last_word

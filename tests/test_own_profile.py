@@ -3,17 +3,20 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from inprocess import Engine, in_process  # noqa: F401
 from test_calibrate import SMALL, Lines, log  # noqa: F401
 from test_cli import calibrate, invoke, one_line
 
 from vllm_kvcompress.heads import provide
 from vllm_kvcompress.heads.profile import HeadProfile
-from vllm_kvcompress.heads.provide import OWN, cache_directory
+from vllm_kvcompress.heads.provide import MOST_BYTES, OWN, cache_directory
 from vllm_kvcompress.models import compression
 from vllm_kvcompress.models.calibration import _prompts_hash
+from vllm_kvcompress.models.files import beside_weights
 
 PROMPTS = ["a red bird", "grass at night by the sea", "two cups", "", "a house", "snow"]
 WRITTEN = [prompt for prompt in PROMPTS if prompt]
@@ -132,6 +135,83 @@ def test_what_is_wrong_with_it_is_a_warning(
     Engine.started[str(folder)] = Engine(folder, kvcompress={"budget": 0.45}, **SMALL)
     (warned,) = log.said("The model's own head profile is set aside")
     assert said in warned
+
+
+def test_one_of_a_size_beyond_reason_is_not_read(
+    brought: Path,
+    tmp_path: Path,
+    log: Lines,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A file with a hole takes no room on a disk, and all of the memory once it is read."""
+    folder = tmp_path / "hollow"
+    shutil.copytree(brought, folder)
+    with (folder / OWN).open("r+b") as file:
+        file.truncate(MOST_BYTES + 1)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+    assert beside_weights(str(folder), None, OWN, MOST_BYTES) is None
+    [line] = log.said(f"{OWN} of {folder} could not be read")
+    assert f"{MOST_BYTES + 1} bytes; {MOST_BYTES} at most" in line
+    monkeypatch.undo()
+    Engine.started[str(folder)] = Engine(folder, kvcompress={"budget": 0.45}, **SMALL)
+    assert len(log.said(f"{MOST_BYTES} at most")) == 2
+    assert log.said("Head profile calibrated")
+    (folder / OWN).write_bytes(b"{}")
+    assert beside_weights(str(folder), None, OWN, 2) == b"{}"
+    assert beside_weights(str(folder), None, OWN, 1) is None
+
+
+class Hub:
+    """The hub's client, which says a size, and then fetches a file or does not."""
+
+    def __init__(self, file: Path | None, said: int | None, error: Exception | None = None) -> None:
+        self.file, self.said, self.error, self.fetched = file, said, error, 0
+
+    def metadata(self, url: str) -> SimpleNamespace:
+        assert url.endswith(f"/some/painter/resolve/main/{OWN}")
+        if self.said is None:
+            raise OSError("no network")
+        return SimpleNamespace(size=self.said)
+
+    def fetch(self, model: str, name: str, revision: str | None) -> str:
+        self.fetched += 1
+        if self.error is not None:
+            raise self.error
+        return str(self.file)
+
+
+@pytest.mark.parametrize(
+    ("size", "said", "error", "fetched", "warned"),
+    [
+        (2, 2, None, 1, None),
+        (2, None, None, 1, None),  # the size is not to be had, the file is
+        (2, 10**11, None, 0, "it has 100000000000 bytes; 9 at most"),
+        (10, 2, None, 1, "it has 10 bytes; 9 at most"),
+        (2, None, LocalEntryNotFoundError("none"), 1, None),
+        (2, None, OfflineModeIsEnabled("offline"), 1, None),
+        (2, 2, ValueError("broken"), 1, "broken"),
+    ],
+    ids=["small", "unsaid", "large", "lie", "missing", "offline", "broken"],
+)
+def test_one_on_the_hub_is_weighed_before_it_is_fetched(
+    tmp_path: Path,
+    log: Lines,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    said: int | None,
+    error: Exception | None,
+    fetched: int,
+    warned: str | None,
+) -> None:
+    (tmp_path / OWN).write_bytes(b"x" * size)
+    hub = Hub(tmp_path / OWN, said, error)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", hub.metadata)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.fetch)
+    content = beside_weights("some/painter", None, OWN, 9)
+    assert content == (b"xx" if error is None and warned is None else None)
+    assert hub.fetched == fetched
+    lines = log.said("could not be read")
+    assert [line.split(": ", 1)[1] for line in lines] == ([] if warned is None else [warned])
 
 
 def test_prompts_beyond_the_model_are_one_line(brought: Path, tmp_path: Path) -> None:

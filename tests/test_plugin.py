@@ -58,12 +58,13 @@ MODELS = [
     "MultiModalityCausalLM", "JanusForConditionalGeneration", "LlamaGenForImageGeneration",
     "Emu3ForConditionalGeneration", "LuminaMGPTForImageGeneration",
 ]  # fmt: skip
+CHECKS = [*MODELS, "TransformersMultiModalForCausalLM"]
 NOTHING: dict[str, Any] = {
     "architectures": [], "checks": [], "config": False, "convertors": [], "template": False,
     "tokenizer": False, "backend": False, "custom": None, "methods": [], "admission": False, "route": False,
 }  # fmt: skip
 REGISTERED: dict[str, Any] = {
-    "architectures": MODELS, "checks": MODELS, "config": True, "convertors": ["chameleon"], "template": True,
+    "architectures": MODELS, "checks": CHECKS, "config": True, "convertors": ["chameleon"], "template": True,
     "tokenizer": True, "backend": True, "custom": None, "admission": True, "route": True,
 }  # fmt: skip
 

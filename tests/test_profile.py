@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ GOOD: dict[str, Any] = {
 }
 
 
+TRIAL: dict[str, Any] = {
+    "budget": 0.2, "types": 6, "slot": 0, "side": 0, "ranks": 1, "tolerance": 0.01, "power": 1,
+    "conditional": 2, "divergence": 0.1, "squares": 0.2,
+}  # fmt: skip
+
+
 def test_head_types_are_spatial_up_to_the_threshold(tmp_path: Path) -> None:
     profile = HeadProfile(**GOOD)
     assert profile.head_types().tolist() == [[True, True, False], [True, False, False]]
@@ -47,6 +54,19 @@ def test_head_types_are_spatial_up_to_the_threshold(tmp_path: Path) -> None:
         ({"scores": [[0.1, 0.2, 7.0], [0, 0, 0]]}, r"scores: layer 0 head 2 is 7.0, not a share"),
         ({"model": None}, r"profile.json: model: "),
         ({"extra": 1}, r"profile.json: extra: "),
+        *(
+            ({name: value}, rf"profile.json: {name}: Input should be a valid integer")
+            for name in ("format", "neighbourhood", "layers", "kv_heads", "head_size")
+            for value in (2.0, 2.5, "2", True)
+        ),
+        ({"threshold": True}, r"profile.json: threshold: Input should be a valid number"),
+        ({"scores": [["0.1", 0.2, 0.3]] * 2}, r"scores.0.0: Input should be a valid number"),
+        ({"scores": [[True, 0.2, 0.3]] * 2}, r"scores.0.0: Input should be a valid number"),
+        ({"pictures": [[1.0] * 64]}, r"pictures.0.0: Input should be a valid integer"),
+        ({"prompts": [[True]]}, r"prompts.0.0: Input should be a valid integer"),
+        ({"trials": [TRIAL | {"slot": 4.0}]}, r"trials.0.slot: Input should be a valid integer"),
+        ({"trials": [TRIAL | {"power": "1"}]}, r"trials.0.power: Input should be a valid number"),
+        ({"trials": [TRIAL | {"budget": "0.2"}]}, r"trials.0.budget"),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path: Path, change: dict, match: str) -> None:
@@ -58,8 +78,22 @@ def test_a_bad_file_is_one_line(tmp_path: Path, change: dict, match: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+def test_whole_numbers_will_do_where_a_share_is_meant(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(GOOD | {"threshold": 1, "scores": [[0, 1, 0]] * 2, "trials": [TRIAL]}))
+    profile = HeadProfile.load(path)
+    assert (profile.threshold, profile.trials[0].power) == (1.0, 1.0)
+
+
 CURVES = LossCurves(candidate_types(Raster(8, 8)), np.ones((2, 6, len(candidate_types(Raster(8, 8))))))
 FITTED = GOOD | {"format": 2, "head_size": 64, "dtype": "bfloat16", "curves": CURVES.dump()}
+
+
+def curves_with(name: str, value: Any) -> dict[str, Any]:
+    """A profile's curves whose last candidate, which keeps everything, has this in it."""
+    curves = CURVES.dump()
+    *others, last = curves["candidates"]
+    return {"curves": curves | {"candidates": [*others, last | {name: value}]}}
 
 
 def test_a_profile_with_curves_survives_a_file(tmp_path: Path) -> None:
@@ -90,6 +124,30 @@ def test_a_profile_of_format_1_is_read_as_what_it_is() -> None:
         ({"curves": {"line": 8}}, r"curves: "),
         ({"curves": CURVES.dump() | {"losses": [[[-1.0]]]}}, r"curves: losses \[1, 1, 1\] for"),
         ({"curves": CURVES.dump() | {"losses": [[[10**400]]]}}, r"curves: int too large"),
+        ({"curves": CURVES.dump() | {"losses": [[["1.0"]]]}}, r"curves: a loss is no number"),
+        ({"curves": CURVES.dump() | {"losses": [[[True]]]}}, r"curves: a loss is no number"),
+        ({"curves": CURVES.dump() | {"line": 8.0}}, r"curves: line is 8.0; need a whole number"),
+        ({"curves": CURVES.dump() | {"line": True}}, r"curves: line is True; need a whole number"),
+        ({"curves": CURVES.dump() | {"image": 64.0}}, r"curves: image is 64.0; need a whole number"),
+        *(
+            (curves_with(name, value), rf"curves: {name} is {re.escape(repr(value))}; need {needed}")
+            for name, value, needed in (
+                ("capacity", 9.0, "a whole number"),
+                ("capacity", True, "a whole number"),
+                ("anchors", 0.5, "a whole number"),
+                ("recent", "8", "a whole number"),
+                ("ring", "x", "true or false"),
+                ("ring", 1, "true or false"),
+                ("ring", None, "true or false"),
+                ("value_norm", 0, "true or false"),
+                ("smooth_row", 0.0, "true or false"),
+                ("stratify", [], "true or false"),
+                ("decay", True, "a number"),
+                ("decay", "0.5", "a number"),
+            )
+        ),
+        (curves_with("line", 8), r"curves: .*multiple values for keyword argument 'line'"),
+        (curves_with("unheard", 1.5), r"curves: .*unexpected keyword argument 'unheard'"),
     ],
 )
 def test_bad_curves_are_one_line(tmp_path: Path, change: dict, match: str) -> None:
@@ -106,6 +164,28 @@ def test_a_link_left_in_the_way_is_not_followed(tmp_path: Path) -> None:
     path.with_name(f"profile.json.{os.getpid()}.part").symlink_to(victim)
     HeadProfile(**GOOD).save(path)
     assert victim.read_text() == "mine"
+    assert HeadProfile.load(path) == HeadProfile(**GOOD)
+
+
+def test_a_file_that_can_not_be_written_to_its_end_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is the one before touched. /dev/full takes nothing, as a disk without room."""
+    path = tmp_path / "profile.json"
+    path.write_text("before")
+    opened = os.open
+
+    def onto_a_full_disk(part: Path, *args: Any) -> int:
+        os.close(opened(part, *args))
+        assert part.exists()
+        return opened("/dev/full", os.O_WRONLY)
+
+    monkeypatch.setattr(os, "open", onto_a_full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        HeadProfile(**GOOD).save(path)
+    monkeypatch.undo()
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("profile.json", "before")]
+    HeadProfile(**GOOD).save(path)
     assert HeadProfile.load(path) == HeadProfile(**GOOD)
 
 

@@ -5,8 +5,9 @@ grid's tokens are drawn and nothing can end it early; what would is refused, lik
 All of vLLM's front ends (``LLM``, completions, the images route) come through here, see patches/README.md;
 requests of any other are checked by the scheduler, with the same call.
 
-Text requests are vLLM's own business, but for one thing: a compressed cache takes all that a request may
-need when it is admitted, so what could never have it is refused.
+Text requests are vLLM's own business, but for two things: what is longer than the context would end an engine
+whose front end has not looked, and a compressed cache takes all that a request may need when it is admitted,
+so what could never have it is refused.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -104,8 +105,15 @@ def admit(
     """
     drawn = drawn_in_prompt(prompt_ids, model)
     if drawn is None:
+        left = max_model_len - len(prompt_ids)
+        if left < 1:  # a token is sampled in any case
+            raise BadParameter(
+                "prompt",
+                f"the prompt has {len(prompt_ids)} tokens, but the context holds {max_model_len}, the answer "
+                "included: shorten it or raise --max-model-len",
+            )
         if room is not None:
-            check_room(len(prompt_ids), params.max_tokens, room)
+            check_room(len(prompt_ids), min(params.max_tokens or 1, left), room)  # the context ends it too
         return
     prefix = len(prompt_ids) - drawn
     size = model.size_of(prompt_ids, prefix)
@@ -136,7 +144,7 @@ def _remaining(length: int, drawn: int, model: ImageModel, max_model_len: int, s
             "prompt", f"the prompt already holds {drawn} image tokens of {total}: nothing is left to draw"
         )
     remaining = max(total - drawn, 1)
-    if length + remaining > max_model_len and not whole:
+    if length + remaining > max_model_len:
         raise BadParameter(
             "prompt",
             f"the prompt has {length} tokens and the picture {remaining}, but the context holds "
@@ -265,7 +273,9 @@ def admit_request(
     ids, params = request.prompt_token_ids, request.sampling_params
     if params is None or ids is None or request.prompt_embeds is not None:
         raise BadParameter("prompt", "this model takes token prompts and generates only")
-    if ids and not 0 <= min(ids) <= max(ids) < model.vocab:
+    if not ids:
+        raise BadParameter("prompt", "the prompt has no tokens: it needs one at least")
+    if not 0 <= min(ids) <= max(ids) < model.vocab:
         raise BadParameter(
             "prompt", f"a token id is outside the vocabulary: use ids from 0 to {model.vocab - 1}"
         )
@@ -273,7 +283,7 @@ def admit_request(
         raise BadParameter(
             "image_url", "a picture is drawn from text alone: leave out the pictures in the prompt"
         )
-    drawn = (ids and model.prefix_length(ids) < len(ids)) or model.boi in ids or model.classes
+    drawn = model.prefix_length(ids) < len(ids) or model.boi in ids or model.classes
     if request.resumable and drawn:
         raise BadParameter("prompt", "a picture's prompt must come whole, not in parts")
     if request.resumable and room is not None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_kvcompress.policy import AUTO, MAX_TYPES, TOLERANCE, HeadTypes, Policy, Score
+from vllm_kvcompress.policy import AUTO, MAX_TYPES, PRESETS, TOLERANCE, HeadTypes, Policy, Score
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -22,6 +22,7 @@ WITH_ANY_CACHE = frozenset(
     {"window", "window_rows", "limits", "strict", "playground", "size", "sizes", "default_texts"}
 )  # settings that do not need the backend
 _POLICY_FIELDS = frozenset(Policy.__dataclass_fields__)
+_OF_EVICTION = sorted(_POLICY_FIELDS - {"preset", "budget", "head_types"})
 MOST_SIZES = 64  # that one server draws
 Size = Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$")]
 
@@ -176,6 +177,29 @@ def parse_config(additional_config: Any) -> CompressionConfig:
             where = "budget auto" if policy.types == "fitted" else "preset fitted"
             raise ValueError(f"additional_config.{KEY}.{name}: goes with {where} only; leave it out")
     return config
+
+
+def unread(config: CompressionConfig) -> list[str]:
+    """What was set and has no effect beside the other settings: a line for each.
+
+    No errors: a comparison of presets gives all of them one section.
+    """
+    preset, types = config.preset, config.policy.types
+    given = {
+        n for n in config.model_fields_set if (value := getattr(config, n)) is not None and value is not False
+    }
+    reasons = []
+    if config.head_profile != AUTO and types not in PROFILED:
+        reasons.append(("head_profile", f"preset {preset} needs none"))
+    if types not in PROFILED:
+        reasons += [(name, f"preset {preset} needs no head profile") for name in ("threshold", "recalibrate")]
+    if not PRESETS[preset].evicts and config.budget != 1:
+        reasons.append(("budget", f"preset {preset} keeps everything"))
+    if not PRESETS[preset].evicts:
+        reasons += [(name, f"preset {preset} keeps everything") for name in _OF_EVICTION]
+    if config.window == 1:
+        reasons.append(("window_rows", "window 1 draws one token a step"))
+    return [f"{name} is not read: {reason}" for name, reason in reasons if name in given]
 
 
 def _written(name: str) -> str:

@@ -93,9 +93,10 @@ def _kept() -> str:
 def _line_of(error: ValueError) -> str:
     """What it says in one line; of pydantic's, the first thing that is wrong, without the frame around it."""
     text = str(error)
-    if hasattr(error, "errors"):
-        first = error.errors()[0]
-        text = ": ".join((*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")))
+    if callable(details := getattr(error, "errors", None)):
+        with suppress(Exception):  # another package's may be called so, and be something else
+            first = details()[0]
+            text = ": ".join((*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")))
     return _line(text)
 
 

@@ -86,7 +86,7 @@ def _models() -> list[Change]:
     from vllm_kvcompress.models.lumina.config import LuminaConfig
     from vllm_kvcompress.models.registry import ARCHITECTURES, CHAT_TEMPLATES
     from vllm_kvcompress.models.sections import heard_class
-    from vllm_kvcompress.models.vllm_config import JanusConfigCheck
+    from vllm_kvcompress.models.vllm_config import JanusConfigCheck, TransformersCheck
 
     set_item = operator.setitem
     kinds = (
@@ -104,6 +104,8 @@ def _models() -> list[Change]:
         *(partial(ModelRegistry.models.pop, name) for name in taken),
         *(partial(ModelRegistry.register_model, name, path) for name, path in ARCHITECTURES.items()),
         *(partial(set_item, MODELS_CONFIG_MAP, name, JanusConfigCheck) for name in ARCHITECTURES),
+        # What vLLM calls a model of ours under --model-impl transformers.
+        partial(MODELS_CONFIG_MAP.setdefault, "TransformersMultiModalForCausalLM", TransformersCheck),
         *(partial(set_item, _CONFIG_REGISTRY, kind.model_type, kind) for kind in kinds),
         partial(
             MODEL_ARCH_CONFIG_CONVERTORS.setdefault,

@@ -125,7 +125,9 @@ class ImageScheduler(AsyncScheduler):
         request.max_tokens = request.sampling_params.max_tokens or 1
         request.skip_reading_prefix_cache = request.get_skip_reading_prefix_cache()
         if self._is_text(request):
-            self._texts[request.request_id] = request.num_prompt_tokens + request.max_tokens
+            self._texts[request.request_id] = min(
+                request.num_prompt_tokens + request.max_tokens, model_config.max_model_len
+            )
         return True
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:

@@ -19,9 +19,12 @@ def text_room(vllm_config: "VllmConfig") -> int | None:
     return vllm_config.cache_config.kv_cache_size_tokens or vllm_config.model_config.max_model_len
 
 
-def check_room(length: int, max_tokens: int | None, room: int) -> None:
-    """Raise BadParameter where ``room`` could never hold a prompt of ``length`` tokens and its answer."""
-    if length + (max_tokens or 1) <= room:
+def check_room(length: int, max_tokens: int, room: int) -> None:
+    """Raise BadParameter where ``room`` could never hold a prompt of ``length`` tokens and its answer.
+
+    ``max_tokens``: what the answer may have, no more than the context leaves.
+    """
+    if length + max_tokens <= room:
         return
     more = "or give the cache more memory (--kv-cache-memory-bytes, --gpu-memory-utilization)"
     if length >= room:

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 from vllm_kvcompress.eval.online import OnlineRule, parse_baseline
-from vllm_kvcompress.policy import PRESETS
+from vllm_kvcompress.policy import PRESETS, number_of
 
 BUDGETS = ("1", "0.5", "0.25", "0.2", "1/6", "1/8")
 FULL = "full"
@@ -57,10 +56,9 @@ class Cell:
 
 def parse_budget(text: str) -> float:
     """``"0.2"`` or ``"1/6"`` -> a share in (0, 1]. Raises ValueError."""
-    try:
-        budget = float(Fraction(text.strip()))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(f"budget: {text!r} is not a number or a fraction such as 1/6") from None
+    budget = number_of(text)
+    if budget is None:
+        raise ValueError(f"budget: {text!r} is not a number or a fraction such as 1/6")
     if not 0 < budget <= 1:
         raise ValueError(f"budget: {text} is not in (0, 1]")
     return budget

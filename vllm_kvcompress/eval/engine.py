@@ -98,7 +98,7 @@ def start(
     from vllm_kvcompress.config import BACKEND, KEY
     from vllm_kvcompress.room import sharing
 
-    length, token = _sizes(model, size)
+    length, token = sizes(model, size)
     settings: dict[str, Any] = {"model": model, "dtype": dtype, "max_num_seqs": pictures}
     settings |= {"max_model_len": length, "limit_mm_per_prompt": {"image": 0}}
     if not torch.cuda.is_available():
@@ -110,14 +110,17 @@ def start(
     return LLM(attention_backend=BACKEND, additional_config={KEY: {**section, "size": size}}, **settings)
 
 
-def _sizes(model: str, size: str | None) -> tuple[int, int]:
-    """Tokens of a request, and the full cache's bytes a token in float32: enough for any dtype."""
+def sizes(model: str, size: str | None = None, prompt: int = PROMPT_ROOM) -> tuple[int, int]:
+    """Tokens of a request with a prompt of so many, and the full cache's bytes a token in float32.
+
+    Those are enough for any dtype. Raises as `described`.
+    """
     from vllm_kvcompress.attention.pages import BRANCHES
     from vllm_kvcompress.models.config import cached_head_size
 
     config, image = described(model, size)
     text = config.get_text_config()
-    length = min(PROMPT_ROOM + len(image.negative) + image.raster.tokens, text.max_position_embeddings)
+    length = min(prompt + len(image.negative) + image.raster.tokens, text.max_position_embeddings)
     return length, text.num_hidden_layers * BRANCHES * text.num_key_value_heads * 2 * cached_head_size(
         text
     ) * 4

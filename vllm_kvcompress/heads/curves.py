@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,8 @@ WEIGHINGS = tuple(Weighing(power, conditional) for power in (1.0, 0.75, 0.5) for
 """That are tried (`vllm_kvcompress.heads.trials`), `SQUARES` first."""
 MOST_LOSS = 1e12  # a share of the residual's square; sums and powers of it are still numbers
 _RULE_FIELDS = ("capacity", "anchors", "recent", "ring", "decay", "value_norm", "smooth_row")
+_TYPES: dict[str, type] = get_type_hints(HeadRule)
+_NEEDED = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,13 +106,24 @@ class LossCurves:
         """From `dump`'s fields. Raises ValueError, one line, on what is no such thing."""
         try:
             grid = {"line": fields["line"], "image": fields["image"]}
-            candidates = tuple(HeadRule(**grid, **rule) for rule in fields["candidates"])
+            candidates = tuple(_rule(**grid, **rule) for rule in fields["candidates"])
+            if np.array(fields["losses"]).dtype.kind in "USb":  # the next line would make numbers of them
+                raise TypeError("a loss is no number")
             losses = np.array(fields["losses"], np.float64)
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"curves: {error}") from None
         if not candidates:
             raise ValueError("curves: no candidates")
         return cls(candidates, losses)
+
+
+def _rule(**fields: Any) -> HeadRule:
+    """A candidate of a file. Raises TypeError for a value of another type: a rule takes them as they come."""
+    for name, value in fields.items():
+        wanted = _TYPES.get(name, type(value))
+        if type(value) is not wanted and (wanted, type(value)) != (float, int):
+            raise TypeError(f"{name} is {value!r:.60}; need {_NEEDED[wanted]}")
+    return HeadRule(**fields)
 
 
 def candidate_types(raster: Raster, anchors: int = 4) -> tuple[HeadRule, ...]:

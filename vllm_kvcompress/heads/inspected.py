@@ -1,7 +1,6 @@
 """What ``vllm-kvcompress inspect`` shows of a head profile."""
 
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from vllm_kvcompress.heads.prices import Price, price, prices
 from vllm_kvcompress.heads.profile import HeadProfile
-from vllm_kvcompress.policy import AUTO
+from vllm_kvcompress.policy import AUTO, number_of
 
 
 def print_fit(profile: HeadProfile, budget: str | None, output: Path | None) -> None:
@@ -61,10 +60,11 @@ def _print_heads(shown: Price, kv_heads: int, console: Console) -> None:
 
 def budget_of(text: str) -> float | Literal["auto"]:
     """``"0.15"``, ``"1/6"`` or ``"auto"``. Raises ValueError, one line."""
-    try:
-        return AUTO if text.strip() == AUTO else float(Fraction(text.strip()))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(f"budget: {text!r} is neither a share such as 0.15 or 1/6, nor auto") from None
+    if text.strip() == AUTO:
+        return AUTO
+    if (share := number_of(text)) is None:
+        raise ValueError(f"budget: {text!r} is neither a share such as 0.15 or 1/6, nor auto")
+    return share
 
 
 def _plot() -> Any:

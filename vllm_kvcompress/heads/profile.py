@@ -160,11 +160,14 @@ class HeadProfile(BaseModel):
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         part.unlink(missing_ok=True)
         # No link that someone left under the name is followed, and nobody else reads half of it.
-        with os.fdopen(
-            os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w"
-        ) as file:
-            file.write(self._json() + "\n")
-        part.replace(path)
+        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(self._json() + "\n")
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)  # the disk may be full
+            raise
 
     def _json(self) -> str:
         """A line a field, the long arrays a line each: small, and readable at its head."""
@@ -184,7 +187,7 @@ class HeadProfile(BaseModel):
     def parse(cls, content: bytes, path: str | Path) -> "HeadProfile":
         """As `load`, of what stands in the file."""
         try:
-            return cls.model_validate_json(content)
+            return cls.model_validate_json(content, strict=True)  # else 8.0 is 8, and true is 1
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])

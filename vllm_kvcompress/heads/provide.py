@@ -123,8 +123,6 @@ def own_profile(
     if content is None:
         return None, mark
     try:
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"{len(content)} bytes; {MOST_BYTES} at most")
         profile = HeadProfile.parse(content, OWN)
         mark.check(profile)
         if profile.format == 1:

@@ -21,14 +21,22 @@ from vllm_kvcompress.config import FP8, CompressionConfig, parse_config
 from vllm_kvcompress.heads.fit import Assignment, by_threshold
 from vllm_kvcompress.heads.paged import Pages
 from vllm_kvcompress.heads.profile import HeadProfile
-from vllm_kvcompress.heads.provide import AUTO, OWN, ModelMark, keep, own_profile, provide_profile
+from vllm_kvcompress.heads.provide import (
+    AUTO,
+    MOST_BYTES,
+    OWN,
+    ModelMark,
+    keep,
+    own_profile,
+    provide_profile,
+)
 from vllm_kvcompress.heads.resized import resized
 from vllm_kvcompress.heads.tried import Trial, Wanted, try_fits
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.calibration import calibrate, check_pictures, of_this_version, shape_of, trying
 from vllm_kvcompress.models.files import beside_weights
 from vllm_kvcompress.models.ranks import Ranks
-from vllm_kvcompress.policy import Raster
+from vllm_kvcompress.policy import PRESETS, Raster
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -157,7 +165,9 @@ def _own_profile(
     """What the checkpoint brings, if it is of these weights and this grid."""
     served = vllm_config.model_config
     return own_profile(
-        beside_weights(served.model, served.revision, OWN), mark, lambda own: check_pictures(own, model)
+        beside_weights(served.model, served.revision, OWN, MOST_BYTES),
+        mark,
+        lambda own: check_pictures(own, model),
     )
 
 
@@ -189,6 +199,8 @@ def _summary(
     )
     tried = "" if assignment.divergence is None else f"; guided KL {assignment.divergence:.2g}"
     loss = "" if assignment.loss is None else f"{tried}; predicted loss {assignment.loss:.2g}"
+    if not PRESETS[config.preset].evicts:
+        budget = 1.0  # whatever was set
     shown = budget if isinstance(budget, str) else f"{budget:g}"
     each = f"on each of {ranks.number} ranks " if ranks.number > 1 else ""
     return (

@@ -45,8 +45,11 @@ _MAX_TOKENS = "kvcompress_max_tokens"
 
 def serves(model_config: "ModelConfig") -> bool:
     """Whether the model is one of ours, and the operator has not asked for transformers' implementation."""
-    if getattr(model_config, "model_impl", "auto") == "transformers":
-        return False
+    return getattr(model_config, "model_impl", "auto") != "transformers" and knows(model_config)
+
+
+def knows(model_config: "ModelConfig") -> bool:
+    """Whether the model is one of ours, whoever serves it."""
     return any(arch in ARCHITECTURES for arch in getattr(model_config.hf_config, "architectures", None) or ())
 
 

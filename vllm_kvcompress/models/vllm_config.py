@@ -19,12 +19,13 @@ from vllm_kvcompress.config import (
     is_compressed,
     parse_config,
     pixels_of,
+    unread,
 )
 from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.checkpoint import READ, check_files
 from vllm_kvcompress.models.config import ModelSettings, text_vocab_size
 from vllm_kvcompress.models.pictures import check_pictures, looks
-from vllm_kvcompress.models.registry import family_of, image_model, serves, store_defaults
+from vllm_kvcompress.models.registry import family_of, image_model, knows, serves, store_defaults
 from vllm_kvcompress.patches import media
 from vllm_kvcompress.policy import AUTO, Raster
 from vllm_kvcompress.windows.settings import reserve_places
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 logger = logger_for(__name__)
 
 ATTENTION_OP = "vllm::kvcompress_attend"
+WITHOUT_BACKEND = (
+    f"additional_config.{KEY} goes with --attention-backend kvcompress; add it, or drop the settings"
+)
 REQUEST_TRACKER = "vllm_kvcompress.requests_v1:RequestTracker"
 
 
@@ -82,10 +86,9 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
         if image_model(model_config).aligns and not is_compressed(vllm_config):
             config = use_own_backend(vllm_config, config)
         if not is_compressed(vllm_config) and config.compresses:
-            raise ValueError(
-                f"additional_config.{KEY} goes with --attention-backend kvcompress; add it, or drop the "
-                "settings"
-            )
+            raise ValueError(WITHOUT_BACKEND)
+        for line in unread(config):
+            logger.info("%s", line)
         if is_compressed(vllm_config):
             check_conflicts(vllm_config, image_model(model_config).rasters)
             check_weights(vllm_config)
@@ -118,6 +121,30 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
             )
         served.prepare(vllm_config)
         patches.serve_images_route()
+
+
+class TransformersCheck(VerifyAndUpdateConfig):
+    """Called by vLLM for whatever transformers' implementation serves: the server is vLLM's, not ours."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Raise ValueError, one line, for one of our models with settings that are to compress it."""
+        given = vllm_config.additional_config
+        if isinstance(given, dict) and KEY in given and knows(vllm_config.model_config):
+            with last_word.heard():  # what stands beside the section is no matter of ours
+                check_unserved(vllm_config, parse_config({KEY: given[KEY]}))
+
+
+def check_unserved(vllm_config: "VllmConfig", config: CompressionConfig) -> None:
+    """`TransformersCheck` of settings that were read."""
+    if not config.compresses:
+        logger.info("additional_config.%s is not read: --model-impl transformers", KEY)
+    elif is_compressed(vllm_config):
+        raise ValueError(
+            f"additional_config.{KEY} does not work with --model-impl transformers: drop one of the two"
+        )
+    else:
+        raise ValueError(WITHOUT_BACKEND)
 
 
 def use_own_backend(vllm_config: "VllmConfig", config: CompressionConfig) -> CompressionConfig:
@@ -163,9 +190,7 @@ def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> Non
             raise ValueError(f"{error}{of_which}") from None
     text = vllm_config.model_config.hf_config.get_text_config()
     kv_heads = text.num_key_value_heads
-    if config.head_profile != AUTO and config.policy.types not in PROFILED:
-        logger.info("head_profile is not read: preset %s needs none", config.preset)
-    elif config.head_profile != AUTO:
+    if config.head_profile != AUTO and config.policy.types in PROFILED:
         from vllm_kvcompress.heads.profile import HeadProfile  # where such a model is served, not before
 
         profile = HeadProfile.load(config.head_profile)

@@ -13,6 +13,7 @@ from vllm_kvcompress.policy.presets import (
     Policy,
     Preset,
     Score,
+    number_of,
 )
 from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.policy.rule import MAX_TYPES, HeadRule
@@ -30,4 +31,5 @@ __all__ = [
     "Preset",
     "Raster",
     "Score",
+    "number_of",
 ]

@@ -11,6 +11,7 @@ https://arxiv.org/abs/2309.17453; H2O, https://arxiv.org/abs/2306.14048.
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Final, Literal
 
 from vllm_kvcompress.policy.raster import Raster
@@ -54,6 +55,14 @@ PRESETS: dict[str, Preset] = {
 }
 TOLERANCE = 0.0008  # predicted loss; docs/quality.md says how it was set
 AUTO: Final = "auto"  # as a budget: the smallest whose predicted loss is within the tolerance
+
+
+def number_of(text: str) -> float | None:
+    """A budget as somebody writes it, ``"0.15"`` or ``"1/6"``; None where it is no number."""
+    try:
+        return float(Fraction(text.strip()))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return None
 
 
 @dataclass(frozen=True)
