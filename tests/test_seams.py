@@ -172,10 +172,13 @@ FIELDS = {
     "vllm.config:VllmConfig": (
         "additional_config attention_config cache_config compilation_config device_config kv_transfer_config "
         "lora_config model_config parallel_config scheduler_config speculative_config use_v2_model_runner "
-        "shutdown_timeout load_config"
+        "shutdown_timeout load_config watermark_config diffusion_config"
     ),
     "vllm.config:AttentionConfig": "backend",
-    "vllm.config:ModelConfig": "model tokenizer tokenizer_mode logits_processors max_model_len dtype",
+    "vllm.config:ModelConfig": (
+        "model tokenizer tokenizer_mode logits_processors max_model_len dtype return_sampling_mask "
+        "enable_trace_replay"
+    ),
     "vllm.config:SchedulerConfig": "max_num_seqs scheduler_cls disable_hybrid_kv_cache_manager",
     "vllm.config:CacheConfig": "enable_prefix_caching cache_dtype",
     "vllm.config:CompilationConfig": "static_forward_context cudagraph_mode splitting_ops _attention_ops",
