@@ -183,6 +183,7 @@ class CompressedCache(nn.Module):
         """
         assert self._layout is not None
         scheduler, model = self._vllm_config.scheduler_config, self._vllm_config.model_config
+        assert isinstance(model.dtype, torch.dtype)
         config, pictures = window_config(self._vllm_config), scheduler.max_num_seqs
         windows = 0 if config.window == 1 else min(config.window_rows, pictures)
         prompts = Prompts(scheduler.max_num_batched_tokens, pictures, model.max_model_len, unlike)
