@@ -59,7 +59,9 @@ HOOKS = {
     "vllm_kvcompress.attention.backend:KVCompressBackend": (
         "get_name get_impl_cls get_builder_cls supported_kv_cache_layouts supported_dtypes"
     ),
-    "vllm_kvcompress.attention.backend:StepPlanner": "__init__ build get_cudagraph_support",
+    "vllm_kvcompress.attention.backend:StepPlanner": (
+        "__init__ build build_for_cudagraph_capture get_cudagraph_support"
+    ),
     "vllm_kvcompress.scheduler:ImageScheduler": (
         "_free_request add_request schedule update_from_output make_spec_decoding_stats"
     ),
