@@ -309,6 +309,8 @@ def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
             hf_config=SimpleNamespace(get_text_config=lambda: TEXT),
             dtype=torch.bfloat16,
             logits_processors=["ours"],
+            return_sampling_mask=False,
+            enable_trace_replay=False,
         ),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=1,
@@ -323,6 +325,7 @@ def vllm_config(section: dict[str, Any] | None = None, **changes: Any) -> Any:
         device_config=SimpleNamespace(device_type="cpu"),
         kv_transfer_config=None,
         lora_config=None,
+        watermark_config=None,
         use_v2_model_runner=False,
     )
     for name, value in changes.items():
@@ -361,6 +364,9 @@ def test_the_start_up_line_says_what_windows_there_are(section: dict[str, Any], 
         ({"model_config__logits_processors": ["ours", "theirs"]}, "drop --logits-processors"),
         ({"scheduler_config__async_scheduling": True}, "V1 model runner: set --no-async-scheduling"),
         ({"scheduler_config__scheduler_cls": "their.Scheduler"}, "another scheduler: drop --scheduler-cls"),
+        ({"model_config__return_sampling_mask": True}, "sampling masks: drop --return-sampling-mask"),
+        ({"model_config__enable_trace_replay": True}, "trace replay: drop --enable-trace-replay"),
+        ({"watermark_config": object()}, "watermarks: drop --watermark-config"),
     ],
 )
 def test_windows_that_can_not_be_had(changes: dict[str, Any], mend: str) -> None:
@@ -641,6 +647,16 @@ def test_an_engine_refuses_to_start(
             str(checkpoints["tiny-hf"]), dtype="float32", max_model_len=128, attention_backend="kvcompress",
             additional_config={"kvcompress": section}, **engine,
         ).create_engine_config()  # fmt: skip
+
+
+def test_the_full_cache_has_no_pipeline_stages_either(checkpoints: dict[str, Path]) -> None:
+    """vLLM's own check, of the model class: it keeps no layers apart (docs/serving.md)."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(NotImplementedError, match="Pipeline parallelism is not supported for this model"):
+        EngineArgs(
+            str(checkpoints["tiny-hf"]), dtype="float32", max_model_len=128, pipeline_parallel_size=2
+        ).create_engine_config()
 
 
 def test_an_engine_refuses_more_ranks_than_kv_heads(checkpoints: dict[str, Path]) -> None:

@@ -247,7 +247,7 @@ def test_vllm_measures_what_a_step_takes_beside_activations(
     """Once, in the forward of a whole step without metadata: scratch, and a picture of the largest size."""
     engine = started(folder, preset="line_ar", budget=0.5, window=8)
     model, config = engine.model, engine.core.vllm_config
-    scratch = model.compressed.scratch_bytes()
+    scratch = model.compressed.scratch_bytes(model.image.aligns)
     seen: list[Any] = []
     empty, decode = torch.empty, model.vq.decode
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import preloaded
 import pytest
+import torch
 from transformers import AutoConfig
 
 from vllm_kvcompress import served, worker
@@ -164,6 +165,22 @@ def test_an_untested_vllm_is_named_where_an_image_model_is_served(
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
     served.prepare(None)  # type: ignore[arg-type]
     assert caplog.messages == [said]
+
+
+@pytest.mark.parametrize("supported", [True, False], ids=["AMX", "none"])
+def test_amx_is_asked_for_where_there_is_any(monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
+    """Without the request such a machine's first attention call ends the process; others grant nothing."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: supported)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(1))
+    served.prepare_cpu()
+    assert asked == [1] * supported
+
+
+def test_any_machine_can_be_prepared() -> None:
+    """With torch's own two functions, more than once: a process may build several models."""
+    served.prepare_cpu()
+    served.prepare_cpu()
 
 
 @pytest.mark.parametrize(("implementation", "vocabulary"), [("auto", 640 + 256), ("transformers", 640)])

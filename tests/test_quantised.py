@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,11 @@ from transformers import AutoConfig
 from vllm import SamplingParams
 
 from vllm_kvcompress.models import weights
-from vllm_kvcompress.models.checkpoint import header
+from vllm_kvcompress.models.checkpoint import check_files, header
+from vllm_kvcompress.models.janus_config import MultiModalityConfig
 from vllm_kvcompress.models.packed import quantised_tensors
 from vllm_kvcompress.models.registry import ARCHITECTURES, FAMILIES
+from vllm_kvcompress.models.vision_sizes import is_vision
 from vllm_kvcompress.models.weights import CheckpointError, Ledger
 from vllm_kvcompress.testing.checkpoints import GQA, make_checkpoint
 from vllm_kvcompress.testing.emu3 import make_emu3
@@ -215,6 +218,66 @@ def test_biases_that_a_quantiser_adds(checkpoints: dict[str, Path], tmp_path: Pa
             started(more, None)
     else:
         assert len(drawn(more, None)[0]) == 64
+
+
+SERVING = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+LISTS = {  # of docs/serving.md -> fixture's name
+    "Janus, transformers' layout": "hf", "Janus, deepseek-ai's layout": "deepseek", "Emu3": "emu3"
+}  # fmt: skip
+DECODER = re.compile(r"(?:language_model|text_model)\.(?:model\.)?layers\.\d+\.(?:self_attn|mlp)\.\w+_proj$")
+
+
+def quantisable(model: Path) -> list[str]:
+    """Modules of a checkpoint that llm-compressor's target ``Linear`` may mean: those with a matrix."""
+    found = [name for name, shape in header(model / "model.safetensors") if len(shape) == 2]
+    assert len(found) > 20
+    return [name.removesuffix(".weight") for name in found if name.endswith(".weight")]
+
+
+def is_ignored(module: str, ignore: list[str]) -> bool:
+    """As compressed-tensors reads its lists."""
+    return any(
+        re.match(one.removeprefix("re:"), module) if one.startswith("re:") else one == module
+        for one in ignore
+    )
+
+
+@pytest.mark.parametrize("row", LISTS)
+def test_the_documented_lists_leave_the_decoder_alone(published: dict[str, Path], row: str) -> None:
+    """A table of words has a matrix, and is no linear layer."""
+    [listed] = re.findall(rf"^\| {row} \| `(.*)` \|$", SERVING, re.MULTILINE)
+    matrices = quantisable(published[LISTS[row]])
+    left = {name for name in matrices if not is_ignored(name, json.loads(listed))}
+    assert left - {name for name in left if name.endswith("embed_tokens")} == {
+        name for name in matrices if DECODER.search(name)
+    }
+
+
+@pytest.mark.parametrize("layout", ["hf", "deepseek", "emu3"])
+def test_layers_outside_the_decoder_must_be_left_out(
+    published: dict[str, Path], tmp_path: Path, layout: str
+) -> None:
+    """Whichever of them is quantised is named, with the mend; what is not served may be anything."""
+    packed, _ = both(published[layout], tmp_path, "int8")
+    fields = json.loads((packed / "config.json").read_text())
+    config = MultiModalityConfig(**fields) if layout == "deepseek" else AutoConfig.from_pretrained(packed)
+    outside = [name for name in quantisable(published[layout]) if not DECODER.search(name)]
+    assert len(outside) > 1
+    tensors, seen = load_file(packed / "model.safetensors"), set()
+    for module in outside:
+        looks, unused = is_vision(f"{module}."), bool(re.search(r"vqmodel\.encoder\.|attn_pool", module))
+        scale = {f"{module}.weight_scale": torch.ones(1)}
+        save_file(tensors | scale, packed / "model.safetensors", {"format": "pt"})
+        if not unused:
+            with pytest.raises(CheckpointError, match=r"in the recipe's ignore \(lists: docs") as caught:
+                check_files(packed, config, "auto", vision=layout != "emu3")
+            assert f"tensor {module}.weight_scale is of a quantised layer" in str(caught.value)
+            assert "\n" not in str(caught.value)
+            assert looks == ("without pictures in chats" in str(caught.value))
+        if unused or looks:
+            check_files(packed, config, "auto", vision=False)
+        seen.add((looks, unused))
+    assert len(seen) > 1
 
 
 def test_scales_without_a_word_in_the_config_are_unknown(

@@ -55,6 +55,32 @@ def test_v2_logits_are_whole_where_another_package_looks_at_them(others: tuple[t
     assert not v2_rows(*others).narrow_allowed
 
 
+class Subclass(Sampler):
+    """A platform's, or vLLM's for watermarks."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (Sampler, {"return_sampling_mask": True}),
+        (Sampler, {"trace_replay_state": object()}),
+        (Subclass, {}),
+    ],
+    ids=["mask", "trace", "subclass"],
+)
+def test_v2_samplers_that_stay_as_they_are_have_no_windows(kind: type, more: dict[str, Any]) -> None:
+    """vLLM's own would take one place of a row for all of them; without drafts it is right."""
+    sampler, state = made(kind), made(JanusModelState)
+    plain = {"return_sampling_mask": False, "trace_replay_state": None, "num_speculative_tokens": 1}
+    vars(sampler).update(plain | more)
+    state.rows = RequestRows(4, MODEL)
+    assert state.custom_sampler(sampler) is None
+    assert not state.rows.narrow_allowed
+    sampler.num_speculative_tokens = 8
+    with pytest.raises(ValueError, match=r"^additional_config.kvcompress.window does not work .* to 1$"):
+        state.custom_sampler(sampler)
+
+
 @pytest.mark.parametrize(
     ("listed", "installed", "allowed"),
     [

@@ -59,7 +59,9 @@ HOOKS = {
     "vllm_kvcompress.attention.backend:KVCompressBackend": (
         "get_name get_impl_cls get_builder_cls supported_kv_cache_layouts supported_dtypes"
     ),
-    "vllm_kvcompress.attention.backend:StepPlanner": "__init__ build get_cudagraph_support",
+    "vllm_kvcompress.attention.backend:StepPlanner": (
+        "__init__ build build_for_cudagraph_capture get_cudagraph_support"
+    ),
     "vllm_kvcompress.scheduler:ImageScheduler": (
         "_free_request add_request schedule update_from_output make_spec_decoding_stats"
     ),
@@ -172,10 +174,13 @@ FIELDS = {
     "vllm.config:VllmConfig": (
         "additional_config attention_config cache_config compilation_config device_config kv_transfer_config "
         "lora_config model_config parallel_config scheduler_config speculative_config use_v2_model_runner "
-        "shutdown_timeout load_config"
+        "shutdown_timeout load_config watermark_config diffusion_config"
     ),
     "vllm.config:AttentionConfig": "backend",
-    "vllm.config:ModelConfig": "model tokenizer tokenizer_mode logits_processors max_model_len dtype",
+    "vllm.config:ModelConfig": (
+        "model tokenizer tokenizer_mode logits_processors max_model_len dtype return_sampling_mask "
+        "enable_trace_replay"
+    ),
     "vllm.config:SchedulerConfig": "max_num_seqs scheduler_cls disable_hybrid_kv_cache_manager",
     "vllm.config:CacheConfig": "enable_prefix_caching cache_dtype",
     "vllm.config:CompilationConfig": "static_forward_context cudagraph_mode splitting_ops _attention_ops",

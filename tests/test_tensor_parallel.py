@@ -16,16 +16,20 @@ import test_llamagen
 import test_lumina
 from conftest import share_model_infos
 from engine_process import V1, EngineProcess
+from oracle import write_profile
 from test_v2_runner import Prompts, mixed_requests, seeded_requests
 
 from vllm_kvcompress.heads.profile import HeadProfile
+from vllm_kvcompress.policy.raster import Raster
 from vllm_kvcompress.testing.checkpoints import GQA, SMALL_24, make_checkpoint
 from vllm_kvcompress.testing.llamagen import make_llamagen
 from vllm_kvcompress.testing.lumina import make_lumina
 
 RANKS, WORDS = 2, 8
 DECOUPLED: dict[str, Any] = {"preset": "decoupled", "budget": 0.4}
+WHOLE: dict[str, Any] = {"budget": 0.3, "window": 16}  # of a named profile, too: nothing is measured for it
 ONE_KV_HEAD, SIX = replace(GQA, kv_heads=1, lines=5), replace(SMALL_24, lines=6)
+WIDE = replace(GQA, lines=24)
 LUMINA, LLAMAGEN = "published", "bare"  # geometries of four heads
 
 
@@ -49,6 +53,7 @@ CASES = {
     "one KV head on both ranks": Case("one-kv-head", None, 1, 25),
     "vLLM's cache, original layout": Case("six-deepseek", None, 1, 36),
     "fitted, original layout, windows": Case("six-deepseek", {"budget": 0.4, "window": 6}, 2, 36, chats=True),
+    "whole pictures, fitted, gqa, original layout": Case("wide-deepseek", WHOLE, 2, 576),
     "decoupled, original layout": Case("six-deepseek", DECOUPLED, 1, 36),
     "Lumina-mGPT": Case("lumina", {"preset": "line_ar", "budget": 0.5, "size": "32x16"}, 1, 36),
     "LlamaGen": Case("llamagen", {"preset": "line_ar", "budget": 0.5}, 1, 36),
@@ -81,6 +86,11 @@ def asked(case: Case, model: Path) -> list[list[dict[str, Any]]]:
     return [pictures, [{"ids": prompts.looking(7), "photos": [(90, 40)], "params": chat}]]
 
 
+def is_measured(case: Case) -> bool:
+    """Whether its engine measures heads."""
+    return case.section is not None and "preset" not in case.section and case.section is not WHOLE
+
+
 def jobs(models: dict[str, Path], profile: Path, ranks: int) -> list[dict[str, Any]]:
     found = []
     for name, case in CASES.items():
@@ -97,6 +107,10 @@ def jobs(models: dict[str, Path], profile: Path, ranks: int) -> list[dict[str, A
             args["limit_mm_per_prompt"] = {"image": 0}
         if section is DECOUPLED:
             section = {**section, "head_profile": str(profile)}
+        if section is WHOLE:
+            half = [[head % 2 for head in range(WIDE.kv_heads)]] * WIDE.layers
+            curves = write_profile(profile.with_name("whole.json"), half, Raster(WIDE.lines, WIDE.lines))
+            section, args["max_model_len"] = {**section, "head_profile": str(curves)}, 640
         args["additional_config"] = {"kvcompress": {"window": 1, **(section or {})}}
         if section is not None:
             args["attention_backend"] = "kvcompress"
@@ -111,6 +125,7 @@ def models(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
         **checkpoints,
         "one-kv-head": make_checkpoint(root / "one", layout="hf", geometry=ONE_KV_HEAD, seed=0),
         "six-deepseek": make_checkpoint(root / "six-deepseek", layout="deepseek", geometry=SIX, seed=0),
+        "wide-deepseek": make_checkpoint(root / "wide-deepseek", layout="deepseek", geometry=WIDE, seed=0),
         "lumina": make_lumina(root / "lumina", test_lumina.GEOMETRIES[LUMINA]),
         "llamagen": make_llamagen(root / "llamagen", test_llamagen.GEOMETRIES[LLAMAGEN], "bare"),
     }
@@ -186,11 +201,15 @@ def test_eviction_had_a_say(drawn: dict[int, Drawn]) -> None:
     assert report["kv_cache"]["evicted_semantic"] > 15
     [windowed, _] = drawn[RANKS]["fitted, original layout, windows"]["held"]
     assert min(report["kv_cache"]["steps"] for report in windowed) < 36
+    [whole] = drawn[RANKS]["whole pictures, fitted, gqa, original layout"]["held"]
+    for report in whole:
+        assert report["kv_cache"]["evicted_spatial"] + report["kv_cache"]["evicted_semantic"] > 300
+        assert report["kv_cache"]["steps"] < 576
 
 
 def test_the_heads_were_measured_once_and_one_rank_speaks(drawn: dict[int, Drawn]) -> None:
     log = str(drawn[RANKS]["log"])
-    fitted = {case.model for case in CASES.values() if case.section and "preset" not in case.section}
+    fitted = {case.model for case in CASES.values() if is_measured(case)}
     assert log.count("Head profile calibrated, kept in") == len(fitted)
     assert log.count("kvcompress: preset") == sum(case.section is not None for case in CASES.values())
     assert "on each of 2 ranks" in log
@@ -212,7 +231,7 @@ def test_ranks_choose_the_fit_that_one_process_chooses(
     drawn: dict[int, Drawn], caches: dict[int, Path]
 ) -> None:
     """Each replays its own heads of every fit; what their pictures cost is known to all."""
-    models = {case.model for case in CASES.values() if case.section and "preset" not in case.section}
+    models = {case.model for case in CASES.values() if is_measured(case)}
     for model in models:
         two, one = (
             HeadProfile.load(path).trials

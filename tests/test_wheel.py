@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[1]
 IGNORED = shutil.ignore_patterns(
     ".git", ".venv", ".*_cache", ".hypothesis", "out", "build", "dist", "*.egg-info", "__pycache__", "*.so"
 )
+LEFT_BEHIND = ("benchmarks/out/x", "benchmarks/.mypy_cache/x", "tests/.pytest_cache/x", "tests/.hypothesis/x",
+               "tools/.ruff_cache/x", "examples/__pycache__/x")  # fmt: skip
 PARTS = ("*.py", "*.jinja", "*.html", "*.css", "*.js", "*.txt", "py.typed")
 OFFLINE = ("--no-deps", "--no-index", "--disable-pip-version-check", "--quiet")
 SERVER = ("--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "4",
@@ -61,8 +63,12 @@ def content(wheel: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tracked files, so that building leaves nothing behind."""
-    return shutil.copytree(ROOT, tmp_path_factory.mktemp("wheel") / "checkout", ignore=IGNORED)
+    """A copy of the tracked files, so that building leaves nothing behind; with what runs leave there."""
+    copy = shutil.copytree(ROOT, tmp_path_factory.mktemp("wheel") / "checkout", ignore=IGNORED)
+    for left in LEFT_BEHIND:
+        (copy / left).parent.mkdir(parents=True, exist_ok=True)
+        (copy / left).write_text("of a run")
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,8 @@ def test_sdist_is_whole(sdist: Path) -> None:
     assert sources("vllm_kvcompress", *PARTS) | sources("docker", "*") | sources(".github", "*.yml") <= held
     assert sources("examples", "*.py") | sources("examples/shapes/model", "*.json") <= held
     assert not [name for name in held if name.endswith((".so", ".pyc"))]
+    assert not held & set(LEFT_BEHIND)
+    assert not [name for name in held if Path(name).name in {Path(left).parent.name for left in LEFT_BEHIND}]
 
 
 def test_wheel_holds_all_that_the_package_reads(wheel: Path) -> None:

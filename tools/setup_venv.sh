@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || {
-    echo "setup: $python is $("$python" --version 2>&1), but vLLM 0.32 needs Python 3.11 to 3.14; set PYTHON=" >&2
+    echo "setup: $python is $("$python" --version 2>&1), but vLLM 0.32 and 0.33 need Python 3.11 to 3.14; set PYTHON=" >&2
     exit 1
 }
 [ -x .venv/bin/python ] || "$python" -m venv .venv

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_kvcompress.config import KEY
 from vllm_kvcompress.requests_v1 import RequestTracker
 from vllm_kvcompress.rows import RequestFacts, RequestRows
 from vllm_kvcompress.sampling import is_narrow, move_up
@@ -129,6 +130,11 @@ class JanusModelState(DefaultModelState):
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
         adopted = ImageSampler.adopt(sampler, self.rows)
+        if adopted is None and sampler.num_speculative_tokens > 1:  # `windows.settings` knows vLLM's own
+            raise ValueError(
+                f"additional_config.{KEY}.window does not work with the sampler {type(sampler).__name__}: "
+                "set it to 1"
+            )
         self.rows.narrow_allowed &= adopted is not None and adopted.takes_codes
         return None if adopted is None else (adopted, None)
 

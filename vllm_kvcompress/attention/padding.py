@@ -50,11 +50,11 @@ def alike(sizes: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, size in enumerate(sizes):
-        groups.setdefault(tuple(map(_rounded, size)), []).append(number)
+        groups.setdefault(tuple(map(rounded, size)), []).append(number)
     return groups
 
 
-def _rounded(length: int) -> int:
-    """Up to three leading bits: four sizes between a power of two and the next."""
+def rounded(length: int) -> int:
+    """A length, padded, has up to three leading bits: four sizes between a power of two and the next."""
     step = max(LEAST, 1 << max(0, (length - 1).bit_length() - 3))
     return -(-length // step) * step

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_kvcompress.attention.padding import Padded, alike
+from vllm_kvcompress.attention.padding import LEAST, Padded, alike, rounded
 from vllm_kvcompress.attention.pages import locate
 
 MOST_SLOTS = 2**14  # that one call gathers, unless a single row has more: 256 MiB of Janus-Pro-1B's K and V
+MOST_PAIRS = 2**20
+"""Queries times slots of one call: a mask and grouped queries at once may be plain operations to torch on
+a GPU, where each pair is a logit: 4 MiB a query head in float32, 256 MiB of the 64 of Emu3's two branches."""
 
 
 class Row(NamedTuple):
@@ -123,10 +126,10 @@ class Chunks:
 
     @classmethod
     def of(
-        cls, numbers: Sequence[int], rows: Sequence[Row], size: tuple[int, ...], device: torch.device
+        cls, numbers: Sequence[int], mine: Sequence[Row], size: tuple[int, ...], device: torch.device
     ) -> "Chunks":
-        """Of the rows with these numbers; ``size`` is what their chunks and their slots are padded to."""
-        mine = [rows[n] for n in numbers]
+        """Of these rows, or pieces of them, and their numbers in the step; ``size`` is what their chunks and
+        their slots are padded to."""
         firsts = [row.first for row in mine]
         queries = Padded.of(firsts, [row.prompt for row in mine], size[0], device)
         number, ahead, last = async_tensor_h2d(
@@ -224,11 +227,12 @@ class PrefillPlan:
         ]
         begun = [n for n in live if rows[n].prompt and not rows[n].before]
         later = [n for n in live if rows[n].prompt and rows[n].before]
-        groups = alike((rows[n].prompt, rows[n].before + rows[n].prompt) for n in later)
+        pieces = [(n, piece) for n in later for piece in _pieces(rows[n])]
+        groups = alike((piece.prompt, piece.before + piece.prompt) for _, piece in pieces)
         chunks = [
-            Chunks.of([later[i] for i in part], rows, size, device)
+            Chunks.of([pieces[i][0] for i in part], [pieces[i][1] for i in part], size, device)
             for size, group in groups.items()
-            for part in _parts(group, size[1])
+            for part in _parts(group, *size)
         ]
         return cls(
             _written([*begun, *later], rows, device),
@@ -249,9 +253,23 @@ class PrefillPlan:
         return self._located[key][1:]
 
 
-def _parts(group: list[int], slots: int) -> list[list[int]]:
-    """The group cut so that a part has at most `MOST_SLOTS` slots, or one row."""
-    most = max(1, MOST_SLOTS // slots)
+def _pieces(row: Row) -> list[Row]:
+    """The row's chunk cut so that a piece has at most `MOST_PAIRS` pairs, or `LEAST` queries.
+
+    By the row's own lengths alone, as padding is: in any company it is cut alike.
+    """
+    most = max(LEAST, MOST_PAIRS // rounded(row.before + row.prompt))
+    most = 1 << (most.bit_length() - 1)  # a length that padding leaves as it is
+    return [
+        row._replace(first=row.first + i, last=end, length=row.before + end - row.first)
+        for i in range(0, row.prompt, most)
+        for end in (row.first + min(i + most, row.prompt),)
+    ]
+
+
+def _parts(group: list[int], queries: int, slots: int) -> list[list[int]]:
+    """The group cut so that a part has at most `MOST_SLOTS` slots and `MOST_PAIRS` pairs, or one row."""
+    most = max(1, min(MOST_SLOTS // slots, MOST_PAIRS // (queries * slots)))
     return [group[i : i + most] for i in range(0, len(group), most)]
 
 

@@ -18,7 +18,7 @@ from vllm_kvcompress.attention.pages import HeadType, pages_from_bytes
 from vllm_kvcompress.attention.prefill import prefill
 from vllm_kvcompress.attention.recorder import Recorder
 from vllm_kvcompress.cache.layout import CacheLayout, at_once
-from vllm_kvcompress.cache.scratch import decode_bytes, window_bytes
+from vllm_kvcompress.cache.scratch import Prompts, decode_bytes, prefill_bytes, window_bytes
 from vllm_kvcompress.cache.spec import HeadTypeSpec
 from vllm_kvcompress.cache.window_steps import WindowSteps
 from vllm_kvcompress.config import MAX_WINDOW as LANES
@@ -173,12 +173,25 @@ class CompressedCache(nn.Module):
             return window_bytes(self._layout, LANES, LANES * self._group)
         return window_bytes(self._layout, places, places)
 
-    def scratch_bytes(self) -> int:
-        """What a step of as many pictures as there may be takes beside pages and activations, at most."""
+    def scratch_bytes(self, unlike: bool) -> int:
+        """What a step of as many pictures as there may be takes beside pages and activations, at most.
+
+        Its prompts are read before pictures are drawn; a window's scratch stays until the step's end.
+
+        Parameters
+        ----------
+        unlike : bool
+            Whether a row's branches may begin apart.
+        """
         assert self._layout is not None
-        config, pictures = window_config(self._vllm_config), self._vllm_config.scheduler_config.max_num_seqs
+        scheduler, model = self._vllm_config.scheduler_config, self._vllm_config.model_config
+        assert isinstance(model.dtype, torch.dtype)
+        config, pictures = window_config(self._vllm_config), scheduler.max_num_seqs
         windows = 0 if config.window == 1 else min(config.window_rows, pictures)
-        return pictures * decode_bytes(self._layout, self._group) + windows * self._window_bytes()
+        prompts = Prompts(scheduler.max_num_batched_tokens, pictures, model.max_model_len, unlike)
+        read = prefill_bytes(self._layout, self._group, model.dtype, prompts)
+        drawn = pictures * decode_bytes(self._layout, self._group)
+        return max(drawn, read) + windows * self._window_bytes()
 
     @property
     def _group(self) -> int:

@@ -28,9 +28,8 @@ def measured(model: "BranchedImageModel", tokens: int) -> Iterator[None]:
         (size.raster for size in model.image.sizes), key=lambda raster: raster.lines * raster.columns
     )
     device = next(model.parameters()).device
-    scratch = torch.empty(
-        0 if model.compressed is None else model.compressed.scratch_bytes(), dtype=torch.uint8, device=device
-    )
+    wanted = 0 if model.compressed is None else model.compressed.scratch_bytes(model.image.aligns)
+    scratch = torch.empty(wanted, dtype=torch.uint8, device=device)
     yield
     del scratch
     model.vq.decode(torch.zeros(1, raster.lines * raster.columns, dtype=torch.int64, device=device), raster)

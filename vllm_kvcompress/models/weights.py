@@ -38,6 +38,11 @@ _ROPE = re.compile(r"rotary_emb\.inv_freq$")  # tables that old checkpoints carr
 _FLOW = re.compile(r"^vision_gen_(?:enc|dec)_")
 # Of an 8-bit KV cache (kv_cache_scheme), as quantisers name them.
 _CACHE_SCALE = re.compile(r"^language_model\.layers\.\d+\.self_attn\.(?:attn\.|[kv]_proj\.)?[qkv]_scale$")
+# What stands beside or for a quantised layer's weight: compressed-tensors', GPTQ's and AWQ's names.
+_OF_A_QUANTISER = re.compile(
+    r"\.(?:weight_\w+|(?:input|output)_(?:scale|zero_point|global_scale|g_idx)|qweight|qzeros|scales|g_idx)$"
+)
+_DECODER = re.compile(r"^language_model\.layers\.")  # in canonical names: all that may be quantised
 _WITHOUT = f"; {NO_PICTURES} serves the model without pictures in chats"
 
 
@@ -167,6 +172,12 @@ class Ledger:
             name = self._family.canonical_name(original)
         if name is None:
             return None
+        if self._is_outside(name, original):
+            raise CheckpointError(
+                f"tensor {original} is of a quantised layer outside the decoder, served as published only: "
+                "quantise again with that layer in the recipe's ignore (lists: docs/serving.md)"
+                f"{_WITHOUT if name.startswith('vision.') else ''}"
+            )
         if IN_VQ.match(name):
             if self._vq is not None and (known := self._vq.checked_name(original, shape)) is not None:
                 self._seen_vq.add(known)
@@ -196,6 +207,14 @@ class Ledger:
             )
         self._seen.add(name)
         return name
+
+    def _is_outside(self, name: str, original: str) -> bool:
+        """Whether it is what a quantiser made of a layer that is served, but none of the decoder's."""
+        if not self._quantised or name in self._shapes or _DECODER.match(name):
+            return False
+        if not _OF_A_QUANTISER.search(name):
+            return False
+        return not IN_VQ.match(name) or (self._vq is not None and self._vq.own_name(original) is not None)
 
     @property
     def ties(self) -> bool:

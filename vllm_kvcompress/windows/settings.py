@@ -68,8 +68,8 @@ def reserve_places(vllm_config: "VllmConfig") -> None:
 
 
 def _clashes(vllm_config: "VllmConfig") -> tuple[tuple[bool, str], ...]:
-    listed = len(vllm_config.model_config.logits_processors or ())
-    scheduler = vllm_config.scheduler_config
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    listed = len(model.logits_processors or ())
     foreign = scheduler.scheduler_cls not in (None, SCHEDULER)
     return (
         (foreign and not vllm_config.use_v2_model_runner, "another scheduler: drop --scheduler-cls"),
@@ -81,4 +81,9 @@ def _clashes(vllm_config: "VllmConfig") -> tuple[tuple[bool, str], ...]:
             bool(scheduler.async_scheduling) and not vllm_config.use_v2_model_runner,
             "asynchronous scheduling on the V1 model runner: set --no-async-scheduling",
         ),
+        # With these the V2 runner's sampler stays vLLM's (`ImageSampler.adopt`), which takes a row's last
+        # place for its only one.
+        (model.return_sampling_mask, "sampling masks: drop --return-sampling-mask"),
+        (model.enable_trace_replay, "trace replay: drop --enable-trace-replay"),
+        (vllm_config.watermark_config is not None, "watermarks: drop --watermark-config"),
     )
