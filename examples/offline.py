@@ -35,18 +35,21 @@ def main(
     ] = None,
 ) -> None:
     """Draw PROMPT with MODEL."""
+    # One picture with the longest prompt that is let in: vLLM wants memory for the whole context, and
+    # published ones are long.
+    length, token = None, 0
     try:
-        # One picture with the longest prompt that is let in: vLLM wants memory for the whole context, and
-        # published ones are long.
         length, token = sizes(model, prompt=Limits().prompt_tokens)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="model") from None
+    except (ValueError, OSError) as error:
+        if Path(model).exists():
+            raise typer.BadParameter(str(error), param_hint="model") from None
+        # What is wrong with a repository's name or the hub, vLLM says.
     room: dict[str, Any] = {"kv_cache_memory_bytes": kv_cache_memory_bytes}
     if gpu_memory_utilization is not None:
         room["gpu_memory_utilization"] = gpu_memory_utilization
     elif kv_cache_memory_bytes is None and not torch.cuda.is_available():
         # vLLM would take most of the machine's memory.
-        room["kv_cache_memory_bytes"] = max(2**30, (length + BLOCK) * token)
+        room["kv_cache_memory_bytes"] = max(2**30, ((length or 0) + BLOCK) * token)
     llm = LLM(
         model,
         attention_backend="kvcompress" if compressed else None,

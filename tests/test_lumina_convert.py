@@ -160,10 +160,9 @@ def test_what_is_elsewhere_is_asked_for(sources: Sources) -> None:
 def test_a_size_unlike_the_names_is_taken_and_said(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(lumina_convert.logger, "warning", lambda text, *args: said.append(text % args))
-    sources.model = sources.model.rename(sources.model.with_name("Lumina-mGPT-7B-768"))
     sources.convert(size=64)
     assert json.loads((sources.out / "config.json").read_text())["size"] == 64
-    assert said == ["--size: pictures of 64 pixels, where the folder's name says 768"]
+    assert said == ["--size: pictures of 64 pixels, where the folder's name says 32"]
 
 
 def test_the_source_is_not_written_over(sources: Sources) -> None:
