@@ -70,8 +70,7 @@ def test_windows_of_the_v2_runner_draw_the_v1_runners_pictures(
     assert max(own) < TOKENS, "some drafts stood"
     lines = TOKENS // LINE
     cut = (lines - 1) * -(-LINE // WINDOW) + -(-(LINE - 1) // WINDOW)
-    cuts = cache != STOCK and PRESETS[cache].evicts
-    assert truth == [1 + (cut if cuts else -(-(TOKENS - 1) // WINDOW))] * PICTURES
+    assert truth == [1 + (-(-(TOKENS - 1) // WINDOW) if cache == STOCK else cut)] * PICTURES
     took = time.monotonic() - began
     print(
         f"{cache}: {PICTURES} x {TOKENS} tokens the same, twice; {own} steps, then {truth[0]}; {took:.0f} s"
