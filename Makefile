@@ -32,7 +32,8 @@ test-fast: .venv/.ready
 	@$(PY) -m pytest tests -m "not engine" $(PARALLEL)
 
 # By hand: two groups of the benchmark; 300 pictures per preset with aborts in between, four minutes; whole pictures by
-# two ranks, four minutes; ends of servers, four minutes; then 10,000 over HTTP, ten minutes.
+# two ranks, four minutes, and in windows, ten; every family's commands, three; ends of servers, four; then 10,000 over
+# HTTP, ten.
 soak: .venv/.ready
 	@$(PY) -m pytest tests/soak/soak_benchmark.py tests/soak/soak_pictures.py tests/soak/soak_ranks.py tests/soak/soak_windows.py tests/soak/soak_families.py tests/soak/soak_ends.py tests/soak/soak_server.py -rP
 
