@@ -81,7 +81,7 @@ def _clashes(vllm_config: "VllmConfig") -> tuple[tuple[bool, str], ...]:
             bool(scheduler.async_scheduling) and not vllm_config.use_v2_model_runner,
             "asynchronous scheduling on the V1 model runner: set --no-async-scheduling",
         ),
-        # With these, where a vLLM has them, the V2 runner's sampler stays vLLM's (`ImageSampler.adopt`), which
+        # With these, where vLLM has them, the V2 runner's sampler stays vLLM's (`ImageSampler.adopt`), which
         # takes a row's last place for its only one.
         (getattr(model, "return_sampling_mask", False), "sampling masks: drop --return-sampling-mask"),
         (getattr(model, "enable_trace_replay", False), "trace replay: drop --enable-trace-replay"),
