@@ -32,7 +32,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     half = [[head % 2 for head in range(SMALL_24.kv_heads)]] * SMALL_24.layers
     write_profile(folder / "profile.json", half, Raster(LINE, LINE))
-    return make_checkpoint(folder / "model", geometry=SMALL_24, seed=0)
+    # With seed 0, h2o's sums of two tokens come within 6e-8 of each other after nine lines, and products of
+    # more rows at once differ by more: the two go in another order, on V1 too, and the picture changes.
+    return make_checkpoint(folder / "model", geometry=SMALL_24, seed=1)
 
 
 @pytest.mark.slow
