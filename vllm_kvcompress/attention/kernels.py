@@ -30,7 +30,7 @@ class Kernels(NamedTuple):
     verify, commit : callable
         As `window.verify` and `window.commit`; what the one returns only the other understands.
     room, held : callable or None
-        As `triton_window.room`, which `verify` then takes too, and `triton_window.held`: for CUDA graphs.
+        As `triton_room.room`, which `verify` then takes too, and `triton_room.held`: for CUDA graphs.
     """
 
     name: str
@@ -112,11 +112,11 @@ def kernels_for(kernels: Choice, device_type: str, cache_dtype: torch.dtype | No
     name = choose(kernels, device_type, cache_dtype)
     if name == "triton":
         # Triton decides at import whether it compiles or interprets, and other devices need none of it.
-        from vllm_kvcompress.attention import triton_decode, triton_select, triton_window
+        from vllm_kvcompress.attention import triton_decode, triton_room, triton_select, triton_window
 
         shown = "triton (interpreted)" if interpreted() else "triton"
         return Kernels(shown, triton_decode.decode, triton_select.select_all, triton_decode.LIMITS,
-            triton_window.verify, triton_window.commit, triton_window.room, triton_window.held,
+            triton_window.verify, triton_window.commit, triton_room.room, triton_room.held,
         )  # fmt: skip
     if name == "cpu":
         return Kernels(

@@ -6,7 +6,6 @@ stay in scratch memory until it is known which queries count; pages are written 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -23,12 +22,12 @@ from vllm_kvcompress.attention.triton_decode import (
     first_seen,
     longest_first,
 )
-from vllm_kvcompress.attention.triton_kinds import RING, SCORES, KindArgs, of_row, packed, pick, sized
+from vllm_kvcompress.attention.triton_kinds import RING, SCORES, of_row, pick, sized
+from vllm_kvcompress.attention.triton_room import PLACES, Held, Room, kinds_of, scratch
 from vllm_kvcompress.attention.window import WindowPlan
 
-__all__ = ["Room", "commit", "held", "launch_commit", "launch_verify", "room", "verify"]
+__all__ = ["commit", "launch_commit", "launch_verify", "verify"]
 
-PLACES = 16  # of a row at most: the least rows of a matrix product
 NEVER = tl.constexpr(1 << 20)  # a place that no window has
 
 
@@ -220,62 +219,6 @@ def _commit(
     tl.store(at + DIM, to_cache(value, kind.kv.dtype.element_ty), mask=mask)
 
 
-@dataclass
-class Room:
-    """A layer's memory between `verify` and `commit`, at one address whatever the step.
-
-    Parameters
-    ----------
-    k, v : Tensor
-        ``[rows * places, 2 * Hkv, D]``.
-    logits, tops : Tensor
-        As in `Held`.
-    """
-
-    k: Tensor
-    v: Tensor
-    logits: Tensor
-    tops: Tensor
-    group: int
-
-
-@dataclass
-class Held:
-    """A layer between `verify` and `commit`."""
-
-    types: Sequence[HeadType]
-    plan: WindowPlan
-    k: Tensor
-    v: Tensor
-    logits: Tensor
-    tops: Tensor
-    group: int
-
-
-def room(types: Sequence[HeadType], k: Tensor, group: int, rows: int, places: int) -> Room:
-    """Memory for so many rows of a layer; ``k`` has its heads, head size and dtype."""
-    _, _, kept = _kinds(longest_first(types))
-    shape = (rows * places, *k.shape[1:])
-    return Room(
-        torch.empty(shape, dtype=k.dtype, device=k.device),
-        torch.empty(shape, dtype=k.dtype, device=k.device),
-        *_scratch(rows, kept, k, group),
-        group,
-    )
-
-
-def _scratch(rows: int, kept: int, k: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Logits of all queries, and each query's maximum and sum."""
-    logits = torch.empty(rows * kept * PLACES * group, dtype=torch.float32, device=k.device)
-    tops = torch.empty(rows * k.shape[1] * PLACES * group * 2, dtype=torch.float32, device=k.device)
-    return logits, tops
-
-
-def held(types: Sequence[HeadType], plan: WindowPlan, room: Room) -> Held:
-    """What `verify` has left in a room, also where a CUDA graph ran in its place."""
-    return Held(longest_first(types), plan, room.k, room.v, room.logits, room.tops, room.group)
-
-
 def launch_verify(
     q: Tensor, k: Tensor, v: Tensor, types: Sequence[HeadType], plan: WindowPlan, scale: float, out: Tensor,
     room: Room | None = None,
@@ -287,10 +230,10 @@ def launch_verify(
     types = longest_first(types)
     group, dim = q.shape[1] // k.shape[1], q.shape[2]
     check_inputs(q, k, v, types, out, group)
-    kinds, align, kept = _kinds(types)
+    kinds, align, kept = kinds_of(types)
     rows = len(plan.rows)
     if room is None:
-        held = Held(types, plan, k, v, *_scratch(rows, kept, k, group), group)
+        held = Held(types, plan, k, v, *scratch(rows, kept, k, group), group)
     else:
         k, v = room.k[: len(k)].copy_(k), room.v[: len(v)].copy_(v)
         held = Held(types, plan, k, v, room.logits, room.tops, group)
@@ -323,7 +266,7 @@ def verify(
 
 def launch_commit(held: Held, standing: Tensor) -> Launch:
     """`commit`'s launch for one layer; ``standing`` [rows] on the device."""
-    kinds, align, kept = _kinds(held.types)
+    kinds, align, kept = kinds_of(held.types)
     k, v, dim = held.k, held.v, held.k.shape[2]
     constants = {
         "TYPES": len(kinds), "ALIGN": align, "GROUP": held.group, "DIM": dim,
@@ -346,11 +289,3 @@ def commit(layers: Sequence[Held], standing: Sequence[int] | Tensor) -> None:
     for held in layers:
         launch = launch_commit(held, on_device)
         _commit[launch.grid](*launch.args, **launch.constants)
-
-
-def _kinds(types: Sequence[HeadType]) -> tuple[tuple[KindArgs, ...], int, int]:
-    """As `packed`; scratch memory in lines of PLACES queries."""
-    return packed(
-        types,
-        lambda kind: kind.pages.kv.shape[1] * (kind.capacity + PLACES) if kind.scores else 0,
-    )
