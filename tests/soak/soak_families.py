@@ -20,7 +20,7 @@ from vllm_kvcompress.testing.checkpoints import GQA, make_checkpoint
 from vllm_kvcompress.testing.emu3 import make_emu3
 from vllm_kvcompress.testing.llamagen import LlamaGenGeometry, make_llamagen
 from vllm_kvcompress.testing.lumina import make_lumina
-from vllm_kvcompress.testing.server import Server
+from vllm_kvcompress.testing.server import Server, ServerError
 
 CLASSES = LlamaGenGeometry(classes=1000, grid=6)
 # By family: how a checkpoint is made, the size to ask for, a prompt.
@@ -74,7 +74,10 @@ def test_calibrate_inspect_serve_draw(tmp_path: Path, profiles: dict[str, Path],
     assert f"guided KL {divergence:.2g}" in line
     assert "Calibrating" not in log.read_text()
     for other in list(profiles.values())[:1]:
-        with pytest.raises(Exception, match="ended"), Server(folder, log, arguments(other), name="model"):
+        with (
+            pytest.raises(ServerError, match="did not start"),
+            Server(folder, log, arguments(other), name="model"),
+        ):
             pass
         last = log.read_text().splitlines()[-1]
         assert "head_profile: " in last
