@@ -39,11 +39,12 @@ def main(
     # published ones are long.
     length, token = None, 0
     try:
-        length, token = sizes(model, prompt=Limits().prompt_tokens)
+        if Path(model).exists() or "/" in model:
+            length, token = sizes(model, prompt=Limits().prompt_tokens)
     except (ValueError, OSError) as error:
         if Path(model).exists():
             raise typer.BadParameter(str(error), param_hint="model") from None
-        # What is wrong with a repository's name or the hub, vLLM says.
+        # What is wrong with a repository or the hub, vLLM says.
     room: dict[str, Any] = {"kv_cache_memory_bytes": kv_cache_memory_bytes}
     if gpu_memory_utilization is not None:
         room["gpu_memory_utilization"] = gpu_memory_utilization
