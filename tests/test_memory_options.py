@@ -85,7 +85,7 @@ def test_offline_takes_what_a_picture_takes(
     asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch, token: int, memory_bytes: int
 ) -> None:
     monkeypatch.setattr(engine, "sizes", lambda *args, **kwargs: (10_000, token))
-    offline("model", "a cat")
+    offline("some/model", "a cat")
     assert memory(asked) == {"kv_cache_memory_bytes": memory_bytes}
 
 
