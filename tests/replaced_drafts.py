@@ -3,11 +3,14 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.windows.v2 import Known
 
 
 @contextmanager
@@ -35,7 +38,7 @@ def replaced(how: Mapping[str, Any] | None, truth: Mapping[tuple[int, ...], Sequ
         samples: Tensor,
         counts: Tensor,
         stands: Tensor,
-        known: Tensor,
+        known: "Known",
         places: Tensor,
         prefix: Tensor,
         *more: Any,
@@ -48,7 +51,8 @@ def replaced(how: Mapping[str, Any] | None, truth: Mapping[tuple[int, ...], Sequ
             case "truth":
                 for row in range(len(drafts)):
                     first = int(places[row] + 1 + stands[row] - prefix[row])
-                    told = truth[tuple(known[row, : prefix[row]].tolist())][first:][: drafts.shape[1]]
+                    prompt = known.table[known.slots[row], : prefix[row]].tolist()
+                    told = truth[tuple(prompt)][first:][: drafts.shape[1]]
                     drafts[row, : len(told)] = torch.tensor(told)
         return drafts
 

@@ -26,7 +26,7 @@ from vllm_kvcompress.attention.prefill_plan import PrefillPlan
 from vllm_kvcompress.attention.window import FixedPlan, WindowPlan
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.rows import request_rows
-from vllm_kvcompress.windows.settings import longest, window_config
+from vllm_kvcompress.windows.settings import longest, most_rows, window_config
 
 
 @dataclass
@@ -86,7 +86,7 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
         self._kind = CACHES.index(layer_names[0])
         support, config = self.get_cudagraph_support(vllm_config, kv_cache_spec), window_config(vllm_config)
         self._places = longest(config) if support is AttentionCGSupport.UNIFORM_BATCH else 0
-        self._window_rows = min(config.window_rows, vllm_config.scheduler_config.max_num_seqs)
+        self._window_rows = most_rows(config, vllm_config)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> StepPlan:
         """As `build`; a batch of several tokens a row is one of windows, which has no requests yet."""
@@ -154,14 +154,9 @@ class StepPlanner(AttentionMetadataBuilder[StepPlan]):
             counts, lengths = self.rows.window_counts[mine], self.rows.window_lengths[mine]
             torch.sub(starts[1:][mine], starts[:-1][mine], out=counts)
             lengths.copy_(torch.where(counts > 0, every.length[mine] - counts + 1, 0))
-            rows = Plan(
-                every.prefix[mine],
-                lengths,
-                *(None if x is None else x[mine] for x in (every.begins, every.size)),
-            )
+            rows = replace(every.of(mine), length=lengths)
             window = FixedPlan.of(self._places, starts[:-1][mine], counts, rows)
-            none = self.rows.token_rows[:0]
-            nobody = Plan(every.prefix[:0], every.length[:0])
+            none, nobody = self.rows.token_rows[:0], every.of(slice(0))
             made = StepPlan(m.query_start_loc, table, none, none, nobody, None, window)
             self.rows.shared_plan = self._places, made
         self.rows.fixed[self._kind] = made

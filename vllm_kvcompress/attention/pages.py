@@ -141,8 +141,8 @@ class Plan:
     begins: Tensor | None = None
     size: Tensor | None = None
 
-    def of(self, rows: Tensor) -> "Plan":
-        """The same of these rows, [n] integer."""
+    def of(self, rows: Tensor | slice) -> "Plan":
+        """The same of these rows, [n] integer; a slice's are views."""
         begins, size = (None if x is None else x[rows] for x in (self.begins, self.size))
         return Plan(self.prefix[rows], self.length[rows], begins, size)
 

@@ -15,13 +15,11 @@ PLACES = 16  # of a row at most: the least rows of a matrix product
 
 
 @dataclass
-class Held:
-    """A layer between `triton_window.verify` and `commit`.
+class Room:
+    """A layer's memory between `triton_window.verify` and `commit`.
 
     Parameters
     ----------
-    types : Sequence[HeadType]
-        Longest first.
     k, v : Tensor
         ``[tokens, 2 * Hkv, D]`` of the step.
     logits : Tensor
@@ -32,8 +30,6 @@ class Held:
         Query heads per KV head.
     """
 
-    types: Sequence[HeadType]
-    plan: WindowPlan
     k: Tensor
     v: Tensor
     logits: Tensor
@@ -42,18 +38,16 @@ class Held:
 
 
 @dataclass
-class Room:
-    """A layer's memory for a `Held`, at one address whatever the step; fields as there."""
+class Held:
+    """A layer between them: its head types, longest first, the rows with drafts, and what `verify` left."""
 
-    k: Tensor
-    v: Tensor
-    logits: Tensor
-    tops: Tensor
-    group: int
+    types: Sequence[HeadType]
+    plan: WindowPlan
+    room: Room
 
 
 def room(types: Sequence[HeadType], k: Tensor, group: int, rows: int, places: int) -> Room:
-    """Memory for so many rows of a layer; ``k`` has its heads, head size and dtype."""
+    """For so many rows of a layer, whatever the step; ``k`` has its heads, head size and dtype."""
     _, _, kept = kinds_of(longest_first(types))
     shape = (rows * places, *k.shape[1:])
     return Room(
@@ -66,7 +60,7 @@ def room(types: Sequence[HeadType], k: Tensor, group: int, rows: int, places: in
 
 def held(types: Sequence[HeadType], plan: WindowPlan, room: Room) -> Held:
     """What `triton_window.verify` has left in a room, also where a CUDA graph ran in its place."""
-    return Held(longest_first(types), plan, room.k, room.v, room.logits, room.tops, room.group)
+    return Held(longest_first(types), plan, room)
 
 
 def scratch(rows: int, kept: int, k: Tensor, group: int) -> tuple[Tensor, Tensor]:

@@ -233,10 +233,9 @@ def launch_verify(
     kinds, align, kept = kinds_of(types)
     rows = len(plan.rows)
     if room is None:
-        held = Held(types, plan, k, v, *scratch(rows, kept, k, group), group)
+        room = Room(k, v, *scratch(rows, kept, k, group), group)
     else:
         k, v = room.k[: len(k)].copy_(k), room.v[: len(v)].copy_(v)
-        held = Held(types, plan, k, v, room.logits, room.tops, group)
     width = max(16, triton.next_power_of_2(dim))
     one = group == 1
     block = max(16, 8192 // (width * q.element_size() * (1 if one else 2)))
@@ -247,11 +246,12 @@ def launch_verify(
     }  # fmt: skip
     strides = [stride for x in (q, k, v, out) for stride in x.stride()[:2]]
     args = (
-        kinds, q, k, v, out, held.logits, held.tops, *plan.on_device, plan.prefix,
+        kinds, q, k, v, out, room.logits, room.tops, *plan.on_device, plan.prefix,
         plan.length, *(plan.prefix if x is None else x for x in (plan.begins, plan.size)), *strides, kept,
         k.shape[1], scale * LOG2E,
     )  # fmt: skip
-    return Launch((sum(len(kind.head_index) for kind in types), rows), args, constants), held
+    launch = Launch((sum(len(kind.head_index) for kind in types), rows), args, constants)
+    return launch, Held(types, plan, room)
 
 
 def verify(
@@ -267,15 +267,15 @@ def verify(
 def launch_commit(held: Held, standing: Tensor) -> Launch:
     """`commit`'s launch for one layer; ``standing`` [rows] on the device."""
     kinds, align, kept = kinds_of(held.types)
-    k, v, dim = held.k, held.v, held.k.shape[2]
+    plan, room = held.plan, held.room
+    k, v, dim = room.k, room.v, room.k.shape[2]
     constants = {
-        "TYPES": len(kinds), "ALIGN": align, "GROUP": held.group, "DIM": dim,
+        "TYPES": len(kinds), "ALIGN": align, "GROUP": room.group, "DIM": dim,
         "WIDTH": max(16, triton.next_power_of_2(dim)), "PLACES": PLACES, "TILE": 128, "num_warps": 4,
-        **sized(held.plan.size),
+        **sized(plan.size),
     }  # fmt: skip
-    plan = held.plan
     args = (
-        kinds, k, v, held.logits, held.tops, plan.on_device[0], standing, plan.prefix, plan.length,
+        kinds, k, v, room.logits, room.tops, plan.on_device[0], standing, plan.prefix, plan.length,
         plan.prefix if plan.size is None else plan.size, *k.stride()[:2], *v.stride()[:2], kept, k.shape[1],
     )  # fmt: skip
     return Launch((sum(len(kind.head_index) for kind in held.types), len(plan.rows)), args, constants)
@@ -285,7 +285,7 @@ def commit(layers: Sequence[Held], standing: Sequence[int] | Tensor) -> None:
     """As `window.commit`; ``standing`` may be on the device."""
     if not layers:
         return
-    on_device = torch.as_tensor(standing, device=layers[0].k.device)
+    on_device = torch.as_tensor(standing, device=layers[0].room.k.device)
     for held in layers:
         launch = launch_commit(held, on_device)
         _commit[launch.grid](*launch.args, **launch.constants)

@@ -23,7 +23,7 @@ from vllm_kvcompress.cache.spec import HeadTypeSpec
 from vllm_kvcompress.cache.window_steps import WindowSteps
 from vllm_kvcompress.config import MAX_WINDOW as LANES
 from vllm_kvcompress.log import logger_for
-from vllm_kvcompress.windows.settings import describe, longest, window_config
+from vllm_kvcompress.windows.settings import describe, longest, most_rows, window_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -187,7 +187,7 @@ class CompressedCache(nn.Module):
         scheduler, model = self._vllm_config.scheduler_config, self._vllm_config.model_config
         assert isinstance(model.dtype, torch.dtype)
         config, pictures = window_config(self._vllm_config), scheduler.max_num_seqs
-        windows = 0 if config.window == 1 else min(config.window_rows, pictures)
+        windows = 0 if config.window == 1 else most_rows(config, self._vllm_config)
         prompts = Prompts(scheduler.max_num_batched_tokens, pictures, model.max_model_len, unlike)
         read = prefill_bytes(self._layout, self._group, model.dtype, prompts)
         drawn = pictures * decode_bytes(self._layout, self._group)

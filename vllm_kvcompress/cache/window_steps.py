@@ -13,7 +13,7 @@ from vllm_kvcompress.attention.kernels import Kernels
 from vllm_kvcompress.attention.pages import HeadType, Plan
 from vllm_kvcompress.attention.window import FixedPlan, WindowPlan
 from vllm_kvcompress.rows import RequestRows, request_rows
-from vllm_kvcompress.windows.settings import longest, window_config
+from vllm_kvcompress.windows.settings import longest, most_rows, window_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -120,8 +120,8 @@ class WindowSteps:
     def _room(self, layer: int, mine: list[HeadType], k: Tensor, group: int, kernels: Kernels) -> Any:
         if layer not in self._rooms:
             config = window_config(self._vllm_config)
-            rows = min(config.window_rows, self._vllm_config.scheduler_config.max_num_seqs)
             assert kernels.room is not None
+            rows = most_rows(config, self._vllm_config)
             self._rooms[layer] = kernels.room(mine, k, group, rows, longest(config))
         return self._rooms[layer]
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from vllm_kvcompress.models.checkpoint import INDEX, weight_files
 from vllm_kvcompress.models.fingerprint import Fingerprint
 from vllm_kvcompress.models.vq import IN_VQ
@@ -26,7 +28,7 @@ def stored_fingerprint(model: str, revision: str | None, hf_config: Any) -> str:
         if not files or not all(file.is_file() for file in files):
             return ""
         return _fingerprint(files, hf_config)
-    except (CheckpointError, OSError):
+    except (CheckpointError, SafetensorError, OSError):
         return ""
 
 
@@ -45,17 +47,12 @@ def _folder(model: str, revision: str | None) -> Path | None:
 
 
 def _fingerprint(files: list[Path], hf_config: Any) -> str:
-    from safetensors import SafetensorError, safe_open
-
     ledger, mark = Ledger(hf_config), Fingerprint()
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:  # maps the file: what is sampled is read
-                for original in opened.keys():  # noqa: SIM118 - not a mapping
-                    tensor = opened.get_tensor(original)
-                    name = ledger.take(original, tuple(tensor.shape), tensor)
-                    if name is not None and not IN_VQ.match(name):
-                        mark.add(name, tensor)
-        except SafetensorError as error:
-            raise CheckpointError(str(error)) from None
+        with safe_open(file, framework="pt") as opened:  # maps the file: what is sampled is read
+            for original in opened.keys():  # noqa: SIM118 - not a mapping
+                tensor = opened.get_tensor(original)
+                name = ledger.take(original, tuple(tensor.shape), tensor)
+                if name is not None and not IN_VQ.match(name):
+                    mark.add(name, tensor)
     return str(mark)

@@ -33,6 +33,8 @@ from vllm_kvcompress.windows.settings import reserve_places
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
+    from vllm_kvcompress.heads.profile import HeadProfile
+
 logger = logger_for(__name__)
 
 ATTENTION_OP = "vllm::kvcompress_attend"
@@ -90,8 +92,9 @@ class JanusConfigCheck(VerifyAndUpdateConfig):
         for line in unread(config):
             logger.info("%s", line)
         if is_compressed(vllm_config):
-            check_conflicts(vllm_config, image_model(model_config).rasters)
-            check_weights(vllm_config)
+            profile = check_conflicts(vllm_config, image_model(model_config).rasters)
+            if profile is not None:
+                check_weights(vllm_config, profile)
             compilation = vllm_config.compilation_config
             if current_platform.is_cuda_alike() and compilation.splitting_ops is None:
                 # Piecewise CUDA graphs must not swallow the cache's bookkeeping. vLLM's own operations stay
@@ -177,8 +180,11 @@ def check_context(model_config: "ModelConfig") -> None:
             )
 
 
-def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> None:
-    """Refuse, in one line, what the compressed cache can't be combined with, or not on these grids."""
+def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> "HeadProfile | None":
+    """Refuse, in one line, what the compressed cache can't be combined with, or not on these grids.
+
+    Returns the head profile that is named, if one is read: its weights are for `check_weights`.
+    """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     config = parse_config(vllm_config.additional_config)
@@ -189,7 +195,7 @@ def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> Non
             of_which = f", of pictures of {raster.name}" if len(rasters) > 1 else ""
             raise ValueError(f"{error}{of_which}") from None
     text = vllm_config.model_config.hf_config.get_text_config()
-    kv_heads = text.num_key_value_heads
+    kv_heads, profile = text.num_key_value_heads, None
     if config.head_profile != AUTO and config.policy.types in PROFILED:
         from vllm_kvcompress.heads.profile import HeadProfile  # where such a model is served, not before
 
@@ -233,24 +239,21 @@ def check_conflicts(vllm_config: "VllmConfig", rasters: Sequence[Raster]) -> Non
     for clash, mend in refused:
         if clash:
             raise ValueError(f"--attention-backend kvcompress does not work with {mend}")
+    return profile
 
 
-def check_weights(vllm_config: "VllmConfig") -> None:
-    """Refuse, in one line, a named head profile of other weights than those on the disk.
+def check_weights(vllm_config: "VllmConfig", profile: "HeadProfile") -> None:
+    """Refuse, in one line, a head profile of other weights than those on the disk.
 
     Where that can't be told yet (a model to be downloaded, pickled weights), it is when they are loaded.
     """
-    config, served_model = parse_config(vllm_config.additional_config), vllm_config.model_config
-    named = config.head_profile != AUTO and config.policy.types in PROFILED
-    if not named or str(vllm_config.load_config.load_format) not in READ:
+    if str(vllm_config.load_config.load_format) not in READ:
         return
-    from vllm_kvcompress.heads.profile import HeadProfile
     from vllm_kvcompress.models.stored import stored_fingerprint
 
-    mark = stored_fingerprint(served_model.model, served_model.revision, served_model.hf_config)
-    text = served_model.hf_config.get_text_config()
-    profile = HeadProfile.load(config.head_profile)
-    profile.check_model("", mark, text.num_hidden_layers, text.num_key_value_heads)
+    model = vllm_config.model_config
+    mark = stored_fingerprint(model.model, model.revision, model.hf_config)
+    profile.check_model("", mark, profile.layers, profile.kv_heads)
 
 
 def resolve_tokens(model_config: "ModelConfig", settings: ModelSettings) -> None:

@@ -46,11 +46,16 @@ def describe(vllm_config: "VllmConfig", bytes_per_row: int = 0) -> str:
     how = (
         f"to {places} tokens a step, what pays (auto)" if config.window == AUTO else f"{places} tokens a step"
     )
-    rows = min(config.window_rows, vllm_config.scheduler_config.max_num_seqs)
+    rows = most_rows(config, vllm_config)
     return (
         f"Windows: {how}, with up to {config.window_rows} pictures at once; "
         f"scratch {rows * bytes_per_row:,} bytes at most."
     )
+
+
+def most_rows(config: CompressionConfig, vllm_config: "VllmConfig") -> int:
+    """Pictures that may have windows at once."""
+    return min(config.window_rows, vllm_config.scheduler_config.max_num_seqs)
 
 
 def longest(config: CompressionConfig) -> int:

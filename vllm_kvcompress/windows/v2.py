@@ -63,11 +63,6 @@ class Known:
         """As a tensor's, along positions (``dim`` 1): ``[rows, n]`` -> ids at these."""
         return self.table[self.slots[:, None], positions]
 
-    def __getitem__(self, cell: tuple[int, int | slice]) -> Tensor:
-        """A row's ids at a position, or at some."""
-        row, positions = cell
-        return self.table[self.slots[row], positions]
-
 
 def standing(samples: Tensor, inputs: Tensor, counts: Tensor, limit: Tensor) -> Tensor:
     """How many samples stand.
