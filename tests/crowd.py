@@ -107,11 +107,21 @@ class Crowd:
         while not all(told.sent or told.ended for told in self.told):
             time.sleep(0.01)
 
+    def wait_heard(self) -> None:
+        """Until somebody has heard something: an answer or a partial picture."""
+        while not any(told.partials or told.ended for told in self.told):
+            time.sleep(0.01)
+
     def wait(self) -> list[Told]:
         """What all were told."""
         for thread in self._threads:
             thread.join()
         return self.told
+
+
+def wait_taken(url: str) -> None:
+    """Until a server's one front end has read all that was sent to it before: it reads in turn."""
+    httpx.get(f"{url}/health", timeout=60)
 
 
 MIXED = [

@@ -300,6 +300,35 @@ async def test_who_waits_for_an_engine_that_was_stopped_is_told() -> None:
     engine.output_handler.cancel()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_an_engine_of_its_own_reads_first_what_it_was_sent(
+    is_late: bool, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It aborts what it reads after it was told to end; one that does not answer is told all the same."""
+    monkeypatch.setattr(drain, "TAKE_S", 0.2)
+    engine, asked = Shared(owner=True), []
+    engine.output_handler = asyncio.create_task(asyncio.sleep(60))  # type: ignore[attr-defined]
+    engine.output_processor = SimpleNamespace(  # type: ignore[attr-defined]
+        propagate_error=lambda error: None, has_unfinished_requests=lambda: False
+    )
+
+    async def call(name: str) -> list[bool]:
+        assert not engine.ended
+        assert drain.is_draining(engine)  # type: ignore[arg-type]
+        asked.append(name)
+        await asyncio.sleep(60 if is_late else 0.05)
+        return [False]
+
+    engine.engine_core.call_utility_all_async = call
+    await asyncio.to_thread(engine.shutdown, 60)
+    engine.output_handler.cancel()  # type: ignore[attr-defined]
+    assert asked == ["is_sleeping"]
+    [left] = engine.ended
+    assert left is not None
+    assert left <= (59.8 if is_late else 59.95)
+    assert len(told) == is_late
+
+
 @pytest.mark.parametrize(
     ("code", "lasts", "waits", "says_so", "crashed"),
     [(-9, 0, True, False, True), (1, 0, True, False, True), (0, 0, True, False, False),

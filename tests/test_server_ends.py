@@ -15,7 +15,7 @@ import httpx
 import preloaded
 import psutil
 import pytest
-from crowd import MIXED, WORDS, Crowd, Told, Writer, ask
+from crowd import MIXED, WORDS, Crowd, Told, Writer, ask, wait_taken
 
 from vllm_kvcompress.serving.drain import SHUTTING_DOWN
 from vllm_kvcompress.testing.server import Server
@@ -52,14 +52,27 @@ def start(
 def crowded(server: Server) -> Iterator[tuple[Crowd, list[Told], psutil.Process]]:
     """Clients in the midst of things, what they were told in peace, and the server's process."""
     with server:
+        assert server.process is not None
+        process = psutil.Process(server.process.pid)
         before = Crowd(server.url, MIXED).wait()
         assert all(told.whole for told in before)
-        crowd = Crowd(server.url, MIXED * 2)
-        crowd.wait_sent()
-        time.sleep(0.3)
+        with held(process):
+            crowd = Crowd(server.url, MIXED * 2)
+            crowd.wait_sent()
+        crowd.wait_heard()
         assert crowd.unanswered
-        assert server.process is not None
-        yield crowd, before * 2, psutil.Process(server.process.pid)
+        yield crowd, before * 2, process
+
+
+@contextmanager
+def held(process: psutil.Process) -> Iterator[None]:
+    """The server's engine draws nothing meanwhile: on a quiet machine it may be done before we are."""
+    engine = child(process, "VLLM::EngineCore")
+    engine.suspend()
+    try:
+        yield
+    finally:
+        engine.resume()
 
 
 def child(process: psutil.Process, name: str) -> psutil.Process:
@@ -75,15 +88,14 @@ def exit_status(server: Server) -> int:
 
 def test_a_drain_finishes_and_answers_every_picture(start: Callable[..., Server]) -> None:
     """With the full cache; compressed ones drain in test_server_states and test_data_parallel."""
-    # A token a step: with windows so few pictures may be drawn before anybody has come late.
-    slow = ("--additional-config", '{"kvcompress": {"window": 1}}')
-    server = start("drain", "--shutdown-timeout", "60", *slow)
+    server = start("drain", "--shutdown-timeout", "60")
     with crowded(server) as (crowd, before, process):
-        words = Writer(server.url)
-        time.sleep(0.3)  # taken in
-        os.kill(process.pid, signal.SIGTERM)
-        time.sleep(0.3)
-        late = ask(server.url, seed=1)
+        with held(process):
+            words = Writer(server.url)
+            wait_taken(server.url)
+            os.kill(process.pid, signal.SIGTERM)
+            time.sleep(0.3)
+            late = ask(server.url, seed=1)
         assert late.status == 503, late
         assert "shutting down" in (late.error or "")
         told = crowd.wait()
@@ -109,8 +121,10 @@ def test_a_drain_that_is_over_before_its_pictures(start: Callable[..., Server], 
         crowd.wait_sent()
         time.sleep(0.3)
         assert server.process is not None
-        os.kill(server.process.pid, signal.SIGTERM)
-        asked = time.monotonic()
+        with held(psutil.Process(server.process.pid)):
+            os.kill(server.process.pid, signal.SIGTERM)
+            asked = time.monotonic()
+            time.sleep(limit / 2)
         for one in crowd.wait():
             assert one.clean, one
             assert one.ended - asked < limit + CLEAN_S, one
@@ -131,13 +145,13 @@ def test_a_crash_is_told_to_everybody(start: Callable[..., Server], name: str) -
 
 
 def test_a_server_that_is_stopped_leaves_nobody_hanging(start: Callable[..., Server]) -> None:
-    slow = ("--additional-config", '{"kvcompress": {"window": 1}}')  # or all are answered by then
-    server = start("stop", *COMPRESSED, *slow)
+    server = start("stop", *COMPRESSED)
     with crowded(server) as (crowd, before, process):
-        words = Writer(server.url)
-        time.sleep(0.15)  # taken in, and not answered: a quiet machine is fast
-        process.send_signal(signal.SIGTERM)
-        stopped = time.monotonic()
+        with held(process):
+            words = Writer(server.url)
+            wait_taken(server.url)
+            process.send_signal(signal.SIGTERM)
+            stopped = time.monotonic()
         told_in_time(crowd, before, stopped)
         answer = words.hear()  # vLLM's own routes too
         assert answer.get("error", {}).get("message") == SHUTTING_DOWN, answer

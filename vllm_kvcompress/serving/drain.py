@@ -11,6 +11,7 @@ However it ends, vLLM then cancels the task that hands answers out, and tells no
 a call to the workers.
 """
 
+import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 SHUTTING_DOWN = "the server is shutting down: ask again, or another server"
 CLOSE = (b"connection", b"close")
 LOOK_S = 0.1  # between two looks whether somebody is still answered
+TAKE_S = 5.0  # for an engine to take in what was sent before: a step, of which the longest reads prompts
 GONE_S = 1.0  # after an engine's end: what it said last is still on its way
 LEAVE_S = 1.0  # for requests of connections that this process has just accepted
 MARGIN_S = 5.0  # before the parent kills this process, at most half the timeout: who waits is told
@@ -89,6 +91,10 @@ class Drain:
                     Exception
                 ):  # of vLLM's insides that `Listening` reads: whatever it is, the engine is stopped
                     logger.exception("A drain has failed; the server ends")
+            elif self._manager is not None and not was_dead:
+                timeout -= self._wait_taken(min(TAKE_S, timeout / 2))
+        elif not was_dead:  # before the engine ends texts as if they were whole
+            self._tell_who_waits()
         # A dead engine ends the HTTP server, and this is called again while it still waits for the process.
         has_failed = was_dead and self._stops
         began, self._stops = time.monotonic(), True
@@ -102,6 +108,26 @@ class Drain:
                 self._crashed()
         if not was_dead:
             self._tell_who_waits()
+
+    def _wait_taken(self, limit: float) -> float:
+        """Let the engine take in what it was sent, and give the seconds that this took.
+
+        vLLM's engine aborts what it reads after it was told to end (``vllm/v1/engine/core.py``,
+        ``_reject_add_in_shutdown``): a text of the moment before would be answered with no tokens and a 200.
+        It reads in turn, so what it answers now stands behind all of that.
+        """
+        handler: Any = getattr(self._engine, "output_handler", None)
+        ask = getattr(getattr(self._engine, "engine_core", None), "call_utility_all_async", None)
+        if handler is None or ask is None:  # nobody has asked for anything yet; or another engine client
+            return 0
+        began = time.monotonic()
+        answer = asyncio.run_coroutine_threadsafe(ask("is_sleeping"), handler.get_loop())
+        try:
+            answer.result(limit)
+        except Exception as error:  # late, or of an engine that has just died: it is stopped all the same
+            answer.cancel()
+            logger.warning("The engine did not answer before it was stopped: %r", error)
+        return time.monotonic() - began
 
     @property
     def _has_failed(self) -> bool:
