@@ -120,8 +120,9 @@ class Crowd:
 
 
 def wait_taken(url: str) -> None:
-    """Until a server's one front end has read all that was sent to it before: it reads in turn."""
+    """Until a server's one front end has read all that was sent to it before, in turn, and let it in."""
     httpx.get(f"{url}/health", timeout=60)
+    time.sleep(0.2)
 
 
 MIXED = [

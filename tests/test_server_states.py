@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import preloaded
 import pytest
-from crowd import PATH, Crowd, Told, ask
+from crowd import PATH, Crowd, Told, ask, wait_taken
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
@@ -78,7 +78,7 @@ class Site:
         process = self.server.process
         assert process is not None
         crowd.wait_sent()
-        time.sleep(0.2)
+        wait_taken(self.url)
         os.kill(process.pid, signal.SIGTERM)
         for told in crowd.wait():
             self.same(told)
