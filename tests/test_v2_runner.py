@@ -162,6 +162,7 @@ def jobs(model: Path) -> list[dict[str, Any]]:
                 max_num_batched_tokens=48,
             ),
             **drafted,
+            "ahead": True,
         },
         {
             **compressed(
@@ -173,7 +174,10 @@ def jobs(model: Path) -> list[dict[str, Any]]:
             ),
             **drafted,
         },
-        compressed("torch windows", [mixed], preset="line_ar", budget=0.5, kernels="torch", window=3),
+        {
+            **compressed("torch windows", [mixed], preset="line_ar", budget=0.5, kernels="torch", window=3),
+            "ahead": True,
+        },
     ]
 
 
@@ -198,6 +202,8 @@ def test_each_process_ran_its_runner(drawn: Drawn) -> None:
         ("v2", "vllm.v1.worker.cpu.model_runner"),
     ):
         assert {engine["runner"] for engine in drawn[runner].values()} == {module}
+    ahead = {name for name, engine in drawn["v2"].items() if engine["ahead"]}
+    assert ahead == {"windows", "torch windows"}, "steps scheduled before the last one's tokens are known"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -133,7 +133,8 @@ class ImageScheduler(AsyncScheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         if self._windows is None:
             return super().schedule(throttle_prefills)
-        self._windows.reserve(self.running, self._prefixes)
+        waiting = bool(self.waiting) and len(self.running) < self.max_num_running_reqs
+        self._windows.reserve(self.running, self._prefixes, waiting=waiting)
         output = super().schedule(throttle_prefills)
         self._windows.scheduled(output)
         return output
