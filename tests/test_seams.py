@@ -63,7 +63,8 @@ HOOKS = {
         "__init__ build build_for_cudagraph_capture get_cudagraph_support"
     ),
     "vllm_kvcompress.scheduler:ImageScheduler": (
-        "_free_request add_request schedule update_from_output make_spec_decoding_stats"
+        "_free_request add_request schedule update_from_output make_spec_decoding_stats "
+        "_update_request_with_output"
     ),
     "vllm_kvcompress.requests_v2:JanusModelState": (
         "__init__ add_request remove_request prepare_attn prepare_inputs custom_sampler"
