@@ -49,9 +49,10 @@ class EngineProcess:
         before the next; ``preempt``, steps of a wave at which all running requests lose their blocks;
         ``look``, steps before which is asked what is kept; ``drafts``, for each wave what
         `replaced_drafts.replaced` takes, its truth being what the same prompts drew before; ``as_ranks``, the
-        number of ranks that one process plans its heads for. A request: ``ids`` (prompt), ``params`` (of
-        ``SamplingParams``), ``at`` (step of the wave at which it enters, default 0), ``abort`` (step at which
-        it is given up, default never), ``photos`` (width and height of pictures of noise in the prompt).
+        number of ranks that one process plans its heads for; ``ahead``, whether the V2 runner's next step is
+        scheduled before the last one's tokens are known, as on GPUs. A request: ``ids`` (prompt), ``params``
+        (of ``SamplingParams``), ``at`` (step of the wave at which it enters, default 0), ``abort`` (step at
+        which it is given up, default never), ``photos`` (width and height of pictures of noise in a prompt).
     script : str
         What the process runs, beside this file.
     """
@@ -80,8 +81,9 @@ class EngineProcess:
         -------
         dict
             By engine: ``waves``, for each a list of token ids per request (None if given up); ``runner``,
-            the module of its model runner; ``preempted``, how often a request lost its blocks; ``held``, for
-            each wave what its requests' ends reported; ``seen``, for each wave, see `draw`.
+            the module of its model runner; ``preempted``, how often a request lost its blocks; ``ahead``,
+            whether steps were scheduled ahead; ``held``, for each wave what its requests' ends reported;
+            ``seen``, for each wave, see `draw`.
         """
         try:
             code = self._process.wait(LIMIT_S)
@@ -168,7 +170,7 @@ def run(engines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     for job in engines:
         held: list[Any] = []
         seen: list[list[Any]] = []
-        with _planned_for(job.get("as_ranks")):
+        with _planned_for(job.get("as_ranks")), _ahead(job.get("ahead", False)):
             engine = LLM(**job["args"]).llm_engine
         scheduler = engine.engine_core.engine_core.scheduler
         preempted = _count(scheduler, "_preempt_request")
@@ -189,6 +191,7 @@ def run(engines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             "waves": waves,
             "runner": engine.collective_rpc(_runner)[0],
             "preempted": len(preempted),
+            "ahead": engine.engine_core.engine_core.batch_queue is not None,
             "held": held,
             "seen": seen,
         }
@@ -215,6 +218,19 @@ def _planned_for(ranks: int | None) -> Any:
     assign = compression.assign if ranks is None else lambda *args: original(*args[:-1], ranks)
     original = compression.assign
     return mock.patch.object(compression, "assign", assign)
+
+
+def _ahead(asked: bool) -> Any:
+    """While engines start: asynchronous scheduling, which vLLM has on GPUs; on CPUs it takes it away."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def checked(cls: Any, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asked and vllm_config.use_v2_model_runner
+
+    return mock.patch.object(CpuPlatform, "check_and_update_config", classmethod(checked))
 
 
 def _count(owner: Any, method: str) -> list[None]:

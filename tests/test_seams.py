@@ -63,7 +63,8 @@ HOOKS = {
         "__init__ build build_for_cudagraph_capture get_cudagraph_support"
     ),
     "vllm_kvcompress.scheduler:ImageScheduler": (
-        "_free_request add_request schedule update_from_output make_spec_decoding_stats"
+        "_free_request add_request schedule update_from_output make_spec_decoding_stats "
+        "_update_request_with_output"
     ),
     "vllm_kvcompress.requests_v2:JanusModelState": (
         "__init__ add_request remove_request prepare_attn prepare_inputs custom_sampler"
@@ -181,7 +182,10 @@ FIELDS = {
         "model tokenizer tokenizer_mode logits_processors max_model_len dtype return_sampling_mask "
         "enable_trace_replay"
     ),
-    "vllm.config:SchedulerConfig": "max_num_seqs scheduler_cls disable_hybrid_kv_cache_manager",
+    "vllm.config:SchedulerConfig": (
+        "max_num_seqs scheduler_cls disable_hybrid_kv_cache_manager max_num_scheduled_tokens "
+        "max_num_batched_tokens"
+    ),
     "vllm.config:CacheConfig": "enable_prefix_caching cache_dtype",
     "vllm.config:CompilationConfig": "static_forward_context cudagraph_mode splitting_ops _attention_ops",
     "vllm.v1.sample.sampler:Sampler": "forward sample",
@@ -451,6 +455,19 @@ def test_windows_are_drafts_without_a_speculator() -> None:
     places = inspect.getsource(VllmConfig.num_speculative_tokens.fget)  # whatever the model is
     assert "return self.diffusion_config.canvas_length" in places
     assert "is_diffusion" not in places
+
+
+def test_a_step_gives_its_tokens_out_row_by_row() -> None:
+    """So a long window leaves later rows none; ``ImageScheduler`` asks who runs and who waits."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    source = inspect.getsource(Scheduler)
+    for text in (
+        "while req_index < len(self.running) and token_budget > 0",
+        "self.waiting = create_request_queue(",
+        "self.max_num_running_reqs = ",
+    ):
+        assert text in source, text
 
 
 def test_request_tracker_is_a_logits_processor_of_both_runners() -> None:

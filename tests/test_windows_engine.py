@@ -311,6 +311,28 @@ def test_more_pictures_than_window_rows(tiny: Path) -> None:
     assert min(steps(few.outputs(prompts(few)[:3], [GREEDY] * 3))) < PICTURE
 
 
+def test_windows_leave_a_small_step_to_all(tiny: Path) -> None:
+    """vLLM gives a step's tokens out row by row: eight windows of 16 would take twice what there is."""
+    plain = engine(tiny, 1)
+    small = {**SMALL, "max_num_batched_tokens": 64}
+    using = Engine.get(tiny, None, additional_config={"kvcompress": {"window": 16}}, **small)
+    wanted = plain.draw(prompts(plain)[:9], GREEDY)
+    for n, prompt in enumerate(prompts(plain)[:8]):
+        using.add(f"small {n}", prompt, GREEDY)
+    done = using.steps(5)
+    writes = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    using.add("text", plain.llm.get_tokenizer().encode("a bird and a boat"), writes)
+    using.add("small 8", prompts(plain)[8], GREEDY)
+    done |= using.steps(12)
+    assert "text" in done, "a token in every step, beside its prompt's"
+    late = using.scheduler.requests
+    assert all(late[name].num_output_tokens > 10 for name in late), "and so had all pictures"
+    done |= using.steps()
+    drawn = [done[f"small {n}"] for n in range(9)]
+    assert [list(out.outputs[0].token_ids) for out in drawn] == wanted
+    assert min(steps(drawn)) < PICTURE
+
+
 def test_preempted_pictures_draw_on(tiny: Path) -> None:
     """All blocks gone in mid-window: the tokens so far are read again, and the rest is the same."""
     plain, windowed = engine(tiny, 1, "fitted"), engine(tiny, 8, "fitted")

@@ -243,7 +243,7 @@ def _is_misspelt(name: Any, value: Any) -> bool:
 
 
 def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
+    first, *more = error.errors()
     *section, name = (str(part) for part in first["loc"])
     if section and section != ["limits"]:
         section, name = [], section[0]  # the rest names a member of a union, or a place in a list
@@ -255,7 +255,10 @@ def _one_line(error: ValidationError) -> str:
         if not section and name in Limits.model_fields:
             mend = f"write {_written(name)}"
         return f"additional_config.{where} has no setting {name!r}; {mend}"
-    return f"additional_config.{where}.{name}: {first['msg'].lower()}, got {first['input']!r}"
+    message = first["msg"].lower()
+    if more and more[0]["type"] == "literal_error" and more[0]["loc"][0] == name:  # a number, or a word
+        message += f" or {more[0]['ctx']['expected']}"
+    return f"additional_config.{where}.{name}: {message}, got {first['input']!r}"
 
 
 def is_compressed(vllm_config: "VllmConfig") -> bool:

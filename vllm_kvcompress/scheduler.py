@@ -133,7 +133,8 @@ class ImageScheduler(AsyncScheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         if self._windows is None:
             return super().schedule(throttle_prefills)
-        self._windows.reserve(self.running, self._prefixes)
+        waiting = bool(self.waiting) and len(self.running) < self.max_num_running_reqs
+        self._windows.reserve(self.running, self._prefixes, waiting=waiting)
         output = super().schedule(throttle_prefills)
         self._windows.scheduled(output)
         return output
@@ -141,12 +142,8 @@ class ImageScheduler(AsyncScheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        tokens = model_runner_output.sampled_token_ids
         if self._windows is not None:
-            self._windows.done(scheduler_output, tokens)
-            for name, row in model_runner_output.req_id_to_index.items():
-                if tokens and tokens[row] and name in self.requests:
-                    self._steps[name] = self._steps.get(name, 0) + 1
+            self._windows.done(scheduler_output, model_runner_output.sampled_token_ids)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request in self._refused:
             of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
@@ -155,6 +152,12 @@ class ImageScheduler(AsyncScheduler):
             )
         self._refused.clear()
         return outputs
+
+    def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        # Not called for what was sampled before a request lost its blocks, and is dropped.
+        if self._windows is not None:
+            self._steps[request.request_id] = self._steps.get(request.request_id, 0) + 1
+        return super()._update_request_with_output(request, *args, **kwargs)
 
     def make_spec_decoding_stats(self, spec_decoding_stats: Any, *args: Any, **kwargs: Any) -> Any:
         # vLLM's have room for as many drafts as a speculative decoder announced; ours are in the reports.

@@ -37,17 +37,26 @@ class DraftPlaces:
     uniform : bool
         All windows are equally long, and the sampler keeps to the picture's and line's end (the V2 runner:
         the host need not know where a row stands, and captured steps have one shape).
+    step_tokens : int
+        Of a step at most. vLLM gives them out row by row, so windows must leave the later rows theirs.
     """
 
     def __init__(
-        self, model: "ImageModel", choice: WindowChoice, most_rows: int, *, cut: bool, uniform: bool
+        self,
+        model: "ImageModel",
+        choice: WindowChoice,
+        most_rows: int,
+        *,
+        cut: bool,
+        uniform: bool,
+        step_tokens: int,
     ) -> None:
         self._model, self._choice, self._most_rows = model, choice, most_rows
-        self._cut, self._uniform = cut, uniform
+        self._cut, self._uniform, self._step_tokens = cut, uniform, step_tokens
         self._places = 1
         self._begun = self._ended = 0.0
-        self._drawing = 0
-        self._steps: dict[int, tuple[int, int, float]] = {}
+        self._drawing = self._others = 0
+        self._steps: dict[int, tuple[int, int, int, float]] = {}
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "DraftPlaces | None":
@@ -56,42 +65,59 @@ class DraftPlaces:
         if config.window == 1:
             return None
         choice = WindowChoice() if config.window == "auto" else WindowChoice((config.window,))
+        limits = vllm_config.scheduler_config
         return cls(
             image_model(vllm_config.model_config),
             choice,
             config.window_rows,
             cut=is_compressed(vllm_config),
             uniform=vllm_config.use_v2_model_runner,
+            step_tokens=limits.max_num_scheduled_tokens or limits.max_num_batched_tokens,
         )
 
-    def reserve(self, running: Sequence[Request], prefixes: Mapping[str, int]) -> None:
-        """Set ``spec_token_ids`` of every running request, before vLLM schedules the step."""
+    def reserve(self, running: Sequence[Request], prefixes: Mapping[str, int], *, waiting: bool) -> None:
+        """Set ``spec_token_ids`` of every running request, before vLLM schedules the step.
+
+        ``waiting``: whether there are requests whose prompts could be begun.
+        """
         self._begun = time.perf_counter()
         rooms = [self._room(request, prefixes) for request in running]
         self._drawing = sum(room is not None for room in rooms)
+        decoding = sum(map(_decodes, running))
+        self._others = decoding - self._drawing
         self._places = 1
         if 0 < self._drawing <= self._most_rows:
-            self._places = self._choice.choose(self._drawing, sum(map(_decodes, running)) - self._drawing)
+            chosen = self._choice.choose(self._drawing, self._others)
+            spare = self._step_tokens - decoding
+            if waiting or decoding < len(running):
+                spare //= 2  # prompts have the other half
+            self._places = self._fitting(chosen, 1 + max(0, spare) // self._drawing)
         for request, room in zip(running, rooms, strict=True):
             request.spec_token_ids = [PLACEHOLDER] * min(room or 0, self._places - 1)
 
     def scheduled(self, output: SchedulerOutput) -> None:
         """Remember what a step is, until it is done."""
-        self._steps[id(output)] = self._places, self._drawing, self._begun
+        self._steps[id(output)] = self._places, self._drawing, self._others, self._begun
 
     def done(self, output: SchedulerOutput, tokens: Sequence[Sequence[int]]) -> None:
         """A step has ended, with these tokens by row."""
         now = time.perf_counter()
-        places, drawing, begun = self._steps.pop(id(output), (1, 0, now))
+        places, drawing, others, begun = self._steps.pop(id(output), (1, 0, 0, now))
         began, self._ended = max(begun, self._ended), now
         rows = len(output.num_scheduled_tokens)
         pure = output.total_num_scheduled_tokens == rows + sum(
             map(len, output.scheduled_spec_decode_tokens.values())
         )
-        if drawing and pure and not output.scheduled_new_reqs and tokens:
-            others = rows - drawing  # texts, and pictures that can have no drafts: one token each
+        # The others are texts, and pictures that can have no drafts: one token each.
+        if drawing and pure and rows == drawing + others and not output.scheduled_new_reqs and tokens:
             drawn = sum(map(len, tokens)) - others
             self._choice.learn(drawing, places, now - began, drawn / drawing, others)
+
+    def _fitting(self, places: int, most: int) -> int:
+        """The window that was chosen, or the longest that fits; of those that are compared, if one does."""
+        if places <= most:
+            return places
+        return max((n for n in self._choice.candidates if n <= most), default=most)
 
     def _room(self, request: Request, prefixes: Mapping[str, int]) -> int | None:
         """Drafts that a request could use now; None if it never could, or its prompt is still being read."""
