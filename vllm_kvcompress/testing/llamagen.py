@@ -14,7 +14,7 @@ from vllm_kvcompress.testing.configs import transformers_config
 from vllm_kvcompress.testing.geometry import CheckpointGeometry
 from vllm_kvcompress.testing.weights import GAIN, chunks, original_specs
 
-Wrapping = Literal["model", "module", "state_dict", "bare"]
+Wrapping = Literal["model", "module", "state_dict", "ema", "bare"]
 _VQ_PREFIX = "gen_vision_model."
 
 

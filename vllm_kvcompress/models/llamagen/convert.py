@@ -63,7 +63,7 @@ def convert(
     source : Path
         ``c2i_*.pt``, or a folder with one such file.
     vq : Path, optional
-        By default ``vq_ds16_c2i.pt`` beside the decoder.
+        The file, or the folder of ``vq_ds16_c2i.pt``; by default that of the decoder.
     grid, heads : int, optional
         Tokens a line, and attention heads, where names and sizes do not tell.
     overwrite : bool
@@ -83,6 +83,7 @@ def convert(
         return False
     source = _decoder_file(source)
     vq = vq or source.with_name(VQ_FILE)
+    vq = vq / VQ_FILE if vq.is_dir() else vq
     if not vq.is_file():
         raise CheckpointError(
             f"--vq: {vq} is not there; give LlamaGen's {VQ_FILE}, which turns codes into pixels"
@@ -94,7 +95,7 @@ def convert(
         raise CheckpointError(
             f"{vq.name} has {of_vq.codes} codes, {source.name} {sizes.codes}: not of one model"
         )
-    config = _config(sizes, of_vq, next(iter(state.values())).dtype)
+    config = _config(sizes, of_vq, state["tok_embeddings.weight"].dtype)  # the RoPE table has its own
     parts = {VQ: _vq_tensors(vq_state, config, vq.name), DECODER: dict(_decoder_tensors(state))}
     write_folder(folder, (source, vq), _texts(sizes, config), parts)
     return True
