@@ -28,7 +28,7 @@ WRAPPERS = ("model", "module", "state_dict", "ema")  # keys that published files
 _MARK = "sources.json"
 _CHUNK = 1 << 24  # bytes written at a time
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-_SERVED = {"llamagen", "lumina_mgpt"}  # model types that converters write
+SERVED = {"llamagen", "lumina_mgpt"}  # model types that converters write
 
 
 def load_state(path: Path, wrappers: tuple[str, ...] = WRAPPERS) -> dict[str, Tensor]:
@@ -167,7 +167,7 @@ def is_written(folder: Path, overwrite: bool) -> bool:
 
 def _is_converted(folder: Path) -> bool:
     try:
-        return json.loads((folder / "config.json").read_text("utf-8"))["model_type"] in _SERVED
+        return json.loads((folder / "config.json").read_text("utf-8"))["model_type"] in SERVED
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
