@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from vllm_kvcompress.cli import app
 from vllm_kvcompress.models import conversion as module
+from vllm_kvcompress.models.llamagen import convert as llamagen_convert
 from vllm_kvcompress.models.llamagen.config import LlamaGenConfig
 from vllm_kvcompress.models.llamagen.convert import DECODER, VQ, VQ_FILE, VQ_PREFIX, convert
 from vllm_kvcompress.models.vq import VQDecoder
@@ -157,6 +158,17 @@ def test_the_vq_model_may_be_a_folder(sources: Sources) -> None:
     folder.mkdir()
     sources.vq = sources.vq.rename(folder / VQ_FILE)
     assert sources.convert(vq=folder)
+
+
+def test_the_other_published_vq_model_is_warned_of(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vq_ds8_c2i.pt has as many codes, which are others."""
+    save_wrapped(sources.vq, vq_state(SIZES, multipliers=(1, 2, 2, 4)))
+    said = mock.Mock()
+    monkeypatch.setattr(llamagen_convert, "logger", said)
+    assert sources.convert()
+    template, *values = said.warning.call_args.args
+    assert "draws 8 pixels a token" in (line := template % tuple(values))
+    assert line.endswith("pictures are 32x32")
 
 
 def test_a_truncated_download_is_one_line(sources: Sources) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.conversion import (
     VQSizes,
     decoder_tensors,
@@ -17,11 +18,13 @@ from vllm_kvcompress.models.conversion import (
 )
 from vllm_kvcompress.models.llamagen.config import ARCHITECTURE, CLASS_CONDITIONAL, MODEL_TYPE, LlamaGenConfig
 from vllm_kvcompress.models.llamagen.family import GUIDANCE_SCALE, TOP_K
-from vllm_kvcompress.models.llamagen.source import ROPE_TABLE, VQ_WRAPPERS, DecoderSizes, vq_sizes
+from vllm_kvcompress.models.llamagen.source import PATCH, ROPE_TABLE, VQ_WRAPPERS, DecoderSizes, vq_sizes
 from vllm_kvcompress.models.llamagen.tokenizer import NULL_CLASS, build_tokenizer, class_names
 from vllm_kvcompress.models.vq import VQDecoder
 from vllm_kvcompress.models.weights import CheckpointError
 from vllm_kvcompress.policy.raster import Raster
+
+logger = logger_for(__name__)
 
 DECODER, VQ = "model.safetensors", "vq.safetensors"
 VQ_PREFIX = "gen_vision_model."
@@ -95,6 +98,12 @@ def convert(
         raise CheckpointError(
             f"{vq.name} has {of_vq.codes} codes, {source.name} {sizes.codes}: not of one model"
         )
+    if (patch := 2 ** (len(of_vq.ch_mult) - 1)) != PATCH:
+        side = sizes.grid * patch
+        logger.warning(
+            "--vq: %s draws %d pixels a token, published c2i_*.pt go with one of %d (%s): pictures are %dx%d",
+            vq.name, patch, PATCH, VQ_FILE, side, side,
+        )  # fmt: skip
     config = _config(sizes, of_vq, state["tok_embeddings.weight"].dtype)  # the RoPE table has its own
     parts = {VQ: _vq_tensors(vq_state, config, vq.name), DECODER: dict(_decoder_tensors(state))}
     write_folder(folder, (source, vq), _texts(sizes, config), parts)
