@@ -25,6 +25,7 @@ GEOMETRIES = {
     "wrapped": LlamaGenGeometry(),
     "bare": LlamaGenGeometry(heads=4, grid=6, layers=3),
     "odd heads": LlamaGenGeometry(hidden=200, heads=2, grid=5),  # 3B's heads of 100 channels
+    "small heads": LlamaGenGeometry(hidden=32, heads=2, layers=1, grid=3),  # of 16, which vLLM's kernels lack
 }
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -85,7 +86,7 @@ def test_greedy_pictures_equal_the_reference(
     ]  # fmt: skip
     assert drawn == [picture for picture, _ in wanted]
     assert min(lead for _, lead in wanted) > 1e-4, "no draw was a matter of rounding"
-    assert all(len(set(picture)) > GEOMETRIES[name].grid for picture in drawn), "pictures are not one code"
+    assert all(len(set(picture)) >= GEOMETRIES[name].grid for picture in drawn), "pictures are not one code"
 
 
 COMPRESSED = [(preset, "bare", 0.4) for preset in ("decoupled", "fitted", "line_ar")] + [
