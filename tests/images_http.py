@@ -43,8 +43,9 @@ def check_draws_alone(http: httpx.Client, model: str) -> None:
     words = http.post("/v1/completions", json={"model": model, "prompt": "Hello"})
     assert words.status_code == 400
     assert "this model draws pictures and writes no text: ask /v1/images/generations" in words.text
-    chat = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello"}]})
-    assert (chat.status_code, "draws pictures and does not chat" in chat.text) == (400, True)
+    for text, said in (("Hello", "and does not chat"), ("warmup", "and writes no text")):  # vLLM's trial
+        chat = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": text}]})
+        assert (chat.status_code, f"draws pictures {said}" in chat.text) == (400, True), chat.text
     assert asked(http, "a cat")["data"], "and the server goes on"
 
 

@@ -14,7 +14,8 @@ def imagenet() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [("golden retriever", 207), ("Golden  Retriever ", 207), ("207", 207), ("0", 0), ("999", 999),
-     ("crane bird", 134), ("CRANE", 517), ("cardigan (474)", 474)],
+     ("crane bird", 134), ("CRANE", 517), ("cardigan (474)", 474), ("golden_retriever", 207),
+     ("golden retriever (207)", 207)],
 )  # fmt: skip
 def test_a_class_has_a_name_and_a_number(imagenet: PreTrainedTokenizerFast, text: str, wanted: int) -> None:
     assert class_of(imagenet, 1000, text) == wanted
@@ -27,6 +28,11 @@ def test_a_class_has_a_name_and_a_number(imagenet: PreTrainedTokenizerFast, text
         ("golden retreiver", "near: golden retriever (207)"),
         ("retriever", "golden retriever (207)"),
         ("cardigan", "near: Cardigan (264), cardigan (474)"),
+        ("Labrador", "near: Labrador retriever (208)"),
+        ("schnauzer", "near: giant schnauzer (197), standard schnauzer (198), miniature schnauzer (196)"),
+        ("cat", "near: tiger cat (282), Persian cat (283)"),
+        ("tench, Tinca tinca", "near: tench (0)"),
+        ("golden retriever (208)", "near: golden retriever (207)"),
         ("1000", "there is no class 1000: classes are 0 to 999"),
         ("9" * 4000, "there is no class 99999999999999999999: classes"),
         ("-1", "the model has no class '-1': say one of its 1000 classes by name or number"),

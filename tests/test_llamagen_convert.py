@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from vllm_kvcompress.cli import app
 from vllm_kvcompress.models import conversion as module
+from vllm_kvcompress.models.llamagen import convert as llamagen_convert
 from vllm_kvcompress.models.llamagen.config import LlamaGenConfig
 from vllm_kvcompress.models.llamagen.convert import DECODER, VQ, VQ_FILE, VQ_PREFIX, convert
 from vllm_kvcompress.models.vq import VQDecoder
@@ -51,7 +52,7 @@ def sources(tmp_path: Path) -> Sources:
     return Sources(tmp_path)
 
 
-@pytest.mark.parametrize("wrapping", ["model", "module", "state_dict", "bare"])
+@pytest.mark.parametrize("wrapping", ["model", "module", "state_dict", "ema", "bare"])
 def test_every_tensor_arrives(sources: Sources, wrapping: str) -> None:
     """Values under the served names, wqkv in its parts; of the VQ model all but what only encodes."""
     sources.write({"freqs_cis": torch.zeros(SIZES.tokens + 1, 16, 2)}, {}, wrapping)
@@ -98,6 +99,7 @@ def test_every_tensor_arrives(sources: Sources, wrapping: str) -> None:
         ({"layers.0.feed_forward.w1.weight": torch.tensor(1.0)}, {}, "w1.weight has shape (), no matrix"),
         ({"tok_embeddings.weight": torch.zeros(64, 0)}, {}, "tok_embeddings.weight has shape (64, 0), no m"),
         ({"norm.weight": torch.zeros(128, dtype=FP8)}, {}, "norm.weight holds torch.float8_e4m3fn, not one"),
+        ({"norm.weight": torch.zeros(128, device="meta")}, {}, "norm.weight holds no values, not one of"),
         ({"norm.weight": torch.zeros(128).to_sparse()}, {}, "norm.weight holds torch.sparse_coo, not one of"),
         ({"layers.999999.ffn_norm.weight": torch.zeros(128)}, {}, "lacks tensor layers.2.attention.wqkv"),
         ({}, {"decoder.conv_out.bias": torch.zeros(3, dtype=FP8)}, f"{VQ_FILE}: tensor decoder.conv_out.b"),
@@ -128,6 +130,45 @@ def test_what_no_file_says_is_asked_for(sources: Sources) -> None:
 def test_a_file_that_would_run_code_is_not_opened(sources: Sources) -> None:
     torch.save({"model": STATE, "more": print}, sources.decoder)
     assert "is not opened: it could run code" in sources.refused()
+
+
+@pytest.mark.parametrize("text", ["<html>not found</html>", "version https://git-lfs.github.com\n", ""])
+def test_what_is_no_checkpoint_is_not_called_dangerous(sources: Sources, text: str) -> None:
+    sources.decoder.write_text(text)
+    assert sources.refused() == "c2i_tiny.pt is no file that torch.save wrote: download it again"
+
+
+def test_names_that_are_no_text(sources: Sources) -> None:
+    torch.save({"model": {**STATE, 1: torch.zeros(1)}}, sources.decoder)
+    assert "c2i_tiny.pt holds no state dict" in sources.refused()
+
+
+def test_the_dtype_is_the_weights_not_the_rope_tables(sources: Sources) -> None:
+    """A stray table comes first in a state dict, and may be complex."""
+    weights = {name: x.half() for name, x in STATE.items()}
+    rows = SIZES.tokens + 1
+    for table in (torch.zeros(rows, 16, 2), torch.zeros(rows, 16, dtype=torch.complex64)):
+        save_wrapped(sources.decoder, {"freqs_cis": table, **weights})
+        assert sources.convert(overwrite=True)
+        assert json.loads((sources.out / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_the_vq_model_may_be_a_folder(sources: Sources) -> None:
+    folder = sources.vq.parent / "vq"
+    folder.mkdir()
+    sources.vq = sources.vq.rename(folder / VQ_FILE)
+    assert sources.convert(vq=folder)
+
+
+def test_the_other_published_vq_model_is_warned_of(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vq_ds8_c2i.pt has as many codes, which are others."""
+    save_wrapped(sources.vq, vq_state(SIZES, multipliers=(1, 2, 2, 4)))
+    said = mock.Mock()
+    monkeypatch.setattr(llamagen_convert, "logger", said)
+    assert sources.convert()
+    template, *values = said.warning.call_args.args
+    assert "draws 8 pixels a token" in (line := template % tuple(values))
+    assert line.endswith("pictures are 32x32")
 
 
 def test_a_truncated_download_is_one_line(sources: Sources) -> None:

@@ -84,6 +84,14 @@ def test_every_tensor_arrives(sources: Sources) -> None:
     assert sources.convert(overwrite=True)
 
 
+def test_the_dtype_is_the_files_where_config_json_says_none(sources: Sources) -> None:
+    sources.configure(torch_dtype=None)
+    for file in sources.model.glob("*.safetensors"):
+        save_file({name: x.bfloat16() for name, x in load_file(file).items()}, file, {"format": "pt"})
+    assert sources.convert()
+    assert json.loads((sources.out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_on_another_disk_files_are_copied(tmp_path: Path) -> None:
     """A copy that was cut off is no file; the next one begins it anew."""
     source, target = tmp_path / "model.safetensors", tmp_path / "new.safetensors"

@@ -24,11 +24,11 @@ from tqdm import tqdm
 from vllm_kvcompress.models.vq import PictureDecoder
 from vllm_kvcompress.models.weights import CheckpointError
 
-WRAPPERS = ("model", "module", "state_dict")  # keys that published files have around a state dict
+WRAPPERS = ("model", "module", "state_dict", "ema")  # keys that published files have around a state dict
 _MARK = "sources.json"
 _CHUNK = 1 << 24  # bytes written at a time
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-_SERVED = {"llamagen", "lumina_mgpt"}  # model types that converters write
+SERVED = {"llamagen", "lumina_mgpt"}  # model types that converters write
 
 
 def load_state(path: Path, wrappers: tuple[str, ...] = WRAPPERS) -> dict[str, Tensor]:
@@ -42,6 +42,8 @@ def load_state(path: Path, wrappers: tuple[str, ...] = WRAPPERS) -> dict[str, Te
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
     mapped = zipfile.is_zipfile(path)  # torch's format before 1.6 can't be mapped
+    if not _is_saved(path):  # a page that says "not found", a pointer of Git LFS
+        raise CheckpointError(f"{path.name} is no file that torch.save wrote: download it again")
     try:
         # Training runs leave their command line's arguments in the file: a namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -64,6 +66,15 @@ def load_state(path: Path, wrappers: tuple[str, ...] = WRAPPERS) -> dict[str, Te
     return state
 
 
+def _is_saved(path: Path) -> bool:
+    """Whether a file begins as those of ``torch.save``, cut off or not; torch says if it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(2).startswith((b"PK", pickle.PROTO))
+    except OSError:
+        return True
+
+
 def _unwrapped(loaded: Any, wrappers: tuple[str, ...]) -> dict[str, Tensor] | None:
     if not isinstance(loaded, Mapping):
         return None
@@ -71,7 +82,7 @@ def _unwrapped(loaded: Any, wrappers: tuple[str, ...]) -> dict[str, Tensor] | No
         if isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
             break
-    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    tensors = {n: value for n, value in loaded.items() if isinstance(value, Tensor) and isinstance(n, str)}
     return tensors if tensors and len(tensors) == len(loaded) else None
 
 
@@ -137,9 +148,10 @@ def decoder_tensors(
 
 def check_values(name: str, tensor: Tensor, file: str) -> None:
     """Raise CheckpointError, one line, for a tensor that is not written as it is: sparse, integers, fp8."""
-    if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
+    if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided or tensor.is_meta:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        kind = tensor.dtype if tensor.layout is torch.strided else tensor.layout
+        kind: Any = tensor.dtype if tensor.layout is torch.strided else tensor.layout
+        kind = "no values" if tensor.is_meta else kind
         raise CheckpointError(f"{file}: tensor {name} holds {kind}, not one of {known}")
 
 
@@ -155,7 +167,7 @@ def is_written(folder: Path, overwrite: bool) -> bool:
 
 def _is_converted(folder: Path) -> bool:
     try:
-        return json.loads((folder / "config.json").read_text("utf-8"))["model_type"] in _SERVED
+        return json.loads((folder / "config.json").read_text("utf-8"))["model_type"] in SERVED
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 

@@ -169,14 +169,18 @@ def use_own_backend(vllm_config: "VllmConfig", config: CompressionConfig) -> Com
 
 
 def check_context(model_config: "ModelConfig") -> None:
-    """Raise ValueError, one line, where no prompt leaves room for a picture of a size that is served."""
+    """Raise ValueError, one line, where no prompt leaves room for a picture of a size that is served.
+
+    A model that writes has a use for a context without pictures.
+    """
     image, context = image_model(model_config), model_config.max_model_len
     for raster, begin in zip(image.rasters, image.begins, strict=True):
-        if image.aligns and raster.tokens + len(begin) > context:
+        if not image.writes and raster.tokens + len(begin) > context:
             setting = "sizes to smaller ones" if image.more_sizes else "size to a smaller one"
+            mend = f"set additional_config.{KEY}.{setting}, or raise" if image.aligns else "raise"
             raise ValueError(
                 f"a picture of {raster.name} takes {raster.tokens} tokens, but the context holds "
-                f"{context}: set additional_config.{KEY}.{setting}, or raise --max-model-len"
+                f"{context}: {mend} --max-model-len"
             )
 
 

@@ -14,7 +14,7 @@ from vllm_kvcompress.testing.configs import transformers_config
 from vllm_kvcompress.testing.geometry import CheckpointGeometry
 from vllm_kvcompress.testing.weights import GAIN, chunks, original_specs
 
-Wrapping = Literal["model", "module", "state_dict", "bare"]
+Wrapping = Literal["model", "module", "state_dict", "ema", "bare"]
 _VQ_PREFIX = "gen_vision_model."
 
 
@@ -67,11 +67,16 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
-def vq_state(g: LlamaGenGeometry, seed: int = 0) -> dict[str, Tensor]:
-    """Random float32 tensors of ``vq_ds16_c2i.pt``: Janus's VQ model with its encoder, without the prefix."""
+def vq_state(
+    g: LlamaGenGeometry, seed: int = 0, multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+) -> dict[str, Tensor]:
+    """Random float32 tensors of ``vq_ds16_c2i.pt``: Janus's VQ model with its encoder, without the prefix.
+
+    ``multipliers`` are (1, 2, 2, 4) in ``vq_ds8_c2i.pt``.
+    """
     sizes = CheckpointGeometry(
         hidden=g.hidden, layers=1, heads=1, kv_heads=1, intermediate=8, lines=g.grid, codebook=g.codes,
-        text_vocab=512, vq_multipliers=(1, 1, 2, 2, 4),
+        text_vocab=512, vq_multipliers=multipliers,
     )  # fmt: skip
     specs = original_specs(transformers_config(sizes, "float32", image_token_id=0))
     mine = [spec for spec in specs if spec.name.startswith(_VQ_PREFIX)]

@@ -15,9 +15,9 @@ MODEL_TYPE = "llamagen"
 ARCHITECTURE = "LlamaGenForImageGeneration"
 CLASS_CONDITIONAL = "c2i"
 PREFIX = 1  # tokens before the picture: the class
-HEAD_SIZES = (
-    16  # in the KV cache, head sizes are a multiple of it, as attention kernels want: 3B's 100 is 112
-)
+# Head sizes in the KV cache are a multiple, as attention kernels want (3B's 100 is 112), and at least what
+# vLLM's kernels for CPUs take.
+HEAD_SIZES, LEAST_HEAD_SIZE = 16, 32
 _VQ_KEYS = ("codes", "embed", "z", "ch", "ch_mult", "res_blocks")
 
 
@@ -67,7 +67,8 @@ class LlamaGenConfig(PreTrainedConfig):
             dtype=dtype,
         )
         self.text_config.grid, self.text_config.grid_rope_theta = self.grid, float(self.rope_theta)
-        self.text_config.cached_head_size = -(-head_size(self.text_config) // HEAD_SIZES) * HEAD_SIZES
+        cached = -(-head_size(self.text_config) // HEAD_SIZES) * HEAD_SIZES
+        self.text_config.cached_head_size = max(LEAST_HEAD_SIZE, cached)
         multipliers = self.vq.get("ch_mult", [1, 1, 2, 2, 4])
         if not isinstance(multipliers, list) or not 1 <= len(multipliers) <= 8:
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.log import logger_for
 from vllm_kvcompress.models.conversion import (
     VQSizes,
     decoder_tensors,
@@ -17,11 +18,13 @@ from vllm_kvcompress.models.conversion import (
 )
 from vllm_kvcompress.models.llamagen.config import ARCHITECTURE, CLASS_CONDITIONAL, MODEL_TYPE, LlamaGenConfig
 from vllm_kvcompress.models.llamagen.family import GUIDANCE_SCALE, TOP_K
-from vllm_kvcompress.models.llamagen.source import ROPE_TABLE, VQ_WRAPPERS, DecoderSizes, vq_sizes
+from vllm_kvcompress.models.llamagen.source import PATCH, ROPE_TABLE, VQ_WRAPPERS, DecoderSizes, vq_sizes
 from vllm_kvcompress.models.llamagen.tokenizer import NULL_CLASS, build_tokenizer, class_names
 from vllm_kvcompress.models.vq import VQDecoder
 from vllm_kvcompress.models.weights import CheckpointError
 from vllm_kvcompress.policy.raster import Raster
+
+logger = logger_for(__name__)
 
 DECODER, VQ = "model.safetensors", "vq.safetensors"
 VQ_PREFIX = "gen_vision_model."
@@ -63,7 +66,7 @@ def convert(
     source : Path
         ``c2i_*.pt``, or a folder with one such file.
     vq : Path, optional
-        By default ``vq_ds16_c2i.pt`` beside the decoder.
+        The file, or the folder of ``vq_ds16_c2i.pt``; by default that of the decoder.
     grid, heads : int, optional
         Tokens a line, and attention heads, where names and sizes do not tell.
     overwrite : bool
@@ -83,6 +86,7 @@ def convert(
         return False
     source = _decoder_file(source)
     vq = vq or source.with_name(VQ_FILE)
+    vq = vq / VQ_FILE if vq.is_dir() else vq
     if not vq.is_file():
         raise CheckpointError(
             f"--vq: {vq} is not there; give LlamaGen's {VQ_FILE}, which turns codes into pixels"
@@ -94,7 +98,13 @@ def convert(
         raise CheckpointError(
             f"{vq.name} has {of_vq.codes} codes, {source.name} {sizes.codes}: not of one model"
         )
-    config = _config(sizes, of_vq, next(iter(state.values())).dtype)
+    if (patch := 2 ** (len(of_vq.ch_mult) - 1)) != PATCH:
+        side = sizes.grid * patch
+        logger.warning(
+            "--vq: %s draws %d pixels a token, published c2i_*.pt go with one of %d (%s): pictures are %dx%d",
+            vq.name, patch, PATCH, VQ_FILE, side, side,
+        )  # fmt: skip
+    config = _config(sizes, of_vq, state["tok_embeddings.weight"].dtype)  # the RoPE table has its own
     parts = {VQ: _vq_tensors(vq_state, config, vq.name), DECODER: dict(_decoder_tensors(state))}
     write_folder(folder, (source, vq), _texts(sizes, config), parts)
     return True

@@ -5,6 +5,7 @@ text; ``tokenizer.encode("golden retriever")`` is the class's one id.
 """
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,7 +16,8 @@ from tokenizers import Tokenizer, models
 
 NULL_CLASS = "<no class>"
 IMAGENET = Path(__file__).with_name("imagenet.txt")
-NEAR_MATCHES = 3
+NEAR_MATCHES = 5
+_WORD = re.compile(r"\w+")
 
 
 def class_names(classes: int) -> list[str]:
@@ -52,20 +54,24 @@ def class_of(tokenizer: Any, classes: int, text: str) -> int:
     Parameters
     ----------
     text : str
-        A class's name, whatever its capitals, or its number.
+        A class's name, whatever its capitals and with ``_`` for a space, or its number; or both, as near
+        matches are shown: ``golden retriever (207)``.
 
     Raises
     ------
     ValueError
         One line with near matches.
     """
-    wanted = " ".join(text.split())
+    wanted = " ".join(text.replace("_", " ").split())
     if wanted.isascii() and wanted.isdecimal():
         if len(wanted) > 9 or int(wanted) >= classes:
             raise ValueError(f"there is no class {wanted[:20]}: classes are 0 to {classes - 1}")
         return int(wanted)
     names = _names(tokenizer, classes)
     if (found := names.get(wanted.casefold())) is not None:
+        return found[1]
+    name, _, number = wanted.casefold().removesuffix(")").rpartition(" (")
+    if (found := names.get(name)) is not None and f"{found[1]}" == number:
         return found[1]
     shown = f"{wanted[:60]}..." if len(wanted) > 60 else wanted
     raise ValueError(
@@ -77,9 +83,16 @@ def class_of(tokenizer: Any, classes: int, text: str) -> int:
 def _near(wanted: str, names: dict[str, tuple[str, int]]) -> str:
     wanted = wanted.casefold()[:60]
     near = [name for name in names if name.startswith(f"{wanted} (")]  # a name that several classes have
-    near = near or difflib.get_close_matches(wanted, names, n=NEAR_MATCHES)
-    near = near or [name for name in names if len(wanted) > 2 and wanted in name][:NEAR_MATCHES]
-    shown = [names[name] for name in near]
+    if not near:
+        # First where one has all words of the other: "labrador", or a sentence about a class.
+        words = set(_WORD.findall(wanted))
+        near = [
+            name for name in names if words and ((its := set(_WORD.findall(name))) <= words or words <= its)
+        ]
+        near.sort(key=lambda name: -difflib.SequenceMatcher(None, wanted, name).ratio())
+        near = [*dict.fromkeys((*near, *difflib.get_close_matches(wanted, names, n=NEAR_MATCHES)))]
+    near = near or [name for name in names if len(wanted) > 2 and wanted in name]
+    shown = [names[name] for name in near[:NEAR_MATCHES]]
     return (
         "; near: " + ", ".join(f"{name} ({n})" if f"({n})" not in name else name for name, n in shown)
         if near

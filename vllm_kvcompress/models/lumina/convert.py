@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -102,7 +102,7 @@ def convert(
     vq = _found(vq or source, VQ_FILES if vq else VQ_FILES[:1], "--vq", _NO_VQ)
     words = _found(tokenizer or source, TOKENIZER_FILES, "--tokenizer", _NO_TOKENIZER)
     state = _vq_state(vq)
-    config = _config(published, shapes, state, vq.name, _size(source, size))
+    config = _config(published, shapes, state, vq.name, _size(source, size), _dtype(shards[0]))
     served = LuminaConfig(**config)
     try:
         check_channels(served.vq_config.channel_multiplier)
@@ -196,12 +196,20 @@ def _vq_state(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file.name} can't be read ({reason:.120}): download it again") from None
 
 
+def _dtype(shard: Path) -> torch.dtype:
+    """What the weights are stored in, where config.json does not say."""
+    with safe_open(shard, framework="pt") as opened:
+        name = next(iter(opened.keys()))
+        return opened.get_tensor(name).dtype  # type: ignore[no-any-return]
+
+
 def _config(
     published: dict[str, Any],
     shapes: Shapes,
     state: Mapping[str, Tensor],
     vq_file: str,
     size: int,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     try:
         vq = VQSizes.of(state, levels="decoder.up.{}.block", widest_first=True)
@@ -228,7 +236,7 @@ def _config(
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        "dtype": str(chameleon.dtype).removeprefix("torch."),
+        "dtype": str(chameleon.dtype or dtype).removeprefix("torch."),
         "size": size,
         "qk_norm_shape": list(norms[0]),
         "text_config": text,
