@@ -105,6 +105,15 @@ def test_held_out_scenes_come_back(tmp_path: Path) -> None:
     assert (back == codes[:2]).all()
     with pytest.raises(ValueError, match="holds 3, 4 were asked for"):
         held_out.load(path, 4)
+    np.savez(path, captions=["a", "b", "c"], codes=codes.astype(np.float32))
+    assert (held_out.load(path)[1] == codes).all()
+    for wrong in (codes + 0.5, np.where(codes == codes.max(), np.nan, codes), codes.astype(str), codes > 9):
+        np.savez(path, captions=["a", "b", "c"], codes=wrong)
+        with pytest.raises(ValueError, match=r"^scenes: cannot read .*: (a code is no|codes of)"):
+            held_out.load(path)
+    np.savez(path, captions=["a", "b", "c"], codes=codes.reshape(3, 8, 8))
+    with pytest.raises(ValueError, match=r"codes \[3, 8, 8\]; need \[pictures, tokens\] and as many"):
+        held_out.load(path)
     path.write_bytes(b"not a zip")
     with pytest.raises(ValueError, match="cannot read"):
         held_out.load(path, 1)

@@ -26,11 +26,14 @@ def load(path: Path, number: int | None = None) -> tuple[list[str], NDArray[np.i
     """The first ``number`` captions and codes ``[number, tokens]``, or all. Raises ValueError, one line."""
     try:
         with np.load(path) as file:
-            captions, codes = file["captions"].tolist(), file["codes"].astype(np.int64)
+            captions, codes = file["captions"].tolist(), _whole_numbers(file["codes"])
     except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
         raise ValueError(f"scenes: cannot read {path}: {error}; need arrays captions and codes") from None
     if codes.ndim != 2 or not isinstance(captions, list) or len(codes) != len(captions) or not len(codes):
-        raise ValueError(f"scenes: {path}: codes {list(codes.shape)} need as many captions, one at least")
+        raise ValueError(
+            f"scenes: {path}: codes {list(codes.shape)}; need [pictures, tokens] and as many captions, "
+            "one at least"
+        )
     if not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"scenes: {path}: captions are to be texts")
     if number is None:
@@ -38,6 +41,17 @@ def load(path: Path, number: int | None = None) -> tuple[list[str], NDArray[np.i
     if len(codes) < number:
         raise ValueError(f"scenes: {path} holds {len(codes)}, {number} were asked for")
     return captions[:number], codes[:number]
+
+
+def _whole_numbers(codes: NDArray[Any]) -> NDArray[np.int64]:
+    """As int64, where nothing is lost by that."""
+    if codes.dtype.kind not in "iuf":
+        raise ValueError(f"codes of {codes.dtype}")
+    with np.errstate(invalid="ignore"):
+        whole = codes.astype(np.int64)
+    if (whole != codes).any():
+        raise ValueError("a code is no whole number")
+    return whole
 
 
 def known(model: str, file: Path | None = None) -> int | None:

@@ -215,7 +215,14 @@ def _scenes(evaluation: Evaluation, llm: Any, number: int) -> list[tuple[list[in
             f"scenes: codes from {codes.min()} to {codes.max()}, but this model's are from 0 to "
             f"{image.codes - 1}: name scenes of its own codes with --scenes-file"
         )
-    return list(zip(asking(llm, captions), codes.tolist(), strict=True))
+    prompts = asking(llm, captions)
+    room = llm.model_config.hf_config.get_text_config().max_position_embeddings - raster.tokens
+    for caption, ids in zip(captions, prompts, strict=True):
+        if len(ids) > room:
+            raise ValueError(
+                f"scenes: {caption!r:.60} has {len(ids)} tokens, a picture leaves room for {room}"
+            )
+    return list(zip(prompts, codes.tolist(), strict=True))
 
 
 def _look(evaluation: Evaluation, cells: Sequence[Cell], path: Path) -> None:
