@@ -1,6 +1,7 @@
 """The fit: exact where everything can be tried, within budget and pages everywhere else."""
 
 from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import bounded, made_up_fit
 
+from vllm_kvcompress.heads import fit as heads_fit
 from vllm_kvcompress.heads.curves import SQUARES, LossCurves, candidate_types
 from vllm_kvcompress.heads.fit import Assignment, fit, knapsack, predict, smallest_budget
 from vllm_kvcompress.heads.paged import (
@@ -160,6 +162,23 @@ def test_the_fit_is_deterministic_and_more_types_are_no_worse() -> None:
     once, again = (fit(curves, 96, pages=Pages(512, 8)) for _ in range(2))
     assert once.rules == again.rules
     assert np.array_equal(once.types, again.types)
+
+
+def test_a_large_model_is_fitted_in_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the budget is rounded few sets are ruled out by their bounds; thousands took hours."""
+    curves = made_up("1B", 2)
+    exact, tried = fit(curves, 115), []
+
+    def counted(*arguments: Any) -> Any:
+        tried.append(arguments)
+        return knapsack(*arguments)
+
+    monkeypatch.setattr(heads_fit, "_MOST_STATES", 1500)
+    monkeypatch.setattr(heads_fit, "knapsack", counted)
+    found = fit(curves, 115)
+    assert len(tried) <= 1 + heads_fit._MOST_ROUNDED
+    assert found.mean_slots <= 115
+    assert exact.loss <= found.loss < 1.25 * exact.loss
 
 
 def test_a_budget_of_everything_keeps_everything() -> None:
