@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,15 @@ from inprocess import Engine, in_process  # noqa: F401
 from parity import load_reference
 from vllm import SamplingParams
 
+from vllm_kvcompress.cli import _least_budget
 from vllm_kvcompress.heads import memory, provide
 from vllm_kvcompress.heads.calibrate import draw_full
 from vllm_kvcompress.heads.full import FullCache, scores_of
+from vllm_kvcompress.heads.prices import price
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.heads.provide import cache_directory
 from vllm_kvcompress.models.calibration import METRIC, default_threshold, subject_of
+from vllm_kvcompress.testing.checkpoints import TINY, make_checkpoint
 
 SMALL = {"max_model_len": 128}
 
@@ -193,6 +197,21 @@ def test_auto_calibrates_once_and_says_where(checkpoints: dict[str, Path], log: 
     Engine.started["fifth"] = Engine(checkpoints["gqa-hf"], kvcompress={}, **SMALL)
     assert log.said("Cached head profile set aside, the heads are measured again")
     assert HeadProfile.load(path) == profile
+
+
+@pytest.mark.parametrize("lines", [1, 4])
+def test_a_grid_of_fewer_than_five_lines_is_calibrated(lines: int, tmp_path: Path) -> None:
+    """As the command does it: a fifth of such a picture is less than the line that is written."""
+    model = make_checkpoint(tmp_path / f"lines-{lines}", geometry=replace(TINY, lines=lines))
+    budget = _least_budget(str(model), None)
+    assert budget == 1 / lines
+    engine = Engine(model, kvcompress={"preset": "decoupled", "budget": budget}, **SMALL)
+    Engine.started[f"{lines} lines"] = engine
+    [found] = engine.llm.collective_rpc("kvcompress_head_profile", args=([budget], ""))
+    profile = HeadProfile.model_validate_json(found)
+    assert [trial.budget for trial in profile.trials] == [lines]
+    assert price(profile, budget).assignment.mean_slots == lines
+    assert _least_budget(str(tmp_path / "none"), None) == 0.2
 
 
 def test_an_unwritable_home_is_a_warning(

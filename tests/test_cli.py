@@ -143,11 +143,23 @@ def test_no_matplotlib(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert invoke("inspect", saved).exit_code == 0
 
 
+def test_a_picture_without_an_ending_is_named_as_it_is_written(saved: Path, tmp_path: Path) -> None:
+    result = invoke("inspect", saved, "-o", tmp_path / "heads")
+    assert str(tmp_path / "heads.png") in result.stdout.replace("\n", "")
+    assert Image.open(tmp_path / "heads.png").size[0] > 300
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ("inspect",),
         ("inspect", "p.json", "--threshold", "2"),
+        ("inspect", "p.json", "-o", "."),
+        ("inspect", "p.json", "--max-types", "7"),
+        ("inspect", "p.json", "--tolerance", "0.1"),
+        ("inspect", "p.json", "--budget", "auto", "--tolerance", "nan"),
+        ("inspect", "p.json", "--kv-cache-dtype", "int8"),
+        ("inspect", "p.json", "--tensor-parallel-size", "0"),
         ("calibrate", "model"),
         ("calibrate", "model", "-o", "."),
         ("calibrate", "model", "-o", "README.md/profile.json"),
@@ -199,15 +211,14 @@ def test_calibrate_then_inspect(checkpoints: dict[str, Path], private_cache: Pat
     assert "preset to decoupled" not in one.output
 
 
-FITTED = LossCurves(candidate_types(Raster(8, 8)), np.zeros((2, 6, len(candidate_types(Raster(8, 8))))))
-
-
-def fitted(**changes: object) -> HeadProfile:
+def fitted(lines: int = 8, **changes: object) -> HeadProfile:
     """A profile with curves: two layers of three heads in two branches, that fall with the slots."""
-    slots = np.array([rule.capacity for rule in FITTED.candidates])
+    raster = Raster(lines, 8)
+    candidates = candidate_types(raster)
+    slots = np.array([rule.capacity for rule in candidates])
     reach = np.linspace(4, 20, 12).reshape(2, 6, 1)
-    losses = np.exp(-slots / reach) * (slots < 64)
-    curves = LossCurves(FITTED.candidates, losses).dump()
+    losses = np.exp(-slots / reach) * (slots < raster.tokens)
+    curves = LossCurves(candidates, losses).dump()
     return profile(format=2, head_size=64, dtype="bfloat16", curves=curves, **changes)
 
 
@@ -238,6 +249,47 @@ def test_what_budgets_cost(tmp_path: Path) -> None:
         assert re.search(match, one_line(invoke("inspect", path, "--budget", budget)))
     assert invoke("inspect", path, "--budget", "auto").exit_code == 0
     assert invoke("inspect", path, "--budget", "0.2", "--threshold", "0.5").exit_code == 2
+
+
+@pytest.mark.parametrize(("lines", "budgets"), [(1, ["1"]), (4, ["0.5", "0.333", "0.25"])])
+def test_a_grid_of_few_lines_has_the_budgets_that_leave_one(
+    tmp_path: Path, lines: int, budgets: list[str]
+) -> None:
+    fitted(lines).save(tmp_path / "profile.json")
+    result = invoke("inspect", tmp_path / "profile.json", "-o", tmp_path / "heads.png")
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.replace("│", " ").splitlines()]
+    table = [row for row in rows if len(row) == 5 and row[3].endswith("x")]
+    assert [row[0] for row in table] == budgets
+    for row in table:  # of little, digits enough
+        assert int(row[4]) == pytest.approx(1024 / float(row[2]), rel=0.01)
+
+
+def test_settings_that_are_named_show_what_was_tried_for_them(tmp_path: Path) -> None:
+    """Each is part of a fit; by itself the command knows a server's defaults alone."""
+    path, pages = tmp_path / "profile.json", {"slot": 256, "side": 8}
+    tried = {"tolerance": 0.0008, "power": 0.5, "conditional": 4.0, "squares": 0.5, "types": 6, "ranks": 1}
+    cases = [
+        ({}, ()),
+        ({"types": 2}, ("--max-types", "2")),
+        ({"slot": 128}, ("--kv-cache-dtype", "fp8")),
+        ({"ranks": 3}, ("--tensor-parallel-size", "3")),
+        ({"budget": "auto", "tolerance": 0.02}, ("--budget", "auto", "--tolerance", "0.02")),
+    ]
+    trials = [
+        {"budget": 16, **pages, **tried, **changes, "divergence": 0.1 + number / 100}
+        for number, (changes, _) in enumerate(cases)
+    ]
+    fitted(trials=trials).save(path)
+    for number, (changes, options) in enumerate(cases):
+        result = invoke("inspect", path, *(() if "budget" in changes else ("--budget", "1/4")), *options)
+        assert result.exit_code == 0, result.output
+        assert f"guided KL {0.1 + number / 100:.2g} nats" in result.stdout
+    shared = invoke("inspect", path, "--budget", "1/4", "--tensor-parallel-size", "3").stdout
+    [named] = [line for line in shared.splitlines() if line.startswith("at 0.25 on each of 3 ranks")]
+    assert sum(map(int, re.findall(r": (\d+)", named))) == 2 * 6 / 3
+    refused = invoke("inspect", path, "--budget", "1/4", "--tensor-parallel-size", "2")
+    assert "can't be shared out evenly among 2 ranks" in one_line(refused)
 
 
 def test_budgets_of_a_profile_without_curves(saved: Path) -> None:

@@ -1,5 +1,6 @@
 """The compressed cache inside vLLM's engine: what is drawn, and what is held while it is drawn."""
 
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +204,33 @@ def test_draws_what_the_dense_simulation_draws(
         assert [engine.image.code(token) for token in tokens] == codes
         for layer, row in enumerate(seen):
             assert [len(head) for head in row] == [rule_of(layer, h).capacity for h in range(len(row))]
+
+
+PINS = json.loads((Path(__file__).parent / "pins" / "tokens.json").read_text())
+"""Per model and preset: codes of the first of `TEXTS`, and how many heads see each image token in the end."""
+
+
+@pytest.mark.parametrize(
+    ("model", "spatial", "budget"),
+    [("tiny-hf", [[1, 0], [0, 0]], 0.2), ("gqa-hf", [[1, 1], [0, 1]], 0.35)],
+)
+@pytest.mark.parametrize("preset", ["full", *TWO_RULES])
+def test_presets_draw_and_evict_what_they_did(
+    checkpoints: dict[str, Path], profile: Callable, kernel: str, model: str, spatial: list[list[int]],
+    budget: float, preset: str,
+) -> None:  # fmt: skip
+    """Recorded: the oracle that shares a preset's mistake shares it with these numbers no more."""
+    codes, seen = PINS[f"{model} {preset}"]
+    with_profile = {"head_profile": profile(spatial)} if Policy(preset, budget).types == "profile" else {}
+    section = {"preset": preset} if preset == "full" else {"preset": preset, "budget": budget}
+    engine = compressed(checkpoints[model], kernel, **section, **with_profile)
+    prompt = engine.prompt(TEXTS[0])
+    [tokens] = engine.draw([prompt], GREEDY)
+    assert [engine.image.code(token) for token in tokens] == codes
+    simulated, heads = dense(checkpoints[model], engine, prompt, held_rules(engine))
+    assert simulated == codes
+    counts = np.bincount([token for row in heads for head in row for token in head], minlength=len(codes))
+    assert counts.tolist() == seen
 
 
 _DENSE: dict[str, tuple[list[int], list[list[list[int]]]]] = {}

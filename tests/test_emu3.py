@@ -1,6 +1,7 @@
 """Emu3 from published-looking files to pictures, against transformers' own ``generate`` and decoder."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -345,3 +346,7 @@ def test_one_command_evaluates(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert len(half["correct"]) == 3
     wrong = evaluate(SIZES["high"])
     assert "scenes: pictures of 28 codes, where one of 12x24 has 18: name the size" in wrong.output
+    captions, size = ["a cat", "a cat " * 9000], ("--size", SIZES["wide"])
+    endless = CliRunner().invoke(app, evaluation(folder, tmp_path / "endless", codes, captions, *size))
+    assert endless.exit_code == 1
+    assert re.search(r"scenes: 'a cat a cat.* tokens, a picture leaves room for \d+$", endless.output.strip())

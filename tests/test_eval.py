@@ -105,6 +105,15 @@ def test_held_out_scenes_come_back(tmp_path: Path) -> None:
     assert (back == codes[:2]).all()
     with pytest.raises(ValueError, match="holds 3, 4 were asked for"):
         held_out.load(path, 4)
+    np.savez(path, captions=["a", "b", "c"], codes=codes.astype(np.float32))
+    assert (held_out.load(path)[1] == codes).all()
+    for wrong in (codes + 0.5, np.where(codes == codes.max(), np.nan, codes), codes.astype(str), codes > 9):
+        np.savez(path, captions=["a", "b", "c"], codes=wrong)
+        with pytest.raises(ValueError, match=r"^scenes: cannot read .*: (a code is no|codes of)"):
+            held_out.load(path)
+    np.savez(path, captions=["a", "b", "c"], codes=codes.reshape(3, 8, 8))
+    with pytest.raises(ValueError, match=r"codes \[3, 8, 8\]; need \[pictures, tokens\] and as many"):
+        held_out.load(path)
     path.write_bytes(b"not a zip")
     with pytest.raises(ValueError, match="cannot read"):
         held_out.load(path, 1)
@@ -171,7 +180,9 @@ def test_a_folder_is_of_one_scenes_file(tmp_path: Path) -> None:
         file = None if scenes is None else tmp_path / scenes
         return run.Evaluation("model", tmp_path / "out", grid([], []), asked, 2, file)
 
-    evaluation("a.npz").check_folder()
+    evaluation("b.npz").check_folder()
+    evaluation("a.npz").check_folder()  # no results yet
+    (tmp_path / "out" / "likelihood.json").write_text("{}")
     evaluation("a.npz").check_folder()
     for other in ("b.npz", None):
         with pytest.raises(ValueError, match=r"results with scenes_file '.*a\.npz', not "):
@@ -312,6 +323,27 @@ def test_scenes_of_no_use_are_one_line_before_an_engine_starts(
     assert refused.exit_code == 1
     assert refused.stderr.startswith("vllm-kvcompress: scenes: cannot read ")
     assert len(refused.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("codes", "more", "complaint"),
+    [
+        (np.zeros((2, 256), int), (), "scenes: pictures of 256 codes, where one of 128x128 has 64: name"),
+        (np.full((2, 64), 10**6), (), "scenes: codes from 1000000 to 1000000, but this model's are from 0"),
+        (np.zeros((2, 64), int), ("--scenes", "3"), "scenes: .*scenes.npz holds 2, 3 were asked for"),
+    ],
+)
+def test_scenes_of_another_model_leave_the_folder_free(
+    checkpoints: dict[str, Path], tmp_path: Path, codes: np.ndarray, more: tuple[str, ...], complaint: str
+) -> None:
+    """The folder would be theirs, and refuse the right ones after them."""
+    scenes = tmp_path / "scenes.npz"
+    np.savez(scenes, captions=["a red bird", "grass"], codes=codes)
+    asked = ("--scenes-file", str(scenes), *more)
+    refused = in_this_process(checkpoints["tiny-hf"], tmp_path / "new", *asked)
+    assert refused.exit_code == 1
+    assert re.match(f"vllm-kvcompress: {complaint}", refused.stderr)
+    assert not (tmp_path / "new").exists()
 
 
 def test_unknown_names_are_refused(tmp_path: Path, checkpoints: dict[str, Path]) -> None:

@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from vllm_kvcompress import __version__
+from vllm_kvcompress.config import CompressionConfig
 from vllm_kvcompress.eval.command import evaluate
 from vllm_kvcompress.heads.inspected import budget_of, print_fit, print_locality
+from vllm_kvcompress.heads.prices import ITEM_BYTES, Served
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.models.convert import convert
-from vllm_kvcompress.policy import Policy
+from vllm_kvcompress.policy import AUTO, MAX_TYPES, TOLERANCE, Policy
 
 FEWEST_PROMPTS, MOST_PROMPTS = 4, 1024  # of calibrate --prompts
 
@@ -57,8 +59,12 @@ def calibrate(
         typer.Option(help="WIDTHxHEIGHT, for models that draw more than one, as the server's."),
     ] = None,
     budgets: Annotated[
-        str, typer.Option(help="Budgets whose fits are tried: shares such as 0.2 or 1/6, or auto, by commas.")
-    ] = "0.2",
+        str | None,
+        typer.Option(
+            help="Budgets whose fits are tried: shares such as 0.2 or 1/6, or auto, by commas; else 0.2, or "
+            "a line where that is more."
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Text file of your own prompts, one a line, such as the model will be asked."),
@@ -80,8 +86,8 @@ def calibrate(
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise typer.BadParameter(f"cannot write in {existing}", param_hint="-o")
     try:
-        wanted = [budget_of(one) for one in budgets.split(",") if one.strip()]
-        for one in wanted:
+        wanted = None if budgets is None else [budget_of(one) for one in budgets.split(",") if one.strip()]
+        for one in wanted or ():
             Policy("fitted", one)  # raises on what is out of range
         own = None if prompts is None else _lines_of(prompts)
         room = (gpu_memory_utilization, kv_cache_memory_bytes)
@@ -111,7 +117,7 @@ def _lines_of(path: Path) -> list[str]:
 
 def _measure(
     model: str, dtype: Any, force: bool, room: tuple[float | None, int | None], size: str | None,
-    budgets: list[float | Literal["auto"]], prompts: list[str] | None, output: Path,
+    budgets: list[float | Literal["auto"]] | None, prompts: list[str] | None, output: Path,
 ) -> Iterator[HeadProfile]:  # fmt: skip
     """Start an engine as a server would; it calibrates on its way up. Then again, with fits tried.
 
@@ -125,7 +131,8 @@ def _measure(
     from vllm_kvcompress.config import BACKEND, KEY
     from vllm_kvcompress.room import sharing
 
-    section: dict[str, Any] = {"preset": "line_ar", "size": size}
+    budget = _least_budget(model, size)
+    section: dict[str, Any] = {"preset": "line_ar", "budget": budget, "size": size}
     if prompts is None:
         section |= {"preset": "decoupled", "recalibrate": force}
     utilization, memory = room
@@ -150,11 +157,24 @@ def _measure(
         else:
             [profile] = llm.collective_rpc("kvcompress_calibrate", args=(prompts,))
         yield HeadProfile.model_validate_json(profile)
-        if budgets:
-            [profile] = llm.collective_rpc("kvcompress_head_profile", args=(budgets, source))
+        if budgets is None or budgets:
+            wanted = [budget] if budgets is None else budgets
+            [profile] = llm.collective_rpc("kvcompress_head_profile", args=(wanted, source))
             yield HeadProfile.model_validate_json(profile)
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def _least_budget(model: str, size: str | None) -> float:
+    """A server's default budget, or a line of pictures that have fewer than five."""
+    from vllm_kvcompress.eval.engine import described
+
+    default = CompressionConfig().budget
+    assert default != AUTO
+    try:
+        return max(default, 1 / described(model, size)[1].raster.lines)
+    except Exception:  # the engine says what is wrong with the model
+        return default
 
 
 @app.command()
@@ -170,17 +190,46 @@ def inspect(
         float | None,
         typer.Option(min=0, max=1, help="Show locality instead: heads split here, not at the profile's."),
     ] = None,
+    max_types: Annotated[
+        int | None, typer.Option(min=1, max=MAX_TYPES, help="Head types at most, as the server's max_types.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="With --budget auto, as the server's tolerance.")
+    ] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help=f"As for vllm serve: {', '.join(ITEM_BYTES)}; else the profile's.")
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="As for vllm serve; bytes and pictures are then one rank's.")
+    ] = 1,
 ) -> None:
     """Show what budgets cost on a model, and what each head gets; or its heads' locality.
 
     A table of budgets: predicted loss, KV bytes of a picture, pictures in a GiB; and what fits that were
     tried cost. The picture shows layers and heads coloured by rule and size. Profiles without loss curves
-    (format 1), and --threshold, show locality.
+    (format 1), and --threshold, show locality. Other settings than a server's defaults are to be named: they
+    are part of a fit, and of what was tried.
     """
+    if output is not None and output.is_dir():
+        raise typer.BadParameter(f"{output} is a folder; name a file in it", param_hint="-o")
     if budget is not None and threshold is not None:
         raise typer.BadParameter(
             "goes with the fit, --threshold with locality: give one", param_hint="--budget"
         )
+    if tolerance is not None and (budget or "").strip() != AUTO:
+        raise typer.BadParameter("goes with --budget auto only", param_hint="--tolerance")
+    if tolerance is not None and not 0 < tolerance < float("inf"):
+        raise typer.BadParameter(f"{tolerance}; need a number above 0", param_hint="--tolerance")
+    if kv_cache_dtype not in (None, AUTO, *ITEM_BYTES):
+        raise typer.BadParameter(
+            f"{kv_cache_dtype!r}; one of {AUTO}, {', '.join(ITEM_BYTES)}", param_hint="--kv-cache-dtype"
+        )
+    served = Served(
+        MAX_TYPES if max_types is None else max_types,
+        TOLERANCE if tolerance is None else tolerance,
+        None if kv_cache_dtype == AUTO else kv_cache_dtype,
+        tensor_parallel_size,
+    )
     try:
         loaded = HeadProfile.load(profile)
         if loaded.curves is None or threshold is not None:
@@ -188,7 +237,7 @@ def inspect(
                 loaded.loss_curves  # noqa: B018 - raises: there are none
             print_locality(loaded, threshold, output)
         else:
-            print_fit(loaded, budget, output)
+            print_fit(loaded, budget, output, served)
     except (ValueError, OSError, ImportError) as error:
         _fail(error)
 

@@ -69,15 +69,16 @@ def evaluate(
     from vllm_kvcompress.eval.run import Evaluation
 
     image = _check_family(model, pictures, size)
-    there = known(model, scenes_file) if scenes != 0 else None  # looked at before an engine starts
+    # Looked at before an engine starts, or a folder is taken for results that never come.
+    there = known(model, image, scenes_file, scenes) if scenes != 0 else None
     if scenes is None:
         scenes = min(SCENES, SCENES if there is None else there)
     chosen = CATEGORIES if categories == "all" else tuple(name.strip() for name in categories.split(","))
     unknown = [name for name in chosen if name not in CATEGORIES]
     if unknown:
         raise ValueError(f"categories: unknown {unknown[0]!r}; one of {', '.join(CATEGORIES)}")
-    sizes = [text.strip() for text in budgets.split(",")]
-    cells = grid([name.strip() for name in presets.split(",")], sizes)
+    sizes = list(dict.fromkeys(text.strip() for text in budgets.split(",")))
+    cells = grid(dict.fromkeys(name.strip() for name in presets.split(",")), sizes)
     cells += baseline_cells([name.strip() for name in baselines.split(",") if name.strip()], sizes)
     if ablation:
         small = [text for text in sizes if text not in ("1", "1.0")]

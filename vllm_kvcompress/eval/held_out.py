@@ -6,11 +6,14 @@ through the model's own VQ encoder (transformers' layout).
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.models.config import ImageModel
 
 FILE = "held_out.npz"
 STREAM = 4
@@ -26,11 +29,14 @@ def load(path: Path, number: int | None = None) -> tuple[list[str], NDArray[np.i
     """The first ``number`` captions and codes ``[number, tokens]``, or all. Raises ValueError, one line."""
     try:
         with np.load(path) as file:
-            captions, codes = file["captions"].tolist(), file["codes"].astype(np.int64)
+            captions, codes = file["captions"].tolist(), _whole_numbers(file["codes"])
     except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
         raise ValueError(f"scenes: cannot read {path}: {error}; need arrays captions and codes") from None
     if codes.ndim != 2 or not isinstance(captions, list) or len(codes) != len(captions) or not len(codes):
-        raise ValueError(f"scenes: {path}: codes {list(codes.shape)} need as many captions, one at least")
+        raise ValueError(
+            f"scenes: {path}: codes {list(codes.shape)}; need [pictures, tokens] and as many captions, "
+            "one at least"
+        )
     if not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"scenes: {path}: captions are to be texts")
     if number is None:
@@ -40,13 +46,43 @@ def load(path: Path, number: int | None = None) -> tuple[list[str], NDArray[np.i
     return captions[:number], codes[:number]
 
 
-def known(model: str, file: Path | None = None) -> int | None:
+def _whole_numbers(codes: NDArray[Any]) -> NDArray[np.int64]:
+    """As int64, where nothing is lost by that."""
+    if codes.dtype.kind not in "iuf":
+        raise ValueError(f"codes of {codes.dtype}")
+    with np.errstate(invalid="ignore"):
+        whole = codes.astype(np.int64)
+    if (whole != codes).any():
+        raise ValueError("a code is no whole number")
+    return whole
+
+
+def check(codes: NDArray[np.int64], image: "ImageModel") -> None:
+    """Raise ValueError, one line, unless these are pictures of the model's size and codes."""
+    raster = image.raster
+    if codes.shape[1] != raster.lines * raster.columns:
+        raise ValueError(
+            f"scenes: pictures of {codes.shape[1]} codes, where one of {raster.name} has "
+            f"{raster.lines * raster.columns}: name the size with --size, or other scenes with --scenes-file"
+        )
+    if codes.min() < 0 or codes.max() >= image.codes:
+        raise ValueError(
+            f"scenes: codes from {codes.min()} to {codes.max()}, but this model's are from 0 to "
+            f"{image.codes - 1}: name scenes of its own codes with --scenes-file"
+        )
+
+
+def known(model: str, image: "ImageModel", file: Path | None = None, number: int | None = None) -> int | None:
     """How many scenes a file holds, or the checkpoint; None if they are rendered, as many as one likes.
 
-    Raises ValueError, one line, for a file that can't be read.
+    Raises ValueError, one line, for a file that can't be read, holds less than ``number``, or others' scenes.
     """
     beside = Path(model) / FILE
-    return len(load(file or beside)[0]) if file is not None or beside.exists() else None
+    if file is None and not beside.exists():
+        return None
+    _, codes = load(file or beside, number)
+    check(codes, image)
+    return len(codes)
 
 
 def scenes_for(model: str, number: int, file: Path | None = None) -> tuple[list[str], NDArray[np.int64]]:

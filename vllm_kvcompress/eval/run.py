@@ -28,6 +28,7 @@ from vllm_kvcompress.models.registry import image_model_of
 
 KEPT_SCENES = 4
 _LOOKED_AT = 1 << 20  # bytes at either end of a file
+_RESULTS = ("likelihood.json", "pictures", "judged", "profiles")
 GROUP = 8
 """Cells replayed between two savings."""
 
@@ -61,7 +62,10 @@ class Evaluation:
     replay_batch: int = 16
 
     def check_folder(self) -> None:
-        """Create the folder, or refuse one whose results have other settings: ValueError, one line."""
+        """Create the folder, or refuse one whose results have other settings: ValueError, one line.
+
+        One that was begun and has no results yet, since an engine did not start, is anybody's.
+        """
         mine = {"model": Path(self.model).name, **asdict(self.asked), "scenes": self.scenes}
         mine["categories"] = list(self.asked.categories)
         mine["scenes_file"] = self.scenes_file and str(self.scenes_file.resolve())
@@ -70,7 +74,7 @@ class Evaluation:
             mine.pop(unimportant)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.json"
-        if not path.exists():
+        if not any((self.folder / name).exists() for name in _RESULTS) or not path.exists():
             _write(path, mine)
             return
         there = json.loads(path.read_text())
@@ -204,18 +208,15 @@ def _scenes(evaluation: Evaluation, llm: Any, number: int) -> list[tuple[list[in
     """(prompt ids, codes) of held-out pictures."""
     captions, codes = held_out.scenes_for(evaluation.model, number, evaluation.scenes_file)
     image = image_model_of(llm.model_config.hf_config)
-    raster = image.raster
-    if codes.shape[1] != raster.lines * raster.columns:
-        raise ValueError(
-            f"scenes: pictures of {codes.shape[1]} codes, where one of {raster.name} has "
-            f"{raster.lines * raster.columns}: name the size with --size, or other scenes with --scenes-file"
-        )
-    if codes.min() < 0 or codes.max() >= image.codes:
-        raise ValueError(
-            f"scenes: codes from {codes.min()} to {codes.max()}, but this model's are from 0 to "
-            f"{image.codes - 1}: name scenes of its own codes with --scenes-file"
-        )
-    return list(zip(asking(llm, captions), codes.tolist(), strict=True))
+    held_out.check(codes, image)
+    prompts = asking(llm, captions)
+    room = llm.model_config.hf_config.get_text_config().max_position_embeddings - image.raster.tokens
+    for caption, ids in zip(captions, prompts, strict=True):
+        if len(ids) > room:
+            raise ValueError(
+                f"scenes: {caption!r:.60} has {len(ids)} tokens, a picture leaves room for {room}"
+            )
+    return list(zip(prompts, codes.tolist(), strict=True))
 
 
 def _look(evaluation: Evaluation, cells: Sequence[Cell], path: Path) -> None:

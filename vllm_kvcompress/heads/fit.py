@@ -23,6 +23,7 @@ Ints = NDArray[np.int64]
 SplitPages = Callable[[int, int, Callable[[int, int], tuple[int, int]]], tuple[tuple[int, int], int]]
 _LESS = (0.0, 0.003, 0.006, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)  # of the budget, to make room for pages
 _MOST_STATES = 60_000  # of the dynamic programme; finer budgets are rounded
+_MOST_ROUNDED = 16  # sets of types that are fitted so: bounds rule few out then, and each takes a second
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,10 +177,15 @@ def _best_set(losses: Floats, slots: Ints, budget: float, types: int) -> tuple[I
     search = Sets(losses, slots, budget, types)
     chosen = search.climb()
     search.best, choice = knapsack(losses[:, chosen], slots[chosen], budget)
+    rounded = 0
     for other in search.better(chosen):
         loss, found = knapsack(losses[:, other], slots[other], budget)
         if loss < search.best:
             search.best, choice, chosen = loss, found, other
+        _, unit, exact = _units(slots[other], len(losses), budget)
+        rounded += unit > exact
+        if rounded == _MOST_ROUNDED:
+            break
     return np.array(chosen), choice
 
 
@@ -272,12 +278,8 @@ def knapsack(losses: Floats, slots: Ints, budget: float) -> tuple[float, Ints]:
         common divisor; beyond that slots are rounded up to coarser units.
     """
     heads = len(losses)
-    smallest = int(slots.min())
-    extra = slots - smallest
-    room = int(np.floor(budget * heads + 1e-9)) - smallest * heads
-    unit = int(np.gcd.reduce(extra)) or 1
-    while room // unit > _MOST_STATES:
-        unit *= 2
+    extra = slots - slots.min()
+    room, unit, _ = _units(slots, heads, budget)
     cost, states = -(-extra // unit), room // unit + 1
     best = np.zeros(states)
     chosen = np.zeros((heads, states), np.uint8)
@@ -295,3 +297,13 @@ def knapsack(losses: Floats, slots: Ints, budget: float) -> tuple[float, Ints]:
         choice[head] = chosen[head, state]
         state -= cost[choice[head]]
     return float(losses[np.arange(heads), choice].sum()), choice
+
+
+def _units(slots: Ints, heads: int, budget: float) -> tuple[int, int, int]:
+    """(slots beyond all heads' smallest type, what the dynamic programme counts them in, what is exact)."""
+    smallest = int(slots.min())
+    room = int(np.floor(budget * heads + 1e-9)) - smallest * heads
+    unit = exact = int(np.gcd.reduce(slots - smallest)) or 1
+    while room // unit > _MOST_STATES:
+        unit *= 2
+    return room, unit, exact

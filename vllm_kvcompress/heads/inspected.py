@@ -9,15 +9,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_kvcompress.heads.prices import Price, price, prices
+from vllm_kvcompress.heads.prices import AS_SERVED, Price, Served, price, prices
 from vllm_kvcompress.heads.profile import HeadProfile
 from vllm_kvcompress.policy import AUTO, number_of
 
 
-def print_fit(profile: HeadProfile, budget: str | None, output: Path | None) -> None:
+def print_fit(
+    profile: HeadProfile, budget: str | None, output: Path | None, served: Served = AS_SERVED
+) -> None:
     """What budgets cost, or one, and a picture of it. Raises ValueError, one line, on what is no budget."""
     console = Console(highlight=False)
-    shown = prices(profile) if budget is None else [price(profile, budget_of(budget))]
+    shown = prices(profile, served) if budget is None else [price(profile, budget_of(budget), served)]
     console.print(f"{profile.model or 'an unnamed model'}: preset fitted", markup=False)
     table = Table("budget", "predicted loss", "MiB a picture", "smaller", "pictures in a GiB")
     for column in table.columns:
@@ -26,7 +28,7 @@ def print_fit(profile: HeadProfile, budget: str | None, output: Path | None) -> 
         table.add_row(
             f"{one.budget:.3g}",
             f"{one.assignment.loss:.2g}",
-            f"{one.resident / 2**20:.2f}",
+            _mebibytes(one.resident),
             f"{one.full / one.resident:.1f}x",
             f"{one.in_a_gib}",
         )
@@ -38,12 +40,18 @@ def print_fit(profile: HeadProfile, budget: str | None, output: Path | None) -> 
                 f"{one.trial.squares:.2g} by predicted loss alone"
             )
     drawn = shown[0] if budget is not None else min(shown, key=lambda one: abs(one.budget - 0.2))
-    console.print(f"at {drawn.budget:.3g}: {drawn.types}", markup=False, soft_wrap=True)
+    each = f" on each of {served.ranks} ranks, whose bytes these are" if served.ranks > 1 else ""
+    console.print(f"at {drawn.budget:.3g}{each}: {drawn.types}", markup=False, soft_wrap=True)
     if budget is not None:
         _print_heads(drawn, profile.kv_heads, console)
     if output is not None:
-        curve = shown if budget is None else prices(profile)
-        _draw(lambda: _plot().draw_fit(profile, drawn, curve, output), output)
+        curve = shown if budget is None else prices(profile, served)
+        _draw(lambda path: _plot().draw_fit(profile, drawn, curve, path), output)
+
+
+def _mebibytes(number: int) -> str:
+    """With two decimals, or three digits of what a small model's picture takes."""
+    return f"{number / 2**20:.2f}" if number >= 2**20 else f"{number / 2**20:.3g}"
 
 
 def _print_heads(shown: Price, kv_heads: int, console: Console) -> None:
@@ -99,16 +107,18 @@ def print_locality(profile: HeadProfile, threshold: float | None, output: Path |
         console.print(line, markup=False)
     console.print(table)
     if output is not None:
-        _draw(lambda: _plot().draw_profile(profile, output, shown), output)
+        _draw(lambda path: _plot().draw_profile(profile, path, shown), output)
 
 
 def _counts(spatial: np.ndarray) -> tuple[str, str]:
     return str(int(spatial.sum())), str(int((~spatial).sum()))
 
 
-def _draw(draw: Callable[[], None], path: Path) -> None:
+def _draw(draw: Callable[[Path], None], path: Path) -> None:
+    if not path.suffix:  # matplotlib would write another file than the one that is named below
+        path = path.with_name(f"{path.name}.png")
     try:
-        draw()
+        draw(path)
     except ImportError as error:
         if (error.name or "").split(".")[0] != "matplotlib":
             raise
