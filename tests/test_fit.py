@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import bounded, made_up_fit
 
 from vllm_kvcompress.heads import fit as heads_fit
-from vllm_kvcompress.heads.curves import SQUARES, LossCurves, candidate_types
+from vllm_kvcompress.heads.curves import SQUARES, LossCurves, Weighing, candidate_types
 from vllm_kvcompress.heads.fit import Assignment, fit, knapsack, predict, smallest_budget
 from vllm_kvcompress.heads.paged import (
     MOST_WASTE,
@@ -196,6 +196,42 @@ def test_the_conditional_branch_counts_twice() -> None:
     assert slots[conditional].mean() > slots[unconditional].mean()
 
 
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_tied_branches_share_a_type_and_guided_losses_choose_it(power: float) -> None:
+    rng, slots = np.random.default_rng(4), [10, 30, 60]
+    guided = np.sort(rng.uniform(0, 1, (2, 2, 3)))[..., ::-1]
+    curves = curves_of(rng.uniform(0, 1, (2, 4, 3)), slots)
+    tied = Weighing(power, tied=True)
+    found = fit(LossCurves(curves.candidates, curves.losses, guided), 30, 3, weighing=tied)
+    assert np.array_equal(found.types[:, :2], found.types[:, 2:])
+    assert found.mean_slots <= 30
+    columns = np.array([curves.candidates.index(rule) for rule in found.rules])[found.types]
+    best = tried((guided**power).reshape(4, 3), np.array(slots), 30)
+    taken = np.take_along_axis(guided**power, columns[:, :2, None], 2).sum()
+    assert taken == pytest.approx(best)
+    own = np.take_along_axis(curves.losses, columns[..., None], 2)[..., 0]
+    assert found.loss == pytest.approx((own * np.repeat(SQUARES.branches, 2)).mean()), "by squares"
+    both = curves.weighted(Weighing(power)).reshape(2, 2, 2, 3).sum(1).reshape(4, 3)
+    np.testing.assert_allclose(curves.weighted(tied), both, err_msg="where guided ones were not measured")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("budget", [0.2, 1 / 6])
+def test_pages_fit_tied_branches(ranks: int, budget: float) -> None:
+    curves, mean = made_up("1B"), np.floor(budget * GRID.tokens)
+    found = fit(curves, mean, pages=Pages(512, 8), ranks=ranks, weighing=Weighing(tied=True))
+    assert np.array_equal(found.types[:, :16], found.types[:, 16:])
+    assert found.mean_slots <= mean + 1e-9
+    mine = [found.of_rank(rank, ranks).counts for rank in range(ranks)]
+    assert mine == [mine[0]] * ranks
+    slots, weights = zip(*((rule.capacity, 512 + 8 * rule.scores) for rule in found.rules), strict=True)
+    assert found.page_tokens is not None
+    held = picture_bytes(mine[0], slots, found.page_tokens, weights, TYPICAL_PREFIX)
+    heads = found.types.size // ranks
+    ratio = (TYPICAL_PREFIX + GRID.tokens) * heads * 512 / held
+    assert ratio >= {0.2: 4.3, 1 / 6: 5.0}[budget]
+
+
 def test_the_smallest_budget_within_a_tolerance() -> None:
     curves = made_up("1B", 1)
     curves = LossCurves(curves.candidates, curves.losses[:6])
@@ -249,15 +285,22 @@ def test_curves_survive_a_file() -> None:
     again = LossCurves.load(curves.dump())
     assert again.candidates == curves.candidates
     np.testing.assert_allclose(again.losses, curves.losses, rtol=1e-3)
+    assert again.guided is None
+    both = LossCurves(curves.candidates, curves.losses, curves.losses[:, :16])
+    np.testing.assert_allclose(LossCurves.load(both.dump()).guided, both.guided, rtol=1e-3)
     for broken, match in (
         ({"candidates": []}, "no candidates"),
         ({"losses": [[[1.0]]]}, "for .* candidates"),
         ({"line": None}, "curves: "),
+        ({"guided": [[[1.0]]]}, r"guided losses .1, 1, 1.; need .24, 16, 22."),
+        ({"guided": "x"}, "a loss is no number"),
     ):
         with pytest.raises((ValueError, TypeError), match=match):
             LossCurves.load(curves.dump() | broken)
     with pytest.raises(ValueError, match="negative or not a number"):
         LossCurves(curves.candidates, -1 - curves.losses)
+    with pytest.raises(ValueError, match="negative or not a number"):
+        LossCurves(curves.candidates, curves.losses, np.full_like(curves.losses[:, :16], np.nan))
 
 
 @pytest.mark.parametrize(

@@ -31,17 +31,18 @@ def test_losses_are_the_definition(kv_heads: int, group: int) -> None:
     k, v = (torch.randn(2, steps, heads, SIZE, generator=gen) for _ in range(2))
     weight = torch.randn(HIDDEN, kv_heads * group * SIZE, generator=gen)
     residual = torch.randn(2, steps, 2, HIDDEN, generator=gen)
-    meter = LossMeter(CANDIDATES, 2, heads, lambda layer: weight * (1 + layer))
+    meter = LossMeter(CANDIDATES, 2, heads, lambda layer: weight * (1 + layer), guidance=3.0)
     meter.begin(torch.tensor(prefix))
     for layer in (0, 1):
         out = meter.attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layer, 0.3)
         meter.residual(residual.flatten(0, 2))
     assert out.shape == (2 * steps, heads * group, SIZE)
 
-    want = np.zeros((heads, len(CANDIDATES)))
+    want, guided = np.zeros((heads, len(CANDIDATES))), np.zeros((kv_heads, len(CANDIDATES)))
     for row, before in enumerate(prefix):
         total = before + IMAGE
         norm = residual[row].double().numpy() ** 2
+        errors = np.zeros((heads, len(CANDIDATES), total, HIDDEN))
         for head in range(heads):
             mine = q[row, :total, head * group : (head + 1) * group].double().numpy()
             key, value = (x[row, :total, head].double().numpy() for x in (k, v))
@@ -52,8 +53,14 @@ def test_losses_are_the_definition(kv_heads: int, group: int) -> None:
                 apart = (draw(rule, before, mine, key, value, 0.3).out - full).reshape(total, -1) @ columns.T
                 share = (apart**2).sum(1)[before:] / norm[before:total, branch].sum(1)
                 want[head, n] += share.sum()
+                errors[head, n] = apart
+        both = ((3 * errors[:kv_heads] - 2 * errors[kv_heads:])[:, :, before:] ** 2).sum(-1)
+        guided += (both / norm[before:total].sum(-1).mean(-1)).sum(-1)
     want /= 2 * IMAGE
+    guided /= 2 * IMAGE
     found = meter.curves.numpy()
+    np.testing.assert_allclose(meter.guided[0], guided, rtol=2e-4, atol=1e-7)
+    np.testing.assert_allclose(meter.guided[1], 4 * guided, rtol=2e-4, atol=1e-7)
     np.testing.assert_allclose(found[0], want, rtol=2e-4, atol=1e-7)
     np.testing.assert_allclose(found[1], 4 * want, rtol=2e-4, atol=1e-7)
     assert (found[:, :, -1] == 0).all()

@@ -225,6 +225,8 @@ def test_ranks_measure_what_one_process_measures(drawn: dict[int, Drawn], caches
     assert len({tuple(row) for row in one.scores}) > 1
     np.testing.assert_allclose(two.scores, one.scores, rtol=1e-4)
     np.testing.assert_allclose(two.loss_curves.losses, one.loss_curves.losses, rtol=2e-3, atol=1e-9)
+    assert one.loss_curves.guided is not None
+    np.testing.assert_allclose(two.loss_curves.guided, one.loss_curves.guided, rtol=2e-3, atol=1e-9)
 
 
 def test_ranks_choose_the_fit_that_one_process_chooses(

@@ -63,6 +63,17 @@ def test_the_fit_that_strays_least_is_served() -> None:
     assert wanted.served(CURVES, None).divergence is None
 
 
+def test_a_tied_fit_is_served_as_it_was_tried() -> None:
+    wanted = Wanted(48, pages=Pages(256, 8))
+    fits = wanted.fits(CURVES)
+    tied = next(number for number, weighing in enumerate(fits) if weighing.tied)
+    trial = try_fits(CURVES, wanted, costing([*[0.5] * tied, 0.3]))
+    assert trial.weighing == list(fits)[tied]
+    served = wanted.served(CURVES, Trial.model_validate_json(trial.model_dump_json()))
+    assert served.same_as(list(fits.values())[tied])
+    assert np.array_equal(*np.split(served.types, 2, axis=1))
+
+
 def test_last_digits_change_no_choice() -> None:
     trial = try_fits(CURVES, Wanted(48), costing([0.5, 0.4999, 0.4998]))
     assert trial.weighing == SQUARES
@@ -81,9 +92,9 @@ def test_everything_needs_no_trial() -> None:
 
 def test_a_planted_weighing_counts_for_nothing() -> None:
     trial = try_fits(CURVES, Wanted(48), costing([]))
-    planted = trial.model_copy(update={"power": 4.0})
     assert trial.of(Wanted(48))
-    assert not planted.of(Wanted(48))
+    assert not trial.model_copy(update={"power": 4.0}).of(Wanted(48))
+    assert not trial.model_copy(update={"tied": None}).of(Wanted(48)), "of before there were tied fits"
 
 
 def test_auto_stays_within_its_tolerance() -> None:

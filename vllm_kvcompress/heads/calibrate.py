@@ -142,15 +142,17 @@ def measure_losses(
     pictures: Sequence[Picture],
     candidates: Sequence[HeadRule],
     progress: Progress | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Loss curves from known pictures, replayed a few at a time.
 
     Returns
     -------
-    Tensor
-        ``[layers, 2 * kv_heads, candidates]`` float64.
+    Tensor, Tensor
+        ``[layers, 2 * kv_heads, candidates]``, and guided ``[layers, kv_heads, candidates]``, both float64.
     """
-    meter = LossMeter(candidates, subject.layers, BRANCHES * subject.kv_heads, subject.output_weight)
+    meter = LossMeter(
+        candidates, subject.layers, BRANCHES * subject.kv_heads, subject.output_weight, subject.guidance
+    )
     done = 0
 
     class Counted:
@@ -172,7 +174,7 @@ def measure_losses(
         with feeding(subject, part) as fed, subject.recording(Counted):
             meter.begin(fed.rows.prefix, fed.rows.begins)
             subject.forward(fed.ids, fed.positions)
-    return meter.curves
+    return meter.curves, meter.guided
 
 
 def _drawn_at_once(subject: Subject, steps: int) -> int:
@@ -186,7 +188,7 @@ def measure(
     lines: int,
     candidates: Sequence[HeadRule],
     progress: Callable[[str, int, int], None],
-) -> tuple[Tensor, Tensor, list[Picture]]:
+) -> tuple[Tensor, Tensor, Tensor, list[Picture]]:
     """Draw the prompts, then measure the heads on what was drawn.
 
     Parameters
@@ -200,9 +202,9 @@ def measure(
 
     Returns
     -------
-    Tensor, Tensor, list of Picture
-        ``[layers, kv_heads]`` locality scores; ``[layers, 2 * kv_heads, candidates]`` losses, both float64;
-        what was drawn, in the prompts' order.
+    Tensor, Tensor, Tensor, list of Picture
+        ``[layers, kv_heads]`` locality scores; ``[layers, 2 * kv_heads, candidates]`` losses, and guided ones
+        ``[layers, kv_heads, candidates]``, all float64; what was drawn, in the prompts' order.
     """
     first = len(LOCALITY_PROMPTS)
     rest = [prompts[n : n + DRAWN_TOGETHER] for n in range(first, len(prompts), DRAWN_TOGETHER)]
@@ -227,7 +229,7 @@ def measure(
         for batch, drawn in zip(batches, found, strict=True)
         for prompt, ids in zip(batch, drawn.ids, strict=True)
     ]
-    losses = measure_losses(
+    losses, guided = measure_losses(
         subject, pictures, candidates, lambda done, total: progress("measuring", done, total)
     )
-    return found[0].scores, losses, pictures
+    return found[0].scores, losses, guided, pictures

@@ -15,11 +15,14 @@ class Weighing:
     """How a fit adds losses up: each to the ``power``, a conditional head's ``conditional`` times an other's.
 
     The guided distribution leans on the conditional branch. A power of a half adds errors up instead of their
-    squares: one head that loses much then counts less beside several that lose some.
+    squares: one head that loses much then counts less beside several that lose some. ``tied``: both branches
+    of a KV head have one type, so that they err alike: guidance multiplies what the branches differ in, and
+    leaves what is common to both errors as it is.
     """
 
     power: float = 1.0
     conditional: float = 2.0
+    tied: bool = False
 
     @property
     def branches(self) -> tuple[float, float]:
@@ -29,7 +32,10 @@ class Weighing:
 
 SQUARES = Weighing()
 """Predicted losses are by this one, whichever a fit was made with."""
-WEIGHINGS = tuple(Weighing(power, conditional) for power in (1.0, 0.75, 0.5) for conditional in (2, 4, 8))
+WEIGHINGS = (
+    *(Weighing(power, conditional) for power in (1.0, 0.75, 0.5) for conditional in (2, 4, 8)),
+    *(Weighing(power, tied=True) for power in (1.0, 0.75, 0.5)),
+)
 """That are tried (`vllm_kvcompress.heads.trials`), `SQUARES` first."""
 MOST_LOSS = 1e12  # a share of the residual's square; sums and powers of it are still numbers
 _RULE_FIELDS = ("capacity", "anchors", "recent", "ring", "decay", "value_norm", "smooth_row")
@@ -48,10 +54,14 @@ class LossCurves:
     losses : array
         ``[layers, 2 * kv_heads, candidates]`` float64: `vllm_kvcompress.heads.losses`, cache heads as
         branch * kv_heads + KV head. Finite, not negative.
+    guided : array, optional
+        ``[layers, kv_heads, candidates]`` float64: of both branches' heads under one type, as guidance
+        combines their errors.
     """
 
     candidates: tuple[HeadRule, ...]
     losses: NDArray[np.float64]
+    guided: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         layers_heads_candidates = self.losses.shape
@@ -60,8 +70,14 @@ class LossCurves:
                 f"curves: losses {list(self.losses.shape)} for {len(self.candidates)} candidates; need "
                 "[layers, 2 * kv_heads, candidates]"
             )
-        if not ((self.losses >= 0) & (self.losses <= MOST_LOSS)).all():  # nor of what is not a number
-            raise ValueError(f"curves: a loss is negative or not a number below {MOST_LOSS:g}")
+        layers, heads, number = layers_heads_candidates
+        if self.guided is not None and self.guided.shape != (layers, heads // 2, number):
+            raise ValueError(
+                f"curves: guided losses {list(self.guided.shape)}; need {[layers, heads // 2, number]}"
+            )
+        for losses in (self.losses, self.guided):
+            if losses is not None and not ((losses >= 0) & (losses <= MOST_LOSS)).all():  # nor of no number
+                raise ValueError(f"curves: a loss is negative or not a number below {MOST_LOSS:g}")
 
     @property
     def raster(self) -> Raster:
@@ -80,10 +96,19 @@ class LossCurves:
             )
 
     def weighted(self, weighing: Weighing = SQUARES) -> NDArray[np.float64]:
-        """``[layers * 2 * kv_heads, candidates]``: losses as a fit adds them up."""
+        """Losses as a fit adds them up, of what gets a type: ``[layers * 2 * kv_heads, candidates]``.
+
+        Under a tied weighing the branches' heads get theirs together: ``[layers * kv_heads, candidates]``,
+        guided losses where they were measured.
+        """
+        if weighing.tied and self.guided is not None:
+            return (self.guided**weighing.power).reshape(-1, len(self.candidates))
         layers, heads, number = self.losses.shape
         weights = np.repeat(weighing.branches, heads // len(weighing.branches))
-        return (self.losses**weighing.power * weights[:, None]).reshape(layers * heads, number)
+        losses = self.losses**weighing.power * weights[:, None]
+        if weighing.tied:
+            losses = losses.reshape(layers, len(weighing.branches), -1, number).sum(1)
+        return losses.reshape(-1, number)
 
     @property
     def slots(self) -> NDArray[np.int64]:
@@ -98,7 +123,8 @@ class LossCurves:
             "line": first.line,
             "image": first.image,
             "candidates": rules,
-            "losses": [[[float(f"{x:.4g}") for x in head] for head in layer] for layer in self.losses],
+            "losses": _rounded(self.losses),
+            **({} if self.guided is None else {"guided": _rounded(self.guided)}),
         }
 
     @classmethod
@@ -107,14 +133,25 @@ class LossCurves:
         try:
             grid = {"line": fields["line"], "image": fields["image"]}
             candidates = tuple(_rule(**grid, **rule) for rule in fields["candidates"])
-            if np.array(fields["losses"]).dtype.kind in "USb":  # the next line would make numbers of them
-                raise TypeError("a loss is no number")
-            losses = np.array(fields["losses"], np.float64)
+            losses, guided = _numbers(fields["losses"]), None
+            if fields.get("guided") is not None:
+                guided = _numbers(fields["guided"])
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"curves: {error}") from None
         if not candidates:
             raise ValueError("curves: no candidates")
-        return cls(candidates, losses)
+        return cls(candidates, losses, guided)
+
+
+def _rounded(losses: NDArray[np.float64]) -> list[list[list[float]]]:
+    return [[[float(f"{x:.4g}") for x in head] for head in layer] for layer in losses]
+
+
+def _numbers(losses: Any) -> NDArray[np.float64]:
+    """Of a file. Raises TypeError for what is none."""
+    if np.array(losses).dtype.kind in "USb":  # the next line would make numbers of them
+        raise TypeError("a loss is no number")
+    return np.array(losses, np.float64)
 
 
 def _rule(**fields: Any) -> HeadRule:

@@ -159,10 +159,15 @@ def fit(
             f"at least {share:g}"
         )
     groups = np.arange(len(losses))[:, None]
+    if weighing.tied and pages is not None:
+        pages = pages.of_both_branches
     if ranks > 1:
         _, price = Sets(losses, slots, budget, len(slots)).bound(range(len(slots)))
         layers, heads, _ = curves.losses.shape
-        groups = grouped(losses, slots, price, rank_of_heads(layers, heads, ranks))
+        rank = rank_of_heads(layers, heads, ranks)
+        if weighing.tied:
+            rank = rank.reshape(layers, 2, -1)[:, 0].ravel()
+        groups = grouped(losses, slots, price, rank)
     together = losses[groups].sum(1)
     for number in range(min(types, len(slots)), 0, -1):
         chosen, choice = _best_set(together, slots, budget, number)
@@ -229,8 +234,10 @@ def smallest_budget(
 def _assignment(curves: LossCurves, groups: Ints, losses: Floats, columns: Ints, found: Paged) -> Assignment:
     """Types of all heads from those of ``groups [groups, ranks]``; ``columns``: the types' candidates."""
     settled = found.choice if groups.shape[1] == 1 else resettled(losses[:, columns], found.choice, groups)
-    loss = float(curves.weighted()[np.arange(len(losses)), columns[settled]].mean())
-    types = settled.reshape(curves.losses.shape[:2])
+    layers, heads, _ = curves.losses.shape
+    types = settled.reshape(layers, -1)
+    types = np.tile(types, heads // types.shape[1])  # tied: those of one branch, which are the other's too
+    loss = float(curves.weighted()[np.arange(layers * heads), columns[types.ravel()]].mean())
     return Assignment(found.rules, types, loss, page_tokens=found.tokens or None)
 
 

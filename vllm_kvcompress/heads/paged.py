@@ -37,6 +37,11 @@ class Pages:
     slot: int
     side: int
 
+    @property
+    def of_both_branches(self) -> "Pages":
+        """Of two heads' slots, where the branches' heads of a KV head get one type."""
+        return Pages(2 * self.slot, 2 * self.side)
+
     def weights(self, rules: Sequence[HeadRule]) -> Ints:
         """``[types]`` bytes of a slot of one head."""
         return np.array([self.slot + (self.side if rule.scores else 0) for rule in rules], np.int64)

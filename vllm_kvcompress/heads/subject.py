@@ -40,6 +40,8 @@ class Subject:
         layer -> ``[hidden, query heads * head_size]``.
     agree : callable
         Drawn ids ``[n]`` -> those of the first rank: all ranks draw the same picture.
+    guidance : float
+        The model's own scale.
     rows : callable
         A context in which the rows that are fed are those of these prompts, in their order. It gives the
         slots that the branches of each begin at, ``[rows, 2]`` int64, or None where they begin together.
@@ -56,6 +58,7 @@ class Subject:
     apart: Callable[[Tensor, Tensor, Rows], Tensor]
     recording: Callable[[Recorder], AbstractContextManager]
     output_weight: Callable[[int], Tensor]
+    guidance: float
     agree: Callable[[Tensor], Tensor] = lambda ids: ids
     rows: Callable[[Sequence[Sequence[int]]], AbstractContextManager[Tensor | None]] = lambda prompts: (
         nullcontext(None)

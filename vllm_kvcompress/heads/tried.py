@@ -78,6 +78,7 @@ class Trial(BaseModel):
     budget, types, slot, side, ranks, tolerance
         The `Wanted` in plain numbers; slot and side 0 without pages.
     power, conditional : float
+    tied : bool
         The `Weighing` whose fit strayed least; one of `WEIGHINGS`, or the trial counts for nothing.
     divergence, squares : float
         Of that fit and of `SQUARES`', nats per token.
@@ -93,19 +94,19 @@ class Trial(BaseModel):
     tolerance: float
     power: float
     conditional: float
+    tied: bool | None = None  # of a profile from before there were tied fits: tried again
     divergence: float = Field(ge=0, allow_inf_nan=False)
     squares: float = Field(ge=0, allow_inf_nan=False)
 
     @property
     def weighing(self) -> Weighing:
         """As a fit takes it."""
-        return Weighing(self.power, self.conditional)
+        return Weighing(self.power, self.conditional, bool(self.tied))
 
     def of(self, wanted: Wanted) -> bool:
         """Whether this is what was tried for it."""
-        return self.weighing in WEIGHINGS and all(
-            getattr(self, name) == value for name, value in _plain(wanted).items()
-        )
+        known = self.tied is not None and self.weighing in WEIGHINGS
+        return known and all(getattr(self, name) == value for name, value in _plain(wanted).items())
 
 
 def _plain(wanted: Wanted) -> dict[str, Any]:
@@ -133,6 +134,7 @@ def try_fits(curves: LossCurves, wanted: Wanted, tried: Tried) -> Trial:
         **_plain(wanted),
         power=best.power,
         conditional=best.conditional,
+        tied=best.tied,
         divergence=float(f"{costs[best]:.4g}"),
         squares=float(f"{costs[SQUARES]:.4g}"),
     )

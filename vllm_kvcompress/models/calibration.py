@@ -58,7 +58,7 @@ def of_this_version(profile: HeadProfile, image: "ImageModel") -> bool:
     curves = profile.loss_curves
     if (curves.raster.lines, curves.raster.width) != (image.raster.lines, image.raster.width):
         return False
-    same_candidates = curves.candidates == candidate_types(curves.raster)
+    same_candidates = curves.candidates == candidate_types(curves.raster) and curves.guided is not None
     same_prompts = profile.prompts_hash == _prompts_hash()
     same_threshold = abs(profile.threshold - default_threshold(profile.scores)) < 1e-5
     return same_candidates and same_prompts and same_threshold and _are_pictures(profile.pictures, image)
@@ -97,9 +97,10 @@ def calibrate(
     candidates = candidate_types(raster)
     prompts = prompts_of(vllm_config, model, own)
     with _Bar(ranks.first) as bar:
-        scores, losses, pictures = measure(subject_of(vllm_config, model), prompts, lines, candidates, bar)
-    # [ranks, layers, heads of the rank] and [ranks, layers, 2, heads of the rank, candidates]: all heads.
-    scores = ranks.gather(scores).transpose(0, 1).flatten(1)
+        found = measure(subject_of(vllm_config, model), prompts, lines, candidates, bar)
+    scores, losses, guided, pictures = found
+    # [ranks, layers, heads of the rank, ...], [ranks, layers, 2, heads of the rank, candidates]: all heads.
+    scores, guided = (ranks.gather(one).transpose(0, 1).flatten(1, 2) for one in (scores, guided))
     losses = ranks.gather(losses.unflatten(1, (2, -1))).permute(1, 2, 0, 3, 4).flatten(1, 3)
     return HeadProfile(
         format=2,
@@ -114,7 +115,7 @@ def calibrate(
         scores=scores.clamp(0, 1).tolist(),
         head_size=shape.head_size,
         dtype=str(model.dtype).removeprefix("torch."),
-        curves=LossCurves(candidates, losses.numpy()).dump(),
+        curves=LossCurves(candidates, losses.numpy(), guided.numpy()).dump(),
         prompts=None if own is None else prompts,
         pictures=[list(one.ids[one.prefix :]) for one in pictures],
     )
@@ -291,6 +292,7 @@ def subject_of(vllm_config: "VllmConfig", model: "BranchedImageModel") -> Subjec
         apart=lambda full, other, rows: apart(model, full, other, rows, model.image.guidance_scale),
         recording=recording,
         output_weight=lambda layer: _output_weight(layers[layer].self_attn, model.dtype, device),
+        guidance=model.image.guidance_scale,
         agree=ranks.agree_on,
         rows=lambda prompts: replaying(model, prompts),
     )
