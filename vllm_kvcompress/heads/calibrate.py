@@ -188,7 +188,7 @@ def measure(
     lines: int,
     candidates: Sequence[HeadRule],
     progress: Callable[[str, int, int], None],
-) -> tuple[Tensor, Tensor, Tensor, list[Picture]]:
+) -> tuple[Tensor, Tensor, list[Picture], Tensor]:
     """Draw the prompts, then measure the heads on what was drawn.
 
     Parameters
@@ -202,9 +202,9 @@ def measure(
 
     Returns
     -------
-    Tensor, Tensor, Tensor, list of Picture
-        ``[layers, kv_heads]`` locality scores; ``[layers, 2 * kv_heads, candidates]`` losses, and guided ones
-        ``[layers, kv_heads, candidates]``, all float64; what was drawn, in the prompts' order.
+    Tensor, Tensor, list of Picture, Tensor
+        ``[layers, kv_heads]`` locality scores; ``[layers, 2 * kv_heads, candidates]`` losses, both float64;
+        what was drawn, in the prompts' order; guided losses ``[layers, kv_heads, candidates]`` float64.
     """
     first = len(LOCALITY_PROMPTS)
     rest = [prompts[n : n + DRAWN_TOGETHER] for n in range(first, len(prompts), DRAWN_TOGETHER)]
@@ -232,4 +232,4 @@ def measure(
     losses, guided = measure_losses(
         subject, pictures, candidates, lambda done, total: progress("measuring", done, total)
     )
-    return found[0].scores, losses, guided, pictures
+    return found[0].scores, losses, pictures, guided

@@ -98,7 +98,7 @@ def calibrate(
     prompts = prompts_of(vllm_config, model, own)
     with _Bar(ranks.first) as bar:
         found = measure(subject_of(vllm_config, model), prompts, lines, candidates, bar)
-    scores, losses, guided, pictures = found
+    scores, losses, pictures, guided = found
     # [ranks, layers, heads of the rank, ...], [ranks, layers, 2, heads of the rank, candidates]: all heads.
     scores, guided = (ranks.gather(one).transpose(0, 1).flatten(1, 2) for one in (scores, guided))
     losses = ranks.gather(losses.unflatten(1, (2, -1))).permute(1, 2, 0, 3, 4).flatten(1, 3)
