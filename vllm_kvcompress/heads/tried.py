@@ -94,18 +94,18 @@ class Trial(BaseModel):
     tolerance: float
     power: float
     conditional: float
-    tied: bool | None = None  # of a profile from before there were tied fits: tried again
+    tied: bool = False  # profiles from before there were tied fits do not say
     divergence: float = Field(ge=0, allow_inf_nan=False)
     squares: float = Field(ge=0, allow_inf_nan=False)
 
     @property
     def weighing(self) -> Weighing:
         """As a fit takes it."""
-        return Weighing(self.power, self.conditional, bool(self.tied))
+        return Weighing(self.power, self.conditional, self.tied)
 
     def of(self, wanted: Wanted) -> bool:
         """Whether this is what was tried for it."""
-        known = self.tied is not None and self.weighing in WEIGHINGS
+        known = self.weighing in WEIGHINGS
         return known and all(getattr(self, name) == value for name, value in _plain(wanted).items())
 
 
