@@ -147,7 +147,7 @@ def kept_of(engine: Engine, name: str) -> HeadProfile:
 
 
 def test_a_trial_says_what_the_serving_kernels_do(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """Every proposal's divergence, replayed token by token on pages, as a server plans them."""
+    """Proposals' divergences, replayed token by token on pages, as a server plans them."""
     engine = started(checkpoints["gqa-hf"])
     profile, config = kept_of(engine, "gqa-hf"), engine.core.vllm_config
     assert profile.pictures is not None
@@ -156,9 +156,13 @@ def test_a_trial_says_what_the_serving_kernels_do(checkpoints: dict[str, Path], 
     assert len(fits) > 1
     tried = calibration.trying(config, engine.model, profile)
     assert tried is not None
-    found = tried(list(fits.values()))
+    some = {*range(0, len(fits), 4), len(fits) - 1}  # the last is tied; all of them take half a minute
+    assert list(fits)[-1].tied
+    found = tried([one for number, one in enumerate(fits.values()) if number in some])
     sections = {}
     for number, weighing in enumerate(fits):
+        if number not in some:
+            continue
         trial = try_fits(profile.loss_curves, wanted, costing([1.0] * number + [0.5 if number else 1.0]))
         assert trial.weighing == weighing
         path = tmp_path / f"{number}.json"
