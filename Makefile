@@ -13,7 +13,7 @@ WINDOW ?= auto
 BENCH ?=
 PY := .venv/bin/python
 # A module's tests share engines, so a module stays whole; the longest come first (tests/conftest.py).
-PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast soak lint docs clean bench bench-full
 
