@@ -157,8 +157,8 @@ def _measure(
         else:
             [profile] = llm.collective_rpc("kvcompress_calibrate", args=(prompts,))
         yield HeadProfile.model_validate_json(profile)
-        if budgets is None or budgets:
-            wanted = [budget] if budgets is None else budgets
+        wanted = [budget] if budgets is None else budgets
+        if wanted:
             [profile] = llm.collective_rpc("kvcompress_head_profile", args=(wanted, source))
             yield HeadProfile.model_validate_json(profile)
     finally:
@@ -196,8 +196,8 @@ def inspect(
         typer.Option(min=0, max=1, help="Show locality instead: heads split here, not at the profile's."),
     ] = None,
     max_types: Annotated[
-        int | None, typer.Option(min=1, max=MAX_TYPES, help="Head types at most, as the server's max_types.")
-    ] = None,
+        int, typer.Option(min=1, max=MAX_TYPES, help="Head types at most, as the server's max_types.")
+    ] = MAX_TYPES,
     tolerance: Annotated[
         float | None, typer.Option(help="With --budget auto, as the server's tolerance.")
     ] = None,
@@ -230,7 +230,7 @@ def inspect(
             f"{kv_cache_dtype!r}; one of {AUTO}, {', '.join(ITEM_BYTES)}", param_hint="--kv-cache-dtype"
         )
     served = Served(
-        MAX_TYPES if max_types is None else max_types,
+        max_types,
         TOLERANCE if tolerance is None else tolerance,
         None if kv_cache_dtype == AUTO else kv_cache_dtype,
         tensor_parallel_size,

@@ -14,7 +14,7 @@ HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 2560: 40, 3200: 32, 40
 PATCH = 16  # pixels a token in the names of published files: c2i_XL_384.pt has a grid of 24
 # autoregressive/sample/sample_c2i.py wraps as others do, FSDP's files are bare;
 # tokenizer/tokenizer_image/reconstruction_vq_ddp.py:
-VQ_WRAPPERS = ("ema", *(name for name in WRAPPERS if name != "ema"))
+VQ_WRAPPERS = ("ema", *WRAPPERS)
 ROPE_TABLE = "freqs_cis"  # computed, and stored by accident
 _TELLING = (  # whose shapes are sizes
     "cls_embedding.embedding_table.weight", "tok_embeddings.weight", "layers.0.feed_forward.w1.weight",
