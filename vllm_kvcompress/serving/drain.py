@@ -94,7 +94,7 @@ class Drain:
             elif self._manager is not None and not was_dead:
                 timeout -= self._wait_taken(min(TAKE_S, timeout / 2))
         elif not was_dead:  # before the engine ends texts as if they were whole
-            self._tell_who_waits()
+            self._tell_who_waits(then_stop=True)
         # A dead engine ends the HTTP server, and this is called again while it still waits for the process.
         has_failed = was_dead and self._stops
         began, self._stops = time.monotonic(), True
@@ -143,8 +143,8 @@ class Drain:
         waits = processor is None or processor.has_unfinished_requests()
         return any(ended.values()) and (waits or said_so)
 
-    def _tell_who_waits(self) -> None:
-        handler = getattr(self._engine, "output_handler", None)  # None until the first request
+    def _tell_who_waits(self, then_stop: bool = False) -> None:
+        handler: Any = getattr(self._engine, "output_handler", None)  # None until the first request
         if handler is None:
             return
         error = GracefulHTTPError(SHUTTING_DOWN, HTTPStatus.SERVICE_UNAVAILABLE)
@@ -156,6 +156,8 @@ class Drain:
             for call in list(getattr(core, "utility_results", {}).values()):
                 if not call.done():
                     call.set_exception(EngineDeadError())
+            if then_stop:  # vLLM does that when the engine is gone, and logs a dead engine if it looks first
+                handler.cancel()
 
         with suppress(RuntimeError):  # the event loop has ended: nobody is left
             handler.get_loop().call_soon_threadsafe(tell)
