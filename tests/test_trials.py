@@ -17,7 +17,7 @@ from test_emu3 import SIZES
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.eval.likelihood import Trial as Replayed
 from vllm_kvcompress.eval.likelihood import kvcompress_replay
-from vllm_kvcompress.heads.curves import SQUARES, WEIGHINGS, Weighing
+from vllm_kvcompress.heads.curves import SQUARES, WEIGHINGS, LossCurves, Weighing
 from vllm_kvcompress.heads.fit import Assignment, fit
 from vllm_kvcompress.heads.paged import Pages
 from vllm_kvcompress.heads.profile import HeadProfile
@@ -94,8 +94,18 @@ def test_a_planted_weighing_counts_for_nothing() -> None:
     trial = try_fits(CURVES, Wanted(48), costing([]))
     assert trial.of(Wanted(48))
     assert not trial.model_copy(update={"power": 4.0}).of(Wanted(48))
-    older = trial.model_dump(exclude={"tied"})
-    assert Trial.model_validate(older) == trial, "of before there were tied fits"
+    older = Trial.model_validate(trial.model_dump(exclude={"tied", "later"}))
+    assert older.weighing == trial.weighing == SQUARES, "of before fits were tied, or layers weighed"
+
+
+@pytest.mark.parametrize("power", [1.0, 0.75, 0.5])
+def test_a_choice_of_before_stands(power: float) -> None:
+    """Branches 8 to 1 are tried no more; profiles that people made may have them."""
+    old = try_fits(CURVES, Wanted(48), costing([])).model_copy(update={"power": power, "conditional": 8.0})
+    assert old.weighing not in WEIGHINGS
+    assert old.of(Wanted(48))
+    served = Wanted(48).served(CURVES, old)
+    assert served.same_as(fit(CURVES, 48, weighing=Weighing(power, 8.0)))
 
 
 def test_auto_stays_within_its_tolerance() -> None:
@@ -127,6 +137,18 @@ def test_a_power_of_a_half_adds_errors_up_and_branches_are_weighed() -> None:
     np.testing.assert_allclose(plain, CURVES.losses.reshape(16, -1))
     np.testing.assert_allclose(rooted[conditional], 1.5 * plain[conditional] ** 0.5)
     np.testing.assert_allclose(rooted[~conditional], 0.5 * plain[~conditional] ** 0.5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_later_layers_count_more_in_even_steps(tied: bool) -> None:
+    layers, heads, number = CURVES.losses.shape
+    guided = np.random.default_rng(3).random((layers, heads // 2, number))
+    for of in (CURVES, replace(CURVES, guided=guided)):
+        plain, later = (of.weighted(Weighing(0.5, 3, tied, later)) for later in (1.0, 8.0))
+        depths = np.geomspace(8**-0.5, 8**0.5, layers)
+        np.testing.assert_allclose(later.reshape(layers, -1), plain.reshape(layers, -1) * depths[:, None])
+    one = LossCurves(CURVES.candidates, CURVES.losses[:1])
+    np.testing.assert_array_equal(one.weighted(Weighing(later=8.0)), one.weighted(Weighing()))
 
 
 def started(folder: Path, **section: Any) -> Engine:
@@ -303,6 +325,8 @@ def test_branches_of_unlike_length_and_ends_of_lines(tmp_path: Path) -> None:
     assert trial.divergence > 0
     assert len(layout.rules) > 1
     assert calibration.of_this_version(profile, engine.image), "and the next start takes it"
+    older = [trial.model_copy(update={"later": None})]
+    assert not calibration.of_this_version(profile.model_copy(update={"trials": older}), engine.image)
     wide = replace(engine.image, raster=replace(engine.image.raster, width=engine.image.raster.width + 1))
     assert not calibration.of_this_version(profile, wide)
 

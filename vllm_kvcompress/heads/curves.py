@@ -17,26 +17,36 @@ class Weighing:
     The guided distribution leans on the conditional branch. A power of a half adds errors up instead of their
     squares: one head that loses much then counts less beside several that lose some. ``tied``: both branches
     of a KV head have one type, so that they err alike: guidance multiplies what the branches differ in, and
-    leaves what is common to both errors as it is.
+    leaves what is common to both errors as it is. ``later``: the last layer's loss counts that many times the
+    first's, layers between in even steps of its logarithm: a loss is a share of its own layer's residual, to
+    which the layers behind still add.
     """
 
     power: float = 1.0
     conditional: float = 2.0
     tied: bool = False
+    later: float = 1.0
 
     @property
     def branches(self) -> tuple[float, float]:
         """Factors of the conditional and the unconditional branch, 1 on average."""
         return 2 * self.conditional / (1 + self.conditional), 2 / (1 + self.conditional)
 
+    def depths(self, layers: int) -> NDArray[np.float64]:
+        """``[layers]``: factors of the layers, their geometric mean 1."""
+        return self.later ** (np.linspace(-0.5, 0.5, layers) if layers > 1 else np.zeros(1))
+
 
 SQUARES = Weighing()
 """Predicted losses are by this one, whichever a fit was made with."""
+_POWERS = (1.0, 0.75, 0.5)
 WEIGHINGS = (
-    *(Weighing(power, conditional) for power in (1.0, 0.75, 0.5) for conditional in (2, 4, 8)),
-    *(Weighing(power, tied=True) for power in (1.0, 0.75, 0.5)),
+    *(Weighing(p, branch, later=later) for later in (1.0, 8.0) for p in _POWERS for branch in (2.0, 4.0)),
+    *(Weighing(power, tied=True) for power in _POWERS),
 )
 """That are tried (`vllm_kvcompress.heads.trials`), `SQUARES` first."""
+EARLIER = tuple(Weighing(power, 8.0) for power in _POWERS)
+"""That are tried no more; a profile may say that one of them was chosen."""
 MOST_LOSS = 1e12  # a share of the residual's square; sums and powers of it are still numbers
 _RULE_FIELDS = ("capacity", "anchors", "recent", "ring", "decay", "value_norm", "smooth_row")
 _TYPES: dict[str, type] = get_type_hints(HeadRule)
@@ -101,11 +111,12 @@ class LossCurves:
         Under a tied weighing the branches' heads get theirs together: ``[layers * kv_heads, candidates]``,
         guided losses where they were measured.
         """
-        if weighing.tied and self.guided is not None:
-            return (self.guided**weighing.power).reshape(-1, len(self.candidates))
         layers, heads, number = self.losses.shape
+        depths = weighing.depths(layers)[:, None, None]
+        if weighing.tied and self.guided is not None:
+            return (self.guided**weighing.power * depths).reshape(-1, number)
         weights = np.repeat(weighing.branches, heads // len(weighing.branches))
-        losses = self.losses**weighing.power * weights[:, None]
+        losses = self.losses**weighing.power * weights[:, None] * depths
         if weighing.tied:
             losses = losses.reshape(layers, len(weighing.branches), -1, number).sum(1)
         return losses.reshape(-1, number)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_kvcompress.heads.curves import SQUARES, WEIGHINGS, LossCurves, Weighing
+from vllm_kvcompress.heads.curves import EARLIER, SQUARES, WEIGHINGS, LossCurves, Weighing
 from vllm_kvcompress.heads.fit import Assignment, fit, smallest_budget
 from vllm_kvcompress.heads.paged import Pages
 from vllm_kvcompress.policy import AUTO, MAX_TYPES, TOLERANCE
@@ -77,9 +77,9 @@ class Trial(BaseModel):
     ----------
     budget, types, slot, side, ranks, tolerance
         The `Wanted` in plain numbers; slot and side 0 without pages.
-    power, conditional : float
+    power, conditional, later : float
     tied : bool
-        The `Weighing` whose fit strayed least; one of `WEIGHINGS`, or the trial counts for nothing.
+        The `Weighing` whose fit strayed least; one that is or was tried, or the trial counts for nothing.
     divergence, squares : float
         Of that fit and of `SQUARES`', nats per token.
     """
@@ -95,17 +95,18 @@ class Trial(BaseModel):
     power: float
     conditional: float
     tied: bool = False  # profiles from before there were tied fits do not say
+    later: float | None = None  # nor those from before layers were weighed
     divergence: float = Field(ge=0, allow_inf_nan=False)
     squares: float = Field(ge=0, allow_inf_nan=False)
 
     @property
     def weighing(self) -> Weighing:
         """As a fit takes it."""
-        return Weighing(self.power, self.conditional, self.tied)
+        return Weighing(self.power, self.conditional, self.tied, self.later or 1.0)
 
     def of(self, wanted: Wanted) -> bool:
         """Whether this is what was tried for it."""
-        known = self.weighing in WEIGHINGS
+        known = self.weighing in (*WEIGHINGS, *EARLIER)
         return known and all(getattr(self, name) == value for name, value in _plain(wanted).items())
 
 
@@ -135,6 +136,7 @@ def try_fits(curves: LossCurves, wanted: Wanted, tried: Tried) -> Trial:
         power=best.power,
         conditional=best.conditional,
         tied=best.tied,
+        later=best.later,
         divergence=float(f"{costs[best]:.4g}"),
         squares=float(f"{costs[SQUARES]:.4g}"),
     )

@@ -58,10 +58,12 @@ def of_this_version(profile: HeadProfile, image: "ImageModel") -> bool:
     curves = profile.loss_curves
     if (curves.raster.lines, curves.raster.width) != (image.raster.lines, image.raster.width):
         return False
+    same_trials = all(one.later is not None for one in profile.trials)
     same_curves = curves.candidates == candidate_types(curves.raster) and curves.guided is not None
     same_prompts = profile.prompts_hash == _prompts_hash()
     same_threshold = abs(profile.threshold - default_threshold(profile.scores)) < 1e-5
-    return same_curves and same_prompts and same_threshold and _are_pictures(profile.pictures, image)
+    same = same_trials and same_curves and same_prompts and same_threshold
+    return same and _are_pictures(profile.pictures, image)
 
 
 def default_threshold(scores: Any) -> float:
