@@ -1,6 +1,8 @@
 """The shapes world: scenes are deterministic, captions are true, held-out combinations stay out."""
 
+import runpy
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from vllm_kvcompress.eval.world import (
     PIXELS_PER_TOKEN,
     PLACES,
     SHAPES,
+    SIZES,
     Ground,
     Phrase,
     Scene,
@@ -21,6 +24,7 @@ from vllm_kvcompress.eval.world import (
     pair_is_held_out,
 )
 
+BORDER = runpy.run_path(str(Path(__file__).parents[1] / "examples/shapes/border.py"))
 PAIRS = [sample_pair((7, index)) for index in range(400)]
 
 
@@ -128,3 +132,25 @@ def test_places_cover_the_picture() -> None:
     assert len(set(PLACES.values())) == 9
     thing = Thing("circle", "red", "small", 48.0, 48.0)
     assert thing.kind == ("red", "circle")
+
+
+def test_scenes_that_a_border_cuts() -> None:
+    """They show a part of one object, and are known from the line after that on."""
+    right = 0
+    for index in range(300):
+        scene, prompt = BORDER["cut_pair"]((5, index))
+        [thing] = scene.things
+        assert prompt.place is None
+        assert prompt.phrases[0].describes(thing.shape, thing.colour, thing.size)
+        shows = (render(scene) != render(Scene((), scene.ground))).any(-1)
+        columns, lines = shows.any(0), shows.any(1)
+        assert columns[0] != columns[-1]
+        right += columns[-1]
+        inwards = IMAGE_SIZE - thing.x if columns[-1] else thing.x
+        radius = thing.radius if prompt.phrases[0].size else SIZES["small"]
+        assert inwards < radius
+        assert inwards % PIXELS_PER_TOKEN == 0
+        known = BORDER["lines_until_known"](scene) * PIXELS_PER_TOKEN
+        assert lines[known - PIXELS_PER_TOKEN : known].any()
+        assert not lines[: known - PIXELS_PER_TOKEN].any()
+    assert 200 < right < 250

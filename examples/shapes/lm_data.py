@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from common import scene_batch
+from border import cut_pair, lines_until_known
+from common import to_pixels
 from geometry import GEOMETRY, chat_prompt
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from patches import nearest, to_patches
-from vllm_kvcompress.eval.scenes import FAMILIES
+from vllm_kvcompress.eval.scenes import FAMILIES, render, sample_pair
 from vllm_kvcompress.testing import tokenizer as janus
 
 IGNORE = -100
@@ -25,12 +26,14 @@ UNCONDITIONAL = 0.1
 class Batch:
     """`ids [B, T]` int64, image codes offset by the text vocabulary, padded on the right (causal
     attention never looks there); `codes [B, 576]`; `image [B, T]` and `text [B, T]` bool: where the
-    next id is an image code, and where it is a caption's word."""
+    next id is an image code, and where it is a caption's word; `counts [B, 576]` bool: the codes that are
+    trained."""
 
     ids: Tensor
     codes: Tensor
     image: Tensor
     text: Tensor
+    counts: Tensor
 
     def twice(self, boi: int, pad: int) -> Batch:
         """Every scene as both guidance branches: its rows with captions, then the same without them."""
@@ -39,9 +42,8 @@ class Batch:
         words[:, 0] = False  # BOS stays
         blank[words] = pad
         unsaid = torch.zeros_like(self.text)
-        return Batch(
-            torch.cat([self.ids, blank]), self.codes, self.image.repeat(2, 1), torch.cat([self.text, unsaid])
-        )
+        ids, text = torch.cat([self.ids, blank]), torch.cat([self.text, unsaid])
+        return Batch(ids, self.codes, self.image.repeat(2, 1), text, self.counts)
 
 
 def unconditional(prompt: list[int], pad: int) -> list[int]:
@@ -57,12 +59,24 @@ def make_batch(
     number: int,
     families: Mapping[str, float] = FAMILIES,
     unconditional_share: float = UNCONDITIONAL,
+    cut_share: float = 0.0,
 ) -> Batch:
-    """Scenes `first .. first + number` of a stream as one padded batch; deterministic."""
-    pixels, captions = scene_batch(stream, first, number, families)
+    """Scenes `first .. first + number` of a stream as one padded batch; deterministic.
+
+    A share of them is cut by a border, and not trained up to where the object shows (`border`).
+    """
+    cut = np.random.default_rng((stream, first, number, 1)).random(number) < cut_share
+    pairs = [
+        cut_pair((stream, first + row)) if cut[row] else sample_pair((stream, first + row), families)
+        for row in range(number)
+    ]
+    pixels = to_pixels(np.stack([render(scene) for scene, _ in pairs]))
     codes = nearest(to_patches(pixels), centres)
+    counts = torch.ones_like(codes, dtype=torch.bool)
+    for row in cut.nonzero()[0]:
+        counts[row, : lines_until_known(pairs[row][0]) * GEOMETRY.lines] = False
     pad = tokenizer.token_to_id(janus.PAD)
-    prompts = [tokenizer.encode(chat_prompt(caption)).ids for caption in captions]
+    prompts = [tokenizer.encode(chat_prompt(prompt.text)).ids for _, prompt in pairs]
     blank = np.random.default_rng((stream, first, number)).random(number) < unconditional_share
     length = max(map(len, prompts)) + GEOMETRY.image_tokens - 1
     ids = torch.full((number, length), pad)
@@ -74,4 +88,4 @@ def make_batch(
         ids[row, end : end + GEOMETRY.image_tokens - 1] = codes[row, :-1] + GEOMETRY.text_vocab
         image[row, end - 1 : end - 1 + GEOMETRY.image_tokens] = True
         text[row, : end - 1] = not blank[row]
-    return Batch(ids, codes, image, text)
+    return Batch(ids, codes, image, text, counts)

@@ -139,25 +139,29 @@ def losses(
     if scales is not None:
         given, free = logits.unflatten(0, (2, len(scales), -1))
         logits = (free + scales[:, None, None] * (given - free)).flatten(0, 1)
-    image = F.cross_entropy(logits, batch.codes.flatten())
+    each = F.cross_entropy(logits, batch.codes.flatten(), reduction="none")
+    counts = batch.counts.flatten()
+    image = (each * counts).sum() / counts.sum().clamp(min=1)
     following = batch.ids.roll(-1, 1)[batch.text]
     words = F.cross_entropy(model.lm_head(hidden[batch.text]).float(), following)
     return image, words
 
 
 def plain_batch(
-    centres: Tensor, tokenizer: Tokenizer, first: int, number: int, families: Mapping[str, float]
+    centres: Tensor, tokenizer: Tokenizer, first: int, number: int, families: Mapping[str, float], cut: float
 ) -> Batch:
-    """A training batch with some captions blanked."""
-    return make_batch(centres, tokenizer, TRAIN_STREAM, first, number, families)
+    """A training batch with some captions blanked, and some scenes cut by a border."""
+    return make_batch(centres, tokenizer, TRAIN_STREAM, first, number, families, cut_share=cut)
 
 
 def guided_batch(
-    centres: Tensor, tokenizer: Tokenizer, first: int, number: int, families: Mapping[str, float]
+    centres: Tensor, tokenizer: Tokenizer, first: int, number: int, families: Mapping[str, float], cut: float
 ) -> tuple[Batch, Tensor]:
     """A training batch as both branches, and a guidance scale for each scene."""
     ids = [tokenizer.token_to_id(token) for token in (janus.BOI, janus.PAD)]
-    batch = make_batch(centres, tokenizer, TRAIN_STREAM, first, number, families, unconditional_share=0.0)
+    batch = make_batch(
+        centres, tokenizer, TRAIN_STREAM, first, number, families, unconditional_share=0.0, cut_share=cut
+    )
     scales = np.random.default_rng((TRAIN_STREAM, first)).uniform(1, MOST_GUIDANCE, number)
     return batch.twice(*ids), torch.tensor(scales, dtype=torch.float32)
 
@@ -174,6 +178,8 @@ def main() -> None:
         "--pairs", type=int, default=0, help="steps, after the easy ones, mostly on pairs: up to this one"
     )
     parser.add_argument("--guided", type=int, default=0, help="last steps, with the loss on guided logits")
+    parser.add_argument("--cut", type=float, default=0.125, help="share of scenes that a border cuts")
+    parser.add_argument("--cut-from", type=int, default=0, help="the first step that has such scenes")
     parser.add_argument("--start", type=Path, help="folder of an exported model to begin with")
     parser.add_argument("--start-step", type=int, default=0, help="the step it was exported at")
     parser.add_argument("--decay", type=int, default=1500, help="last steps, of falling rate")
@@ -204,7 +210,8 @@ def main() -> None:
 
     for step in tqdm(range(first, args.steps), initial=first, total=args.steps):
         families = EASY_FAMILIES if step < args.easy else PAIR_FAMILIES if step < args.pairs else FAMILIES
-        scenes = (centres, tokenizer, step * args.batch, args.batch, families)
+        cut = args.cut if step >= args.cut_from else 0.0
+        scenes = (centres, tokenizer, step * args.batch, args.batch, families, cut)
         guided = step >= args.steps - args.guided
         batch, scales = guided_batch(*scenes) if guided else (plain_batch(*scenes), None)
         image, words = losses(model, batch, scales)
