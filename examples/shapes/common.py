@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_kvcompress.eval.scenes import FAMILIES, render, sample_pair
+from vllm_kvcompress.eval.world import Prompt, Scene
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -39,7 +40,11 @@ def scene_batch(
     stream: int, first: int, number: int, families: Mapping[str, float] = FAMILIES
 ) -> tuple[Tensor, list[str]]:
     """Scenes `first .. first + number` of a stream: pixels `[number, 3, 96, 96]` in [-1, 1], captions."""
-    pairs = [sample_pair((stream, index), families) for index in range(first, first + number)]
+    return as_batch([sample_pair((stream, index), families) for index in range(first, first + number)])
+
+
+def as_batch(pairs: Sequence[tuple[Scene, Prompt]]) -> tuple[Tensor, list[str]]:
+    """Pixels and captions of these scenes, as `scene_batch`."""
     images = np.stack([render(scene) for scene, _ in pairs])
     return to_pixels(images), [prompt.text for _, prompt in pairs]
 

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from border import cut_pair, lines_until_known
-from common import to_pixels
+from common import as_batch
 from geometry import GEOMETRY, chat_prompt
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from patches import nearest, to_patches
-from vllm_kvcompress.eval.scenes import FAMILIES, render, sample_pair
+from vllm_kvcompress.eval.scenes import FAMILIES, sample_pair
 from vllm_kvcompress.testing import tokenizer as janus
 
-IGNORE = -100
 UNCONDITIONAL = 0.1
 """Share of the training sequences whose caption is blanked, for classifier-free guidance."""
 
@@ -70,13 +69,13 @@ def make_batch(
         cut_pair((stream, first + row)) if cut[row] else sample_pair((stream, first + row), families)
         for row in range(number)
     ]
-    pixels = to_pixels(np.stack([render(scene) for scene, _ in pairs]))
+    pixels, captions = as_batch(pairs)
     codes = nearest(to_patches(pixels), centres)
     counts = torch.ones_like(codes, dtype=torch.bool)
     for row in cut.nonzero()[0]:
         counts[row, : lines_until_known(pairs[row][0]) * GEOMETRY.lines] = False
     pad = tokenizer.token_to_id(janus.PAD)
-    prompts = [tokenizer.encode(chat_prompt(prompt.text)).ids for _, prompt in pairs]
+    prompts = [tokenizer.encode(chat_prompt(caption)).ids for caption in captions]
     blank = np.random.default_rng((stream, first, number)).random(number) < unconditional_share
     length = max(map(len, prompts)) + GEOMETRY.image_tokens - 1
     ids = torch.full((number, length), pad)

@@ -8,6 +8,8 @@ before its decay is extended by a larger `--steps`. `--start` begins with the we
 The last `--guided` steps take the loss on the guided logits, `u + w (c - u)` with w drawn from 1 to
 `MOST_GUIDANCE` for every scene, both branches in one pass: what drawing samples from is what is trained.
 
+A share of the scenes, `--cut`, is cut by a border (`border.py`).
+
     python examples/shapes/train_lm.py --codes out/shapes/codes.pt --run out/shapes/lm --steps 20000
 """
 
