@@ -34,6 +34,16 @@ def test_the_checkpoints_guidance_is_the_default(checkpoints: dict[str, Path], t
     assert draw(own) != draw(usual)
 
 
+def test_an_override_goes_before_the_checkpoints(checkpoints: dict[str, Path]) -> None:
+    override = {"override_generation_config": {"guidance_scale": 1.5, "top_k": 3}}
+    engine = Engine.get(checkpoints["tiny-hf"], **SMALL, **override)
+    assert (engine.image.guidance_scale, engine.image.top_k) == (1.5, 3)
+    with pytest.raises(
+        ValueError, match=r"override_generation_config: guidance_scale 'much' is not a number"
+    ):
+        Engine(checkpoints["tiny-hf"], **SMALL, override_generation_config={"guidance_scale": "much"})
+
+
 @pytest.mark.parametrize("scale", [-1.0, 1e300, True])
 def test_a_scale_out_of_range_is_refused(checkpoints: dict[str, Path], tmp_path: Path, scale: object) -> None:
     model = with_guidance(checkpoints["tiny-hf"], tmp_path / "own", scale)

@@ -119,6 +119,7 @@ def test_a_cache_that_keeps_nothing_is_no_reason_to_measure_twice(
         ({"prompts": [[10**6], *[[1]] * 4], "trials": []}, "prompts are not of this model's tokens"),
         ({"pictures": [[0] * 64] * 5, "trials": []}, "pictures are not of this model's tokens"),
         ({"format": 1, "curves": None, "pictures": None, "prompts": None}, "format 1"),
+        ({"guidance": 1.5}, "measured at guidance 1.5, this server's default is 5, where they need other"),
     ],
 )
 def test_what_is_wrong_with_it_is_a_warning(
@@ -236,3 +237,34 @@ def test_a_file_of_no_use_is_one_line(
     line = one_line(invoke("calibrate", checkpoints["tiny-hf"], "-o", tmp_path / "x.json", "--prompts", path))
     assert line.startswith("vllm-kvcompress: prompts: ")
     assert said in line
+
+
+def test_heads_are_measured_at_the_guidance_that_pictures_are_drawn_with(
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    log: Lines,  # noqa: F811
+) -> None:
+    """``--override-generation-config``: the default of requests, and of calibration; each scale is kept."""
+    model, path = checkpoints["gqa-hf"], tmp_path / "own.json"
+    at_two: dict = {"override_generation_config": {"guidance_scale": 2}, **SMALL}
+    usual = Engine.get(model, kvcompress={"budget": 0.45}, **SMALL)
+    other = Engine.get(model, kvcompress={"budget": 0.45}, **at_two)
+    assert (usual.image.guidance_scale, other.image.guidance_scale) == (5, 2)
+    (text,) = other.llm.collective_rpc("kvcompress_head_profile", args=([0.45],))
+    profile = HeadProfile.model_validate_json(text)
+    assert profile.guidance == 2
+    mark = usual.model.fingerprint
+    kept = HeadProfile.load(cache_directory() / f"{model.name}-{mark}-guidance-2.json")
+    assert kept == profile
+    first = HeadProfile.load(cache_directory() / f"{model.name}-{mark}.json")
+    assert first.guidance == 5
+    assert first.pictures != profile.pictures
+    profile.save(path)
+    Engine.get(model, kvcompress={"budget": 0.45, "head_profile": str(path)}, **SMALL)
+    assert log.said(f"{path}: its heads were measured at guidance 2, this server's default is 5")
+    log.lines.clear()
+    Engine(model, kvcompress={"budget": 0.45, "head_profile": str(path)}, **at_two)
+    assert not log.said("measured at guidance")
+    done = calibrate(model, "-o", path, "--dtype", "float32", "--guidance", "2", "--budgets", "0.45")
+    assert done.returncode == 0, done.stderr
+    assert HeadProfile.load(path) == profile

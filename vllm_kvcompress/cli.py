@@ -69,6 +69,10 @@ def calibrate(
         Path | None,
         typer.Option(help="Text file of your own prompts, one a line, such as the model will be asked."),
     ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(min=0, max=100, help="Guidance scale of your requests; else the model's own."),
+    ] = None,
 ) -> None:
     """Measure what each attention head of MODEL needs, with a full cache on prompts: built-in ones, or yours.
 
@@ -91,7 +95,7 @@ def calibrate(
             Policy("fitted", one)  # raises on what is out of range
         own = None if prompts is None else _lines_of(prompts)
         room = (gpu_memory_utilization, kv_cache_memory_bytes)
-        for profile in _measure(model, dtype, force, room, size, wanted, own, output):
+        for profile in _measure(model, dtype, force, room, size, wanted, own, guidance, output):
             profile.save(output)  # what is measured stays, if a budget can't be had
     except Exception as error:
         _fail(error)
@@ -117,7 +121,8 @@ def _lines_of(path: Path) -> list[str]:
 
 def _measure(
     model: str, dtype: Any, force: bool, room: tuple[float | None, int | None], size: str | None,
-    budgets: list[float | Literal["auto"]] | None, prompts: list[str] | None, output: Path,
+    budgets: list[float | Literal["auto"]] | None, prompts: list[str] | None, guidance: float | None,
+    output: Path,
 ) -> Iterator[HeadProfile]:  # fmt: skip
     """Start an engine as a server would; it calibrates on its way up. Then again, with fits tried.
 
@@ -141,6 +146,8 @@ def _measure(
         options["gpu_memory_utilization"] = utilization
     if memory is not None or utilization is None:
         options["kv_cache_memory_bytes"] = memory or 2**30  # nothing is served: fits are tried in the rest
+    if guidance is not None:
+        options["override_generation_config"] = {"guidance_scale": guidance}
     llm = LLM(
         model=model,
         dtype=dtype,

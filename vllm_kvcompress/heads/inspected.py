@@ -20,7 +20,8 @@ def print_fit(
     """What budgets cost, or one, and a picture of it. Raises ValueError, one line, on what is no budget."""
     console = Console(highlight=False)
     shown = prices(profile, served) if budget is None else [price(profile, budget_of(budget), served)]
-    console.print(f"{profile.model or 'an unnamed model'}: preset fitted", markup=False)
+    at = "" if profile.guidance is None else f", measured at guidance {profile.guidance:g}"
+    console.print(f"{profile.model or 'an unnamed model'}: preset fitted{at}", markup=False)
     table = Table("budget", "predicted loss", "MiB a picture", "smaller", "pictures in a GiB")
     for column in table.columns:
         column.justify = "right"

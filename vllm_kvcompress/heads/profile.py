@@ -46,6 +46,8 @@ class HeadProfile(BaseModel):
         Numbers per key; with ``dtype`` it says what a slot costs.
     dtype : str, optional
         Of K and V, torch's name.
+    guidance : float, optional
+        Scale that the pictures were drawn and the heads measured with; None in a file of before it was noted.
     curves : dict, optional
         `LossCurves.dump`.
     prompts : list of list of int, optional
@@ -70,6 +72,7 @@ class HeadProfile(BaseModel):
     scores: list[list[float]]
     head_size: int | None = Field(default=None, ge=1)
     dtype: str | None = None
+    guidance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     curves: dict[str, Any] | None = None
     prompts: list[list[int]] | None = None
     pictures: list[list[int]] | None = None
@@ -152,6 +155,10 @@ class HeadProfile(BaseModel):
                     f"head_profile: {name} is {mine!r}, the served model's is {want!r}; "
                     "calibrate this model, or set head_profile to auto"
                 )
+
+    def is_of_guidance(self, scale: float) -> bool:
+        """Whether the heads were measured with this guidance scale, as far as the file says."""
+        return self.guidance is None or abs(self.guidance - scale) <= 1e-6 * max(1.0, scale)
 
     def save(self, path: str | Path) -> None:
         """Write JSON; a reader never sees half a file, several writers at once do no harm."""

@@ -53,7 +53,7 @@ def shape_of(model: "BranchedImageModel") -> ModelShape:
 
 def of_this_version(profile: HeadProfile, image: "ImageModel") -> bool:
     """Whether a cached profile has what this version measures; other settings are the configuration's."""
-    if profile.format < 2 or profile.pictures is None:
+    if profile.format < 2 or profile.pictures is None or not profile.is_of_guidance(image.guidance_scale):
         return False
     curves = profile.loss_curves
     if (curves.raster.lines, curves.raster.width) != (image.raster.lines, image.raster.width):
@@ -117,6 +117,7 @@ def calibrate(
         scores=scores.clamp(0, 1).tolist(),
         head_size=shape.head_size,
         dtype=str(model.dtype).removeprefix("torch."),
+        guidance=model.image.guidance_scale,
         curves=LossCurves(candidates, losses.numpy(), guided.numpy()).dump(),
         prompts=None if own is None else prompts,
         pictures=[list(one.ids[one.prefix :]) for one in pictures],

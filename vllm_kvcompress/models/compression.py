@@ -115,8 +115,13 @@ def profile_of(
     """
     shape = shape_of(model)
     name = Path(vllm_config.model_config.model).name
-    mark, own = ModelMark(name, model.fingerprint, shape.layers, shape.kv_heads), None
-    ranks = Ranks.of_engine()
+    scale = model.image.guidance_scale
+    # Servers of one model at several scales share the cache.
+    asked = "guidance_scale" in vllm_config.model_config.override_generation_config
+    mark = ModelMark(
+        name, model.fingerprint, shape.layers, shape.kv_heads, f"guidance-{scale:g}" if asked else ""
+    )
+    own, ranks = None, Ranks.of_engine()
     if config.head_profile == AUTO and brought and not config.recalibrate:
         own, mark = ranks.agree(_own_profile(vllm_config, model, mark) if ranks.first else (None, mark))
 
@@ -131,6 +136,8 @@ def profile_of(
         lambda cached: own is not None or of_this_version(cached, model.image), config.recalibrate,
         ranks.agree, ranks.first, own,
     )  # fmt: skip
+    if not profile.is_of_guidance(scale) and ranks.first:
+        logger.warning("%s: %s", config.head_profile, _other_guidance(profile, scale))
     if wanted:
         profile.loss_curves.check_grid(model.image.raster)
     missing = [one for one in dict.fromkeys(wanted) if profile.trial(one) is None]
@@ -164,10 +171,20 @@ def _own_profile(
 ) -> tuple[HeadProfile | None, ModelMark]:
     """What the checkpoint brings, if it is of these weights and this grid."""
     served = vllm_config.model_config
-    return own_profile(
-        beside_weights(served.model, served.revision, OWN, MOST_BYTES),
-        mark,
-        lambda own: check_pictures(own, model),
+
+    def check(own: HeadProfile) -> None:
+        check_pictures(own, model)
+        if not own.is_of_guidance(model.image.guidance_scale):
+            raise ValueError(f"head_profile: {_other_guidance(own, model.image.guidance_scale)}")
+
+    return own_profile(beside_weights(served.model, served.revision, OWN, MOST_BYTES), mark, check)
+
+
+def _other_guidance(profile: HeadProfile, scale: float) -> str:
+    return (
+        f"its heads were measured at guidance {profile.guidance:g}, this server's default is {scale:g}, "
+        f"where they need other caches; calibrate with --guidance {scale:g}, or serve with "
+        f"--override-generation-config '{{\"guidance_scale\": {profile.guidance:g}}}'"
     )
 
 

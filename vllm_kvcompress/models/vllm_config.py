@@ -261,7 +261,10 @@ def check_weights(vllm_config: "VllmConfig", profile: "HeadProfile") -> None:
 
 
 def resolve_tokens(model_config: "ModelConfig", settings: ModelSettings) -> None:
-    """Have the family look at the checkpoint's tokenizer, and read generation_config.json's defaults."""
+    """Have the family look at the checkpoint's tokenizer, and read generation_config.json's defaults.
+
+    ``--override-generation-config`` goes before the file, as it does in vLLM's own defaults.
+    """
     from vllm.tokenizers import get_tokenizer
 
     from vllm_kvcompress.rows import MAX_SCALE
@@ -274,20 +277,27 @@ def resolve_tokens(model_config: "ModelConfig", settings: ModelSettings) -> None
     )
     family_of(model_config.hf_config).resolve(model_config.hf_config, tokenizer, settings)
     defaults: dict[str, Any] = {}
-    generation = model_config.try_get_generation_config()
+    override = model_config.override_generation_config
+    generation = model_config.try_get_generation_config() | override
     # transformers' own fields; small models are at their best well below Janus-Pro's guidance of 5.
     scale, top_k = generation.get("guidance_scale"), generation.get("top_k")
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= MAX_SCALE:
             raise ValueError(
-                f"generation_config.json: guidance_scale {scale!r} is not a number from 0 to {MAX_SCALE:g}"
+                f"{_said_by('guidance_scale', override)}: guidance_scale {scale!r:.40} is not a number "
+                f"from 0 to {MAX_SCALE:g}"
             )
         defaults["guidance_scale"] = float(scale)
     if top_k is not None:
         if type(top_k) is not int or not -1 <= top_k < 2**31:
             raise ValueError(
-                f"generation_config.json: top_k {top_k!r:.40} is not a number from -1 to 2**31 - 1"
+                f"{_said_by('top_k', override)}: top_k {top_k!r:.40} is not a number from -1 to 2**31 - 1"
             )
         defaults["top_k"] = max(top_k, 0)
     # As vLLM's front ends read it, once: they fill it in, and a picture is no shorter for it.
     store_defaults(model_config.hf_config, defaults, model_config.get_diff_sampling_param().get("max_tokens"))
+
+
+def _said_by(field: str, override: dict[str, Any]) -> str:
+    """Where a default of generation comes from, for an error."""
+    return "override_generation_config" if field in override else "generation_config.json"
