@@ -15,6 +15,7 @@ from vllm_kvcompress.policy import AUTO, MAX_TYPES, TOLERANCE
 
 BETTER = 0.98  # of the best so far, to be taken instead: sums in another order change no choice
 
+_NO_TOLERANCE = 0.0008  # what profiles say where the budget is a number: none was asked for
 _NOT_A_NUMBER = 1e9  # nats: what overflowed is served last
 Tried = Callable[[Sequence[Assignment]], NDArray[np.float64]]
 """Whole fits -> what each costs on known pictures: `vllm_kvcompress.heads.trials.divergences`."""
@@ -114,7 +115,7 @@ def _plain(wanted: Wanted) -> dict[str, Any]:
     pages = wanted.pages or Pages(0, 0)
     return {
         "budget": wanted.budget, "types": wanted.types, "slot": pages.slot, "side": pages.side,
-        "ranks": wanted.ranks, "tolerance": wanted.tolerance if wanted.budget == AUTO else TOLERANCE,
+        "ranks": wanted.ranks, "tolerance": wanted.tolerance if wanted.budget == AUTO else _NO_TOLERANCE,
     }  # fmt: skip
 
 

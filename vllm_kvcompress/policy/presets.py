@@ -53,7 +53,7 @@ PRESETS: dict[str, Preset] = {
     "decoupled": Preset("profile", anchors=4),
     "fitted": Preset("fitted", anchors=4),
 }
-TOLERANCE = 0.0008  # predicted loss; docs/quality.md says how it was set
+TOLERANCE = 0.0004  # predicted loss; docs/quality.md says how it was set
 AUTO: Final = "auto"  # as a budget: the smallest whose predicted loss is within the tolerance
 
 
