@@ -37,6 +37,7 @@ from vllm_kvcompress.models.calibration import calibrate, check_pictures, of_thi
 from vllm_kvcompress.models.files import beside_weights
 from vllm_kvcompress.models.ranks import Ranks
 from vllm_kvcompress.policy import PRESETS, Raster
+from vllm_kvcompress.rows import GUIDANCE_SCALE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -115,13 +116,11 @@ def profile_of(
     """
     shape = shape_of(model)
     name = Path(vllm_config.model_config.model).name
-    scale = model.image.guidance_scale
-    # Servers of one model at several scales share the cache.
-    asked = "guidance_scale" in vllm_config.model_config.override_generation_config
-    mark = ModelMark(
-        name, model.fingerprint, shape.layers, shape.kv_heads, f"guidance-{scale:g}" if asked else ""
-    )
-    own, ranks = None, Ranks.of_engine()
+    mark, own = ModelMark(name, model.fingerprint, shape.layers, shape.kv_heads), None
+    ranks = Ranks.of_engine()
+    if config.head_profile == AUTO and GUIDANCE_SCALE in vllm_config.model_config.override_generation_config:
+        # Servers of one model at several scales share the cache.
+        mark = replace(mark, variant=f"guidance-{model.image.guidance_scale:g}")
     if config.head_profile == AUTO and brought and not config.recalibrate:
         own, mark = ranks.agree(_own_profile(vllm_config, model, mark) if ranks.first else (None, mark))
 
@@ -136,8 +135,8 @@ def profile_of(
         lambda cached: own is not None or of_this_version(cached, model.image), config.recalibrate,
         ranks.agree, ranks.first, own,
     )  # fmt: skip
-    if not profile.is_of_guidance(scale) and ranks.first:
-        logger.warning("%s: %s", config.head_profile, _other_guidance(profile, scale))
+    if ranks.first and profile.guidance is not None and (other := _other_guidance(profile, model)):
+        logger.warning("%s: %s", config.head_profile, other)
     if wanted:
         profile.loss_curves.check_grid(model.image.raster)
     missing = [one for one in dict.fromkeys(wanted) if profile.trial(one) is None]
@@ -174,13 +173,17 @@ def _own_profile(
 
     def check(own: HeadProfile) -> None:
         check_pictures(own, model)
-        if not own.is_of_guidance(model.image.guidance_scale):
-            raise ValueError(f"head_profile: {_other_guidance(own, model.image.guidance_scale)}")
+        if other := _other_guidance(own, model):
+            raise ValueError(f"head_profile: {other}")
 
     return own_profile(beside_weights(served.model, served.revision, OWN, MOST_BYTES), mark, check)
 
 
-def _other_guidance(profile: HeadProfile, scale: float) -> str:
+def _other_guidance(profile: HeadProfile, model: "BranchedImageModel") -> str:
+    """What is to be said where heads were measured at another guidance than the server's; else nothing."""
+    scale = model.image.guidance_scale
+    if profile.is_of_guidance(scale):
+        return ""
     return (
         f"its heads were measured at guidance {profile.guidance:g}, this server's default is {scale:g}, "
         f"where they need other caches; calibrate with --guidance {scale:g}, or serve with "
