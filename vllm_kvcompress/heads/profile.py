@@ -158,7 +158,7 @@ class HeadProfile(BaseModel):
 
     def is_of_guidance(self, scale: float) -> bool:
         """Whether the heads were measured with this guidance scale, as far as the file says."""
-        return self.guidance is None or abs(self.guidance - scale) <= 1e-6 * max(1.0, scale)
+        return self.guidance in (None, scale)
 
     def save(self, path: str | Path) -> None:
         """Write JSON; a reader never sees half a file, several writers at once do no harm."""

@@ -135,7 +135,7 @@ def profile_of(
         lambda cached: own is not None or of_this_version(cached, model.image), config.recalibrate,
         ranks.agree, ranks.first, own,
     )  # fmt: skip
-    if ranks.first and profile.guidance is not None and (other := _other_guidance(profile, model)):
+    if ranks.first and (other := _other_guidance(profile, model)):
         logger.warning("%s: %s", config.head_profile, other)
     if wanted:
         profile.loss_curves.check_grid(model.image.raster)
@@ -181,8 +181,7 @@ def _own_profile(
 
 def _other_guidance(profile: HeadProfile, model: "BranchedImageModel") -> str:
     """What is to be said where heads were measured at another guidance than the server's; else nothing."""
-    scale = model.image.guidance_scale
-    if profile.is_of_guidance(scale):
+    if profile.guidance is None or profile.is_of_guidance(scale := model.image.guidance_scale):
         return ""
     return (
         f"its heads were measured at guidance {profile.guidance:g}, this server's default is {scale:g}, "
